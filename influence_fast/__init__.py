@@ -1,0 +1,93 @@
+"""influence_fast: which training samples help or harm a language model.
+
+Implements Vitel & Chhabra, "First is Not Really Better Than Last" (arXiv 2511.04715): per-layer influence from
+per-sample gradients, aggregated over layers by mean, rank and vote, judged by the Noise Detection Rate.
+
+Names are loaded on first use, so ``import influence_fast`` costs nothing: not even torch is imported.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import types
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from influence_fast import ops as ops
+    from influence_fast.aggregate import aggregate as aggregate
+    from influence_fast.aggregate import aggregate_many as aggregate_many
+    from influence_fast.audit import audit as audit
+    from influence_fast.capture import GradientCapture as GradientCapture
+    from influence_fast.capture import build_store as build_store
+    from influence_fast.errors import BackendError as BackendError
+    from influence_fast.errors import InfluenceError as InfluenceError
+    from influence_fast.errors import InputError as InputError
+    from influence_fast.errors import StoreError as StoreError
+    from influence_fast.evaluate import bootstrap as bootstrap
+    from influence_fast.evaluate import cancellation as cancellation
+    from influence_fast.evaluate import ndr as ndr
+    from influence_fast.evaluate import ndr_auc as ndr_auc
+    from influence_fast.evaluate import ndr_curve as ndr_curve
+    from influence_fast.evaluate import precision as precision
+    from influence_fast.evaluate import roc_auc as roc_auc
+    from influence_fast.index import InfluenceIndex as InfluenceIndex
+    from influence_fast.influence import InfluenceMatrix as InfluenceMatrix
+    from influence_fast.influence import influence as influence
+    from influence_fast.layers import select_layers as select_layers
+    from influence_fast.projection import Projection as Projection
+    from influence_fast.store import GradientStore as GradientStore
+
+__version__ = "0.1.0"
+
+# Public name -> the room it lives in. `aggregate` and the like name both a room and its function: the function wins.
+_ROOMS = {
+    "aggregate": "aggregate",
+    "aggregate_many": "aggregate",
+    "audit": "audit",
+    "GradientCapture": "capture",
+    "build_store": "capture",
+    "BackendError": "errors",
+    "InfluenceError": "errors",
+    "InputError": "errors",
+    "StoreError": "errors",
+    "bootstrap": "evaluate",
+    "cancellation": "evaluate",
+    "ndr": "evaluate",
+    "ndr_auc": "evaluate",
+    "ndr_curve": "evaluate",
+    "precision": "evaluate",
+    "roc_auc": "evaluate",
+    "InfluenceIndex": "index",
+    "InfluenceMatrix": "influence",
+    "influence": "influence",
+    "select_layers": "layers",
+    "Projection": "projection",
+    "GradientStore": "store",
+}
+__all__ = ["__version__", "ops", *_ROOMS]
+
+
+class _Package(types.ModuleType):
+    def __setattr__(self, name: str, value: Any) -> None:
+        # Importing a room binds it here under its own name; where the room's main function has that name, bind that.
+        if isinstance(value, types.ModuleType) and _ROOMS.get(name) == name:
+            value = getattr(value, name)
+        super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
+
+
+def __getattr__(name: str) -> Any:
+    if name == "ops":
+        return importlib.import_module("influence_fast.ops")
+    if name not in _ROOMS:
+        raise AttributeError(f"module 'influence_fast' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"influence_fast.{_ROOMS[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
