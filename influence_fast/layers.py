@@ -1,0 +1,187 @@
+"""Which layers: names from a model by kind, block range, quarter or pattern.
+
+A *layer* is one weight matrix: an ``nn.Linear``, a GPT-2 ``Conv1D``, a LoRA ``A`` or ``B``, an embedding table, a
+classification or language-model head. Its name is its module's name in ``model.named_modules()``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+from torch import nn
+
+from influence_fast.errors import InputError
+
+KINDS = ("all", "attention", "mlp", "embedding", "head", "lora")
+QUARTERS = ("q1", "q2", "q3", "q4")
+
+_BLOCK = re.compile(r"(?:^|\.)(?:h|[a-z_]*(?:layers?|blocks?|groups?))\.(\d+)(?=\.|$)", re.IGNORECASE)
+_ATTENTION = re.compile(r"attn|attention|(?:^|\.)(?:[qkvo]_proj|query|key|value|w?qkv(?:_proj)?)(?:\.|$)", re.IGNORECASE)
+_LORA = re.compile(r"\.lora_[AB]\.")
+_EXPERT = re.compile(r"\.experts\.\d+\.")
+_ITEM = re.compile(r"(?P<kind>[a-z]+)(?:\[(?P<range>[^\]]*)\])?")
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether this is the transposed linear layer of GPT-2 (recognised by shape, so transformers is not imported)."""
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf") and getattr(module, "weight").dim() == 2
+
+
+def layer_shape(module: nn.Module) -> tuple[int, int]:
+    """``(out, in)`` of a layer's gradient. An embedding is a linear layer with one-hot input: ``(width, vocabulary)``."""
+    if isinstance(module, nn.Linear):
+        return module.out_features, module.in_features
+    if isinstance(module, nn.Embedding):
+        return module.embedding_dim, module.num_embeddings
+    if is_conv1d(module):
+        inputs, outputs = module.weight.shape  # type: ignore[union-attr, operator]
+        return int(outputs), int(inputs)
+    raise InputError(f"layer: expected nn.Linear, Conv1D or nn.Embedding, got {type(module).__name__}")
+
+
+def named_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Every layer of ``model`` by name, in the model's order.
+
+    Left out: the frozen originals that PEFT keeps beside ``modules_to_save``, and the output matrix of
+    ``nn.MultiheadAttention``, which is used without being called.
+    """
+    found = {}
+    for name, module in model.named_modules():
+        if type(module).__name__ == "NonDynamicallyQuantizableLinear" or "original_module" in name.split("."):
+            continue
+        if isinstance(module, nn.Linear | nn.Embedding) or is_conv1d(module):
+            found[name] = module
+    return found
+
+
+def block_of(name: str) -> int | None:
+    """Index of the transformer block that a layer's name lies in, or None outside the blocks."""
+    match = _BLOCK.search(name)
+    return int(match[1]) if match else None
+
+
+def kind_of(name: str, module: nn.Module) -> str:
+    """``attention``, ``mlp``, ``embedding`` or ``head``. A LoRA matrix has the kind of the layer that it adapts."""
+    match = _BLOCK.search(name)
+    if match:
+        return "attention" if _ATTENTION.search(name[match.end() :]) else "mlp"
+    if isinstance(module, nn.Embedding) or re.search(r"embed", name, re.IGNORECASE):
+        return "embedding"
+    return "head"
+
+
+def select_layers(model: nn.Module, spec: str | Iterable[str] = "all") -> list[str]:
+    """Names of the layers that ``spec`` asks for, in the model's order.
+
+    Args:
+        model: any model; a PEFT model's names include its wrapper's.
+        spec: ``all attention mlp embedding head lora`` or a layer's whole name, joined by commas; each kind may carry
+            a range of blocks: ``attention[8:16]``, ``mlp[3]``, ``all[-2:]``, a quarter ``attention[q1]`` .. ``[q4]`` or
+            ``[middle]`` (the second and third). Block b of B lies in quarter ``4 b // B + 1``. ``re:PATTERN`` takes the
+            names that match whole. A list of names passes through.
+
+    Raises:
+        InputError: a name, kind or range that fits nothing; the message lists what there is.
+    """
+    layers = named_layers(model)
+    if not layers:
+        raise InputError(f"model: {type(model).__name__} has no linear layer or embedding")
+    if not isinstance(spec, str):
+        return _known(list(spec), layers)
+    if spec.startswith("re:"):
+        try:
+            pattern = re.compile(spec[3:])
+        except re.error as error:
+            raise InputError(f"layers: {spec[3:]!r} is no regular expression ({error})") from None
+        chosen = {name for name in layers if pattern.fullmatch(name)}
+    else:
+        chosen = set().union(*(_select(layers, item.strip()) for item in spec.split(",")))
+    if not chosen:
+        raise InputError(f"layers: {spec!r} matches nothing; {_overview(layers)}")
+    return [name for name in layers if name in chosen]
+
+
+def layer_groups(model: nn.Module, layers: Iterable[str]) -> dict[str, list[str]]:
+    """``layers`` by group, empty ones left out: embedding, attention q1 .. q4, mlp, head, all."""
+    modules = named_layers(model)
+    names = _known(list(layers), modules)
+    blocks = _block_count(modules)
+    groups: dict[str, list[str]] = {
+        group: [] for group in ("embedding", *(f"attention {q}" for q in QUARTERS), "mlp", "head")
+    }
+    for name in names:
+        kind = kind_of(name, modules[name])
+        if kind == "attention":
+            kind += f" {QUARTERS[4 * (block_of(name) or 0) // blocks]}"
+        groups[kind].append(name)
+    return {group: members for group, members in groups.items() if members} | {"all": names}
+
+
+def check_supported(layers: Iterable[str]) -> None:
+    """Raise for layers whose inputs cannot be told apart by sample: experts that see routed tokens only."""
+    for name in layers:
+        if _EXPERT.search(name):
+            raise InputError(
+                f"layers: {name!r} is one expert of a mixture and sees routed tokens without their sample; "
+                "select attention, router, embedding or head instead"
+            )
+
+
+def _known(names: list[str], layers: dict[str, nn.Module]) -> list[str]:
+    unknown = [name for name in names if name not in layers]
+    if unknown:
+        raise InputError(f"layers: no layer is named {unknown[0]!r}; {_overview(layers)}")
+    if not names:
+        raise InputError(f"layers: the list is empty; {_overview(layers)}")
+    wanted = set(names)
+    return [name for name in layers if name in wanted]
+
+
+def _select(layers: dict[str, nn.Module], item: str) -> set[str]:
+    if item in layers:
+        return {item}
+    match = _ITEM.fullmatch(item)
+    if match is None or match["kind"] not in KINDS:
+        raise InputError(f"layers: {item!r} is neither a kind ({', '.join(KINDS)}) nor a layer; {_overview(layers)}")
+    kind, text = match["kind"], match["range"]
+    chosen = {name for name, module in layers.items() if _is(kind, name, module)}
+    if text is None:
+        return chosen
+    blocks = _blocks(text, _block_count(layers), item)
+    inside = {name for name in chosen if block_of(name) in blocks}
+    if chosen and not inside:
+        raise InputError(f"layers: {item!r} lies in no block; {_overview(layers)}")
+    return inside
+
+
+def _is(kind: str, name: str, module: nn.Module) -> bool:
+    if kind == "all":
+        return True
+    return bool(_LORA.search(name)) if kind == "lora" else kind_of(name, module) == kind
+
+
+def _block_count(layers: dict[str, nn.Module]) -> int:
+    return max((block_of(name) or 0 for name in layers), default=0) + 1
+
+
+def _blocks(text: str, count: int, item: str) -> set[int]:
+    if text in QUARTERS or text == "middle":
+        wanted = (1, 2) if text == "middle" else (QUARTERS.index(text),)
+        return {block for block in range(count) if 4 * block // count in wanted}
+    match = re.fullmatch(r"(-?\d+)?(:)?(-?\d+)?", text)
+    if match is None or not text or (match[2] is None and match[3] is not None):
+        raise InputError(f"layers: {item!r} needs a range of blocks such as [8:16], [3], [q1] or [middle]")
+    begin, colon, end = match.groups()
+    if colon is None:
+        block = int(begin) + count if int(begin) < 0 else int(begin)
+        return {block}
+    return set(range(count)[slice(begin and int(begin), end and int(end))])
+
+
+def _overview(layers: dict[str, nn.Module]) -> str:
+    kinds = {kind: sum(_is(kind, name, module) for name, module in layers.items()) for kind in KINDS}
+    counts = ", ".join(f"{kind} ({count})" for kind, count in kinds.items() if count)
+    names = list(layers)
+    shown = ", ".join(names[:12]) + (f", ... ({len(names) - 12} more)" if len(names) > 12 else "")
+    return f"there are {counts} in {_block_count(layers)} blocks: {shown}"
