@@ -22,7 +22,7 @@ _ATTENTION = re.compile(
     r"attn|attention|(?:^|\.)(?:[qkvo]_proj|query|key|value|w?qkv(?:_proj)?)(?:\.|$)", re.IGNORECASE
 )
 _LORA = re.compile(r"\.lora_[AB]\.")
-_EXPERT = re.compile(r"\.experts\.\d+\.")
+_EXPERT = re.compile(r"\.experts\.\d+(?=\.|$)")
 _ITEM = re.compile(r"(?P<kind>[a-z]+)(?:\[(?P<range>[^\]]*)\])?")
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import chain
+
 import models
 import pytest
 from torch import nn
@@ -17,7 +19,7 @@ def bert() -> nn.Module:
 
 def test_kinds_partition_the_model(bert: nn.Module) -> None:
     kinds = [inf.select_layers(bert, kind) for kind in ("embedding", "attention", "mlp", "head")]
-    assert sorted(sum(kinds, [])) == sorted(inf.select_layers(bert, "all"))
+    assert sorted(chain.from_iterable(kinds)) == sorted(inf.select_layers(bert, "all"))
     assert [len(k) for k in kinds] == [3, 16, 8, 2]
     assert kinds[3] == ["bert.pooler.dense", "classifier"]
 
