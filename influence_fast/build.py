@@ -8,7 +8,7 @@ store holds depends on its settings alone, and a build that was killed goes on f
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from os import PathLike
@@ -18,21 +18,20 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from influence_fast import losses
 from influence_fast.capture import GradientCapture
 from influence_fast.errors import InfluenceError, InputError
+from influence_fast.losses import IGNORED, Loss
 from influence_fast.projection import Projection
 from influence_fast.store import GradientStore, StoreWriter
 
 __all__ = ["build_store", "fingerprint"]
 
 LOSSES = ("auto", "classification", "causal-lm", "causal-lm-sum")
-IGNORED = -100
 _TOKEN_COLUMNS = ("input_ids", "token_type_ids", "position_ids")
 _SHARD_BYTES = 256 << 20
 _SHARD_ROWS = 1 << 16
 _CPU_TOKENS, _GPU_TOKENS = 4096, 16384
-
-Loss = Callable[[nn.Module, dict[str, Tensor]], Tensor]
 
 
 def build_store(
@@ -102,7 +101,7 @@ def build_store(
         extra={"data": rows.digest(), "batch_tokens": tokens, "truncate": truncate, "bias": bias},
         resume=resume,
     )
-    function = loss if callable(loss) else _LOSSES[kind]
+    function = loss if callable(loss) else _loss(kind, capture)
     with (
         writer,
         _as_evaluated(model),
@@ -214,6 +213,12 @@ def _loss_kind(loss: str | Loss, rows: _Rows) -> str:
     if per_token != loss.startswith("causal-lm"):
         raise InputError(f"loss: {loss!r} does not fit labels such as {rows[0]['labels']!r}")
     return loss
+
+
+def _loss(kind: str, capture: GradientCapture) -> Loss:
+    if kind == "classification":
+        return losses.classification
+    return losses.CausalLM(mean=kind == "causal-lm", part=capture.part)
 
 
 def _check(rows: _Rows, model: nn.Module, kind: str) -> None:
@@ -349,22 +354,23 @@ def _step(
     batch = _collate([rows[index] for index in chosen], model)
     batch = {name: tensor.to(_device(model)) for name, tensor in batch.items()}
     columns: dict[str, Tensor] = {}
-    if loss is _classification:
-        logits = _logits(model, batch)
-        losses = _cross_entropy(logits, batch["labels"])
+    if loss is losses.classification:
+        logits = losses.logits(model, batch)
+        each = losses.cross_entropy(logits, batch["labels"])
         columns["prediction"] = logits.detach().argmax(-1)
         columns["correct"] = columns["prediction"] == batch["labels"]
     else:
-        losses = loss(model, batch)
-    if losses.shape != (len(chosen),):
-        raise InputError(f"loss: expected one value per sample, shape ({len(chosen)},), got {tuple(losses.shape)}")
-    finite = losses.detach().isfinite()
+        each = loss(model, batch)
+    if each.shape != (len(chosen),):
+        raise InputError(f"loss: expected one value per sample, shape ({len(chosen)},), got {tuple(each.shape)}")
+    finite = each.detach().isfinite()
     if not finite.all():
         raise InputError(
             f"loss: row {rows.ids[chosen[int(finite.logical_not().nonzero()[0])]]!r} has a non-finite loss"
         )
-    losses.sum().backward()
-    columns["loss"] = losses.detach().float()
+    if each.requires_grad:
+        each.sum().backward()
+    columns["loss"] = each.detach().float()
     return capture.pop(), columns
 
 
@@ -393,34 +399,3 @@ def _collate(samples: list[dict[str, Any]], model: nn.Module) -> dict[str, Tenso
     else:
         batch["labels"] = torch.tensor([s["labels"] for s in samples])
     return batch
-
-
-def _logits(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    output = model(**{name: tensor for name, tensor in batch.items() if name != "labels"})
-    return output if isinstance(output, Tensor) else output.logits
-
-
-def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Per-position cross entropy, in float32 or wider."""
-    logits = logits if logits.dtype == torch.float64 else logits.float()
-    flat = nn.functional.cross_entropy(logits.flatten(0, -2), labels.flatten(), reduction="none", ignore_index=IGNORED)
-    return flat.view(labels.shape)
-
-
-def _classification(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    return _cross_entropy(_logits(model, batch), batch["labels"])
-
-
-def _causal_lm_sum(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    return _cross_entropy(_logits(model, batch)[:, :-1], batch["labels"][:, 1:]).sum(1)
-
-
-def _causal_lm(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    return _causal_lm_sum(model, batch) / (batch["labels"][:, 1:] != IGNORED).sum(1)
-
-
-_LOSSES: dict[str, Loss] = {
-    "classification": _classification,
-    "causal-lm": _causal_lm,
-    "causal-lm-sum": _causal_lm_sum,
-}

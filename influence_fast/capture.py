@@ -9,10 +9,11 @@ autograd graph, so weights need no ``requires_grad``; where nothing below does, 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -141,6 +142,7 @@ class GradientCapture:
         self._handles: list[Any] = []
         self._anchor = torch.zeros((), requires_grad=True)
         self._batch: int | None = None
+        self._part: tuple[int, int] | None = None
         self._gradients: dict[str, Tensor] = {}
         self._warned: set[str] = set()
 
@@ -166,6 +168,16 @@ class GradientCapture:
     def clear(self) -> None:
         """Forget what has arrived since the last :meth:`pop`, such as part of a backward that failed."""
         self._gradients = {}
+
+    @contextmanager
+    def part(self, begin: int, end: int, total: int) -> Iterator[None]:
+        """Within, layers see samples ``[begin, end)`` of ``total`` (all or some of their tokens), and what arrives is
+        added to those rows: for a loss that runs the head, forward and backward, in chunks."""
+        self._batch, self._part = total, (begin, end)
+        try:
+            yield
+        finally:
+            self._part = None
 
     def __enter__(self) -> GradientCapture:
         if self._handles:
@@ -233,6 +245,8 @@ class GradientCapture:
     def _rows(self, x: Tensor, features: int, name: str) -> Tensor:
         """``x`` as ``(N, T, features)``; tokens flattened into the batch are unfolded again."""
         count = self._batch if self._batch is not None else x.shape[0]
+        if self._part is not None:
+            count = self._part[1] - self._part[0]
         tokens = x.numel() // features
         if x.shape[0] != count and (x.dim() != 2 or tokens % max(count, 1)):
             raise InputError(
@@ -277,8 +291,13 @@ class GradientCapture:
             dy = dy.masked_fill((seen.ids == module.padding_idx)[..., None], 0)
         for (layer, _), receive in zip(self._uses[module], receivers, strict=True):
             gradient = receive(dy)
-            earlier = self._gradients.get(layer.name)
-            self._gradients[layer.name] = gradient if earlier is None else earlier + gradient
+            if self._part is not None:
+                rows = gradient.new_zeros(cast(int, self._batch), layer.dim)
+                rows = self._gradients.setdefault(layer.name, rows)
+                rows[slice(*self._part)] += gradient
+            else:
+                earlier = self._gradients.get(layer.name)
+                self._gradients[layer.name] = gradient if earlier is None else earlier + gradient
 
 
 def _layer(name: str, module: nn.Module, projection: Projection, bias: bool) -> _Layer:

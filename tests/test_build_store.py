@@ -100,7 +100,10 @@ def test_padding_that_comes_with_the_data_is_cut_off(tmp_path: Path) -> None:
 def test_token_types_reach_the_model(tmp_path: Path) -> None:
     model, samples = models.make("bert"), models.rows()
     typed = [{**s, "token_type_ids": [0, 0] + [1] * (len(s["input_ids"]) - 2)} for s in samples]
-    a, b = make_store(tmp_path / "a", model, samples, layers="head"), make_store(tmp_path / "b", model, typed, layers="head")
+    a, b = (
+        make_store(tmp_path / "a", model, samples, layers="head"),
+        make_store(tmp_path / "b", model, typed, layers="head"),
+    )
     assert not torch.allclose(a.read("classifier"), b.read("classifier"))
 
 
@@ -161,8 +164,9 @@ def dying(*args):
         os.kill(os.getpid(), signal.SIGKILL)
     return step(*args)
 build._step = dying
-inf.build_store(sys.argv[1], models.make("bert"), models.rows(count=12), layers="head,attention[3]", projection="sjlt:32",
-                batch_tokens=20, shard_rows=4, progress=False)
+model, rows = models.make("bert"), models.rows(count=12)
+inf.build_store(sys.argv[1], model, rows, layers="head,attention[3]", projection="sjlt:32", batch_tokens=20,
+                shard_rows=4, progress=False)
 """
 
 
