@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from os import PathLike
 from typing import Any
@@ -50,6 +51,7 @@ def build_store(
     shard_rows: int | str = "auto",
     truncate: bool = False,
     bias: bool = False,
+    precision: str | None = None,
 ) -> GradientStore:
     """Per-sample gradients of ``model`` on every row of ``dataset``, kept in a folder.
 
@@ -66,6 +68,8 @@ def build_store(
         batch_tokens: largest number of tokens in a batch, padding included; halved when memory runs out.
         ids: names of the rows; their numbers by default.
         dtype: float32, float16, bfloat16 or int8 on disk.
+        precision: None runs the model as it is; ``bfloat16`` or ``float16`` runs forward and backward under autocast
+            (projections and sums stay float32). float16 loses gradients below 6e-8: prefer bfloat16.
         truncate: cut rows that are longer than the model's context instead of refusing them.
 
     Returns:
@@ -77,10 +81,11 @@ def build_store(
         StoreError: ``path`` holds a store of another model, projection or data set.
     """
     projection = Projection.parse(projection) if isinstance(projection, str) else projection
-    rows = _Rows(dataset, ids, _max_length(model) if truncate else None)
+    rows = Rows(dataset, ids, _max_length(model) if truncate else None)
     kind = _loss_kind(loss, rows)
     _check(rows, model, kind)
     tokens = _token_budget(batch_tokens, model)
+    autocast(model, precision)
     capture = GradientCapture(model, layers, projection, bias=bias)
     if shard_rows == "auto":
         shard_rows = max(1, min(_SHARD_ROWS, _SHARD_BYTES // (4 * sum(capture.dims.values()))))
@@ -98,7 +103,13 @@ def build_store(
         loss=kind if isinstance(loss, str) else getattr(loss, "__qualname__", "custom"),
         dtype=dtype,
         shard_rows=shard_rows,
-        extra={"data": rows.digest(), "batch_tokens": tokens, "truncate": truncate, "bias": bias},
+        extra={
+            "data": rows.digest(),
+            "batch_tokens": tokens,
+            "truncate": truncate,
+            "bias": bias,
+            "precision": precision,
+        },
         resume=resume,
     )
     function = loss if callable(loss) else _loss(kind, capture)
@@ -108,15 +119,22 @@ def build_store(
         tqdm(
             total=len(rows), initial=writer.done_rows, unit="sample", delay=2, disable=None if progress else True
         ) as bar,
+        ThreadPoolExecutor(1) as background,
         capture,
     ):
+        writing: Future[None] | None = None
         for begin in range(writer.done_rows, len(rows), shard_rows):
             span = range(begin, min(begin + shard_rows, len(rows)))
             shard = _Shard({name: torch.empty(len(span), dim) for name, dim in capture.dims.items()}, {})
-            for chosen, results in _run(model, capture, function, rows, span, tokens):
+            for chosen, results in run(model, capture, function, rows, span, tokens, precision):
                 shard.put(torch.tensor(chosen) - begin, *results)
                 bar.update(len(chosen))
-            writer.append(shard.gradients, shard.columns)
+            if writing is not None:
+                writing.result()
+            # The next shard is computed while this one is hashed and written; never more than two are in memory.
+            writing = background.submit(writer.append, shard.gradients, shard.columns)
+        if writing is not None:
+            writing.result()
         return writer.close()
 
 
@@ -132,7 +150,7 @@ def fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-class _Rows:
+class Rows:
     """The data set as clean samples: pads cut off, ids and labels as lists."""
 
     def __init__(
@@ -202,7 +220,7 @@ class _Shard:
             self.columns.setdefault(name, torch.empty(total, dtype=column.dtype))[rows] = column.cpu()
 
 
-def _loss_kind(loss: str | Loss, rows: _Rows) -> str:
+def _loss_kind(loss: str | Loss, rows: Rows) -> str:
     if callable(loss):
         return "custom"
     if loss not in LOSSES:
@@ -221,7 +239,7 @@ def _loss(kind: str, capture: GradientCapture) -> Loss:
     return losses.CausalLM(mean=kind == "causal-lm", part=capture.part)
 
 
-def _check(rows: _Rows, model: nn.Module, kind: str) -> None:
+def _check(rows: Rows, model: nn.Module, kind: str) -> None:
     """Everything that can be wrong with a row, before the first forward."""
     longest, vocabulary = _max_length(model), _vocabulary(model)
     classes = getattr(getattr(model, "config", None), "num_labels", None) if kind == "classification" else None
@@ -306,27 +324,33 @@ def _as_evaluated(model: nn.Module) -> Iterator[None]:
             config.pad_token_id = pad  # type: ignore[union-attr]
 
 
-def _batches(rows: _Rows, span: Iterable[int], tokens: int) -> list[list[int]]:
+def batches(rows: Rows, span: Iterable[int], tokens: int) -> list[list[int]]:
     """Rows of one shard, longest first, in batches of at most ``tokens`` tokens with padding (one row at least)."""
-    batches: list[list[int]] = []
+    out: list[list[int]] = []
     width = 0
     for index in sorted(span, key=lambda i: (-rows.lengths[i], i)):
-        if not batches or width * (len(batches[-1]) + 1) > tokens:
-            batches.append([])
+        if not out or width * (len(out[-1]) + 1) > tokens:
+            out.append([])
             width = rows.lengths[index]
-        batches[-1].append(index)
-    return batches
+        out[-1].append(index)
+    return out
 
 
-def _run(
-    model: nn.Module, capture: GradientCapture, loss: Loss, rows: _Rows, span: range, tokens: int
+def run(
+    model: nn.Module,
+    capture: GradientCapture,
+    loss: Loss,
+    rows: Rows,
+    span: range,
+    tokens: int,
+    precision: str | None = None,
 ) -> Iterator[tuple[list[int], tuple[dict[str, Tensor], dict[str, Tensor]]]]:
     """Gradients and columns of every batch of a shard; a batch that does not fit in memory is halved."""
-    waiting = _batches(rows, span, tokens)[::-1]
+    waiting = batches(rows, span, tokens)[::-1]
     while waiting:
         chosen = waiting.pop()
         try:
-            results = _step(model, capture, loss, rows, chosen)
+            results = _step(model, capture, loss, rows, chosen, precision)
         except RuntimeError as error:
             if not _out_of_memory(error):
                 raise
@@ -344,23 +368,33 @@ def _run(
             yield chosen, results
 
 
+def autocast(model: nn.Module, precision: str | None) -> AbstractContextManager[Any]:
+    """Autocast of the model's device; no context for None."""
+    if precision is None:
+        return nullcontext()
+    if precision not in ("bfloat16", "float16"):
+        raise InputError(f"precision: expected None, 'bfloat16' or 'float16', got {precision!r}")
+    return torch.autocast(_device(model).type, getattr(torch, precision))
+
+
 def _out_of_memory(error: RuntimeError) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def _step(
-    model: nn.Module, capture: GradientCapture, loss: Loss, rows: _Rows, chosen: list[int]
+    model: nn.Module, capture: GradientCapture, loss: Loss, rows: Rows, chosen: list[int], precision: str | None
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    batch = _collate([rows[index] for index in chosen], model)
+    batch = collate([rows[index] for index in chosen], model)
     batch = {name: tensor.to(_device(model)) for name, tensor in batch.items()}
     columns: dict[str, Tensor] = {}
-    if loss is losses.classification:
-        logits = losses.logits(model, batch)
-        each = losses.cross_entropy(logits, batch["labels"])
-        columns["prediction"] = logits.detach().argmax(-1)
-        columns["correct"] = columns["prediction"] == batch["labels"]
-    else:
-        each = loss(model, batch)
+    with autocast(model, precision):
+        if loss is losses.classification:
+            logits = losses.logits(model, batch)
+            each = losses.cross_entropy(logits, batch["labels"])
+            columns["prediction"] = logits.detach().argmax(-1)
+            columns["correct"] = columns["prediction"] == batch["labels"]
+        else:
+            each = loss(model, batch)
     if each.shape != (len(chosen),):
         raise InputError(f"loss: expected one value per sample, shape ({len(chosen)},), got {tuple(each.shape)}")
     finite = each.detach().isfinite()
@@ -374,7 +408,7 @@ def _step(
     return capture.pop(), columns
 
 
-def _collate(samples: list[dict[str, Any]], model: nn.Module) -> dict[str, Tensor]:
+def collate(samples: list[dict[str, Any]], model: nn.Module) -> dict[str, Tensor]:
     width = max(len(sample["input_ids"]) for sample in samples)
     config = getattr(model, "config", None)
     fill = getattr(config, "pad_token_id", None)

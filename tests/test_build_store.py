@@ -55,9 +55,9 @@ def test_store_equals_the_one_sample_loop(tmp_path: Path, task: str, name: str) 
 def test_batches_fill_the_budget_and_lose_no_row() -> None:
     random = torch.Generator().manual_seed(0)
     lengths = torch.randint(1, 50, (200,), generator=random).tolist()
-    rows = build._Rows([{"input_ids": [1] * n, "labels": 0} for n in lengths], None)
+    rows = build.Rows([{"input_ids": [1] * n, "labels": 0} for n in lengths], None)
     list(rows.scan())
-    batches = build._batches(rows, range(10, 190), 100)
+    batches = build.batches(rows, range(10, 190), 100)
     assert sorted(i for batch in batches for i in batch) == list(range(10, 190))
     assert all(len(b) == 1 or max(lengths[i] for i in b) * len(b) <= 100 for b in batches)
     assert len(batches) < 1.3 * sum(lengths[10:190]) / 100 + 2
