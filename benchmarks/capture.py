@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import click
 import torch
@@ -144,7 +144,8 @@ def floor(job: Job) -> None:
 
 def hooks(job: Job) -> Gradients:
     """What twenty lines of hooks do: keep x, run the whole backward with weight gradients, einsum, project."""
-    modules, out = named_layers(job.model), {name: [] for name in job.layers}
+    modules = named_layers(job.model)
+    out: dict[str, list[Tensor]] = {name: [] for name in job.layers}
     inputs: dict[str, Tensor] = {}
     sides = _sides(job)
     job.model.requires_grad_(True)
@@ -177,8 +178,9 @@ def hooks(job: Job) -> Gradients:
 
 def one_by_one(job: Job) -> Gradients:
     """The paper's loop: one sample at a time, weight gradients of the selected layers, float32."""
-    modules, out = named_layers(job.model), {name: [] for name in job.layers}
-    weights = [modules[name].weight for name in job.layers]
+    modules = named_layers(job.model)
+    out: dict[str, list[Tensor]] = {name: [] for name in job.layers}
+    weights = [cast(Tensor, modules[name].weight) for name in job.layers]
     sides, loss = _sides(job), job.loss()
     for weight in weights:
         weight.requires_grad_(True)
@@ -224,8 +226,8 @@ def _sides(job: Job) -> dict[str, tuple[Tensor, Tensor]]:
     out = {}
     for name, shape in inf.GradientCapture(job.model, job.layers, job.projection).shapes.items():
         left, right = job.projection.side(name, "left", shape[0]), job.projection.side(name, "right", shape[1])
-        assert left is not None and right is not None
-        out[name] = left.matrix(), right.matrix()
+        if left is not None and right is not None:
+            out[name] = left.matrix(), right.matrix()
     return out
 
 
@@ -233,7 +235,7 @@ def measure(work: Work, repeats: int) -> dict[str, dict[str, float]]:
     """Median samples/s of each method, rounds in alternating order, after a round that warms up and compares."""
     torch.manual_seed(0)
     model = work.model().eval().requires_grad_(False)
-    model.config.use_cache = False
+    cast(Any, model).config.use_cache = False
     rows = build.Rows(work.rows(), None)
     list(rows.scan())
     job = Job(model, rows, inf.select_layers(model, work.layers), work, inf.Projection.parse(work.projection))

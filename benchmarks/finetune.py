@@ -2,7 +2,7 @@
 
 Draws a training set from a JSONL file, flips a fifth of its labels by a seed, draws queries from another file, and
 trains LoRA matrices (r = alpha = 4 on query and value) and the head with AdamW and a cosine schedule (arXiv
-2511.04715). Writes ``train.jsonl`` (with a ``noise`` column), ``queries.jsonl``, ``test.jsonl`` and the adapter to ``--out``::
+2511.04715). Writes ``train.jsonl`` (with a ``noise`` column), ``queries.jsonl``, ``test.jsonl`` and the adapter::
 
     python -m benchmarks.finetune --model MODEL_DIR --train sst2/train.jsonl --queries sst2/validation.jsonl --out run
     influence-fast audit --model run/adapter --train run/train.jsonl --queries run/queries.jsonl \\
