@@ -95,15 +95,14 @@ def build_store(
         path,
         layers=capture.shapes,
         dims=capture.dims,
-        ids=list(rows.ids),
-        rows=len(rows),
+        ids=rows.ids,
         projection=str(projection),
         identifiers=capture.identifiers,
         model=fingerprint(model),
         loss=kind if isinstance(loss, str) else getattr(loss, "__qualname__", "custom"),
         dtype=dtype,
         shard_rows=shard_rows,
-        extra={
+        settings={
             "data": rows.digest(),
             "batch_tokens": tokens,
             "truncate": truncate,
@@ -114,28 +113,27 @@ def build_store(
     )
     function = loss if callable(loss) else _loss(kind, capture)
     with (
-        writer,
         _as_evaluated(model),
-        tqdm(
-            total=len(rows), initial=writer.done_rows, unit="sample", delay=2, disable=None if progress else True
-        ) as bar,
+        writer,
+        tqdm(total=len(rows), unit="sample", delay=2, disable=None if progress else True) as bar,
         ThreadPoolExecutor(1) as background,
         capture,
     ):
         writing: Future[None] | None = None
-        for begin in range(writer.done_rows, len(rows), shard_rows):
-            span = range(begin, min(begin + shard_rows, len(rows)))
+        bar.update(len(rows) - sum(len(writer.span(number)) for number in writer.missing))
+        for number in writer.missing:
+            span = writer.span(number)
             shard = _Shard({name: torch.empty(len(span), dim) for name, dim in capture.dims.items()}, {})
             for chosen, results in run(model, capture, function, rows, span, tokens, precision):
-                shard.put(torch.tensor(chosen) - begin, *results)
+                shard.put(torch.tensor(chosen) - span.start, *results)
                 bar.update(len(chosen))
             if writing is not None:
                 writing.result()
             # The next shard is computed while this one is hashed and written; never more than two are in memory.
-            writing = background.submit(writer.append, shard.gradients, shard.columns)
+            writing = background.submit(writer.write, number, shard.gradients, shard.columns)
         if writing is not None:
             writing.result()
-        return writer.close()
+    return GradientStore.open(path)
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -178,8 +176,9 @@ class Rows:
         row = {name: _listed(self.dataset[index].get(name)) for name in (*_TOKEN_COLUMNS, "attention_mask", "labels")}
         mask, per_token = row.pop("attention_mask"), isinstance(row["labels"], list)
         columns = [c for c in (*_TOKEN_COLUMNS, *(["labels"] if per_token else [])) if row.get(c) is not None]
+        length = len(row["input_ids"])
         for column in columns:
-            if not isinstance(row[column], list) or len(row[column]) != len(row["input_ids"]):
+            if not isinstance(row[column], list) or len(row[column]) != length:
                 raise InputError(
                     f"dataset: {column!r} of row {self.ids[index]!r} should be a list as long as its input_ids"
                 )
