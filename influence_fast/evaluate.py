@@ -36,8 +36,9 @@ def ndr_curve(scores: Tensor, noise: Tensor) -> Tensor:
 
 def ndr(scores: Tensor, noise: Tensor, at: float = 0.3) -> float:
     """Noise detection rate: share of the noisy samples among the lowest ``floor(at * n)``."""
-    count = _first(at, len(scores))
-    return float(ndr_curve(scores, noise)[count - 1]) if count else 0.0
+    curve = ndr_curve(scores, noise)
+    count = _first(at, len(curve))
+    return float(curve[count - 1]) if count else 0.0
 
 
 def ndr_auc(scores: Tensor, noise: Tensor) -> float:
@@ -57,10 +58,11 @@ def roc_auc(scores: Tensor, noise: Tensor) -> float:
 
 def precision(scores: Tensor, noise: Tensor, at: float = 0.3) -> float:
     """Share of noisy samples among the lowest ``floor(at * n)``."""
-    count = _first(at, len(scores))
+    curve = ndr_curve(scores, noise)
+    count = _first(at, len(curve))
     if count == 0:
-        raise InputError(f"at: {at!r} of {len(scores)} samples is none")
-    return float(ndr_curve(scores, noise)[count - 1]) * int(torch.as_tensor(noise).sum()) / count
+        raise InputError(f"at: {at!r} of {len(curve)} samples is none")
+    return float(curve[count - 1]) * int(torch.as_tensor(noise).sum()) / count
 
 
 def bootstrap(

@@ -139,8 +139,8 @@ class InfluenceIndex:
         sign = -1 if harmful else 1
         scores, rows = self._nearest(sign * vectors, k)
         if isinstance(self.ids, range):
-            return sign * scores, rows
-        return sign * scores, [[self.ids[row] for row in found] for found in rows.tolist()]
+            return sign * scores.float(), rows
+        return sign * scores.float(), [[self.ids[row] for row in found] for found in rows.tolist()]
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the index into a folder: ``index.faiss`` and ``index.json``."""
@@ -190,18 +190,26 @@ class InfluenceIndex:
 
     def _nearest(self, vectors: np.ndarray, k: int) -> tuple[Tensor, Tensor]:
         """Scores and rows, highest first, ties in row order."""
-        exact = self.factory == "Flat"
-        # Rounding may order near-equal candidates wrongly at the cut, so a few more are looked at.
-        values, found = self._search(vectors, min(len(self), k + 16) if exact else k)
-        scores = torch.empty(len(vectors), k)
-        rows = torch.empty(len(vectors), k, dtype=torch.int64)
-        for query, candidates in enumerate(found):
-            value = values[query].astype(np.float64)
-            if exact:
-                value = self._index.reconstruct_batch(candidates).astype(np.float64) @ vectors[query].astype(np.float64)
-            best = np.lexsort((candidates, -value))[:k]
-            scores[query], rows[query] = torch.from_numpy(value[best]).float(), torch.from_numpy(candidates[best])
-        return scores, rows
+        values, rows = self._exactly(vectors, k) if self.factory == "Flat" else self._search(vectors, k)
+        order = np.lexsort((rows, -values), axis=1)[:, :k]
+        return tuple(torch.from_numpy(np.take_along_axis(found, order, 1)) for found in (values, rows))  # type: ignore
+
+    def _exactly(self, vectors: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """Candidates scored in float64, enough of them that none outside can belong to the best ``k``."""
+        width = min(len(self), k + 16)
+        while True:
+            values, rows = self._index.search(vectors, width)
+            # FAISS computes in float32: what lies this close to the k-th value may be above it.
+            doubt = 1e-5 * np.abs(values).max(1)
+            undecided = values[:, -1] >= values[:, k - 1] - doubt
+            if width == len(self) or not undecided.any():
+                break
+            width = min(len(self), 4 * width)
+        exact = np.empty(values.shape)
+        for query, candidates in enumerate(rows):
+            found = self._index.reconstruct_batch(candidates).astype(np.float64)
+            exact[query] = found @ vectors[query].astype(np.float64)
+        return exact, rows
 
     def _search(self, vectors: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """FAISS's answer, searched wider until every query has k rows: FAISS fills up with -1, which is no row."""
