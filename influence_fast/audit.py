@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -164,7 +165,7 @@ def audit(
     trusted = prepare("queries", rows["queries"], columns, task, network, tokenizer)
     if task == "classification" and len({row["labels"] for row in samples.rows}) < 2:
         raise InputError(f"train: all {len(samples.rows)} samples have one class; influence needs at least two")
-    layers = select_layers(network, config.layers or _default_layers(network))
+    layers = select_layers(network, config.layers or default_layers(network))
     with _folder(out, config) as folder:
         times: dict[str, float] = {}
         stores = {}
@@ -254,9 +255,10 @@ def _rows(argument: str, value: str | Path | Sequence[Mapping[str, Any]]) -> Any
     return rows
 
 
-def _default_layers(model: nn.Module) -> str:
-    adapted = any(".lora_A." in name or ".lora_B." in name for name in named_layers(model))
-    return "lora,head" if adapted else "attention,mlp,head"
+def default_layers(model: nn.Module) -> str | list[str]:
+    """What training changed: adapters and the modules saved beside them, or all but the embeddings."""
+    trained = [name for name in named_layers(model) if re.search(r"\.lora_[AB]\.|\.modules_to_save\.", name)]
+    return trained or "attention,mlp,head"
 
 
 def _main(config: AuditConfig, groups: Mapping[str, Any], aggregations: list[str]) -> tuple[str, str, str]:
