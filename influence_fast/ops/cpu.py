@@ -49,8 +49,8 @@ def outer(x: Tensor, dy: Tensor, spans: Tensor | None) -> Tensor:
 def project_outer(
     x: Tensor, dy: Tensor, p_in: Side | Tensor | None, p_out: Side | Tensor | None, spans: Tensor | None
 ) -> Tensor:
-    right, keep_right = _side(p_in, cached=True)
-    left, keep_left = _side(p_out, cached=True)
+    right, _right = _side(p_in, cached=True)
+    left, _left = _side(p_out, cached=True)
     k_out = dy.shape[2] if p_out is None else left[3]
     k_in = x.shape[2] if p_in is None else right[3]
     out = torch.empty(x.shape[0], k_out, k_in)
@@ -61,7 +61,7 @@ def project_outer(
 
 
 def sketch_outer(x: Tensor, dy: Tensor, side: Side | Tensor, spans: Tensor | None, scale: Tensor | None) -> Tensor:
-    matrix, keep = _side(side)
+    matrix, _matrix = _side(side)
     out = torch.empty(x.shape[0], matrix[3])
     if not x.shape[2] * dy.shape[2]:
         return out.zero_()
