@@ -86,7 +86,7 @@ class BuildExt(build_ext):
         with ThreadPoolExecutor(JOBS) as pool:
             objects = list(pool.map(compiled, extension.sources))
         target = self.get_ext_fullpath(extension.name)
-        self.compiler.link_shared_object(objects, target, extra_postargs=["-pthread"], target_lang="c++")
+        self.compiler.link_shared_object(objects, target, extra_postargs=["-pthread", "-ldl"], target_lang="c++")
 
     def build_cuda(self, extension: Extension) -> None:
         archs = os.environ.get("INFLUENCE_FAST_CUDA_ARCHS", "80;86;89;90").split(";")

@@ -1,11 +1,16 @@
 #include "parallel.h"
 
+#include <dlfcn.h>
 #include <pthread.h>
+#ifdef __linux__
+#include <link.h>
+#endif
 
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
 #include <cstdlib>
+#include <cstring>
 #include <exception>
 #include <mutex>
 #include <new>
@@ -123,20 +128,50 @@ class Pool {
 Pool* pool = nullptr;
 std::mutex* pool_mutex = new std::mutex;
 
+bool forked = false;
+
 void after_fork() {
+  forked = true;
   pool = nullptr;
   pool_mutex = new std::mutex;
   inside = false;
 }
 
+[[maybe_unused]] const int registered = pthread_atfork(nullptr, nullptr, after_fork);
+
 Pool& the_pool() {
   std::lock_guard<std::mutex> lock(*pool_mutex);
-  if (pool == nullptr) {
-    static const int registered = pthread_atfork(nullptr, nullptr, after_fork);
-    (void)registered;
-    pool = new Pool;
-  }
+  if (pool == nullptr) pool = new Pool;
   return *pool;
+}
+
+// Threads of an OpenMP runtime that is already in the process (torch's): they stay awake for a while after each of torch's
+// operations, and a second set of threads would fight them for the cores. Looked up by name, nothing is linked.
+using Team = void (*)(void (*)(void*), void*, unsigned threads, unsigned flags);
+
+#ifdef __linux__
+int find_team(dl_phdr_info* info, size_t, void* found) {
+  if (info->dlpi_name == nullptr) return 0;
+  const char* slash = std::strrchr(info->dlpi_name, '/');
+  const char* name = slash == nullptr ? info->dlpi_name : slash + 1;
+  if (std::strncmp(name, "libgomp", 7) != 0 && std::strncmp(name, "libiomp5", 8) != 0) return 0;
+  void* library = dlopen(info->dlpi_name, RTLD_LAZY | RTLD_NOLOAD);
+  if (library == nullptr) return 0;
+  *static_cast<Team*>(found) = reinterpret_cast<Team>(dlsym(library, "GOMP_parallel"));
+  return *static_cast<Team*>(found) != nullptr;
+}
+#endif
+
+Team torch_team() {
+  static const Team team = [] {
+    Team found = nullptr;
+#ifdef __linux__
+    dl_iterate_phdr(find_team, &found);
+#endif
+    return found;
+  }();
+  // A forked child has the runtime's records of its threads, but not the threads.
+  return forked ? nullptr : team;
 }
 
 float* allocate(size_t count) {
@@ -162,10 +197,14 @@ void parallel_for(int threads, int64_t tasks, Task task, void* context) {
   if (tasks <= 0) return;
   if (threads > tasks) threads = static_cast<int>(tasks);
   Job job{task, context, tasks};
-  if (threads <= 1 || inside || !the_pool().try_run(threads, job)) {
+  if (threads <= 1 || inside) {
     const bool nested = inside;
     work(job);
     inside = nested;
+  } else if (const Team team = torch_team()) {
+    team([](void* shared) { work(*static_cast<Job*>(shared)); }, &job, static_cast<unsigned>(threads), 0);
+  } else if (!the_pool().try_run(threads, job)) {
+    work(job);
   }
   if (job.error) std::rethrow_exception(job.error);
 }

@@ -1,4 +1,5 @@
-// A pool of threads, and the memory its tasks work in. Nothing here is a template or inline: kernels built for different
+// Threads, and the memory their tasks work in. The threads are those of torch's OpenMP runtime where it is loaded, else a
+// pool of our own. Nothing here is a template or inline: kernels built for different
 // instruction sets share one copy.
 #pragma once
 
