@@ -158,12 +158,7 @@ def _print_audit(result: Any, out: Path, as_json: bool) -> None:
 
     def show() -> None:
         if evaluation:
-            wanted = [row for row in evaluation if not row["group"].startswith("block")]
-            rows = [
-                [row["method"], row["group"], row["aggregation"], row["ndr"], row["auc_ndr"], _interval(row)]
-                for row in wanted
-            ]
-            _table(["method", "layers", "aggregation", "NDR@30", "AUC_NDR", "95 % interval"], rows)
+            _show_evaluation(evaluation)
         worst = result.ranking[:10].tolist()
         texts = result.texts or [""] * len(result.ids)
         label = " ".join(result.main)
@@ -182,8 +177,23 @@ def _print_audit(result: Any, out: Path, as_json: bool) -> None:
     _print(document, as_json, show)
 
 
-def _interval(row: dict[str, Any]) -> str:
-    return f"{row['low']:.3f} to {row['high']:.3f}" if "low" in row else ""
+def _show_evaluation(evaluation: list[dict[str, Any]]) -> None:
+    """The baselines, then a table of layer group x aggregation for each method."""
+    cells = {(row["method"], row["group"], row["aggregation"]): row for row in evaluation}
+    rows = [
+        [method, row["ndr"], row["auc_ndr"], f"{row['low']:.3f} to {row['high']:.3f}"]
+        for (method, group, _), row in cells.items()
+        if not group
+    ]
+    _table(["baseline", "NDR@30", "AUC_NDR", "95 % interval"], rows)
+    for method in dict.fromkeys(method for method, group, _ in cells if group):
+        groups = dict.fromkeys(g for m, g, _ in cells if m == method and g and not g.startswith("block"))
+        aggregations = list(dict.fromkeys(a for m, _, a in cells if m == method))
+        rows = [
+            [group, *(cells[method, group, a][metric] for a in aggregations for metric in ("ndr", "auc_ndr"))]
+            for group in groups
+        ]
+        _table([method, *(f"{a}\n{metric}" for a in aggregations for metric in ("NDR@30", "AUC_NDR"))], rows)
 
 
 @main.command(
