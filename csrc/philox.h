@@ -62,13 +62,19 @@ PHILOX_FN Block rademacher(uint32_t row, uint64_t w, Key key) {
   return philox4x32_10(static_cast<uint32_t>(w), row, 0, 0, key);
 }
 
-// Two standard normal entries from two words, in float32 throughout.
+// Two standard normal entries from two words. u1 and the angle are rounded to float32; the functions of them are good to
+// two units in the last place: in double on the host, where that costs little, in float on a device.
 PHILOX_FN void box_muller(uint32_t a, uint32_t b, float* first, float* second) {
+#ifdef __CUDA_ARCH__
+  using Real = float;
+#else
+  using Real = double;
+#endif
   const float u1 = (static_cast<float>(a) + 0.5f) * 2.3283064365386963e-10f;
   const float angle = (static_cast<float>(b) * 2.3283064365386963e-10f) * 6.283185307179586f;
-  const float radius = sqrtf(-2.0f * logf(u1));
-  *first = radius * cosf(angle);
-  *second = radius * sinf(angle);
+  const Real radius = sqrt(Real(-2) * log(static_cast<Real>(u1)));
+  *first = static_cast<float>(radius * cos(static_cast<Real>(angle)));
+  *second = static_cast<float>(radius * sin(static_cast<Real>(angle)));
 }
 
 // Four Gaussian entries: columns [4 w, 4 w + 4) of a row.

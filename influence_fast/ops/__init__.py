@@ -92,9 +92,8 @@ def _fallback(op: str, backend: str, dtype: torch.dtype, reason: str) -> None:
 
 
 def _run(op: str, backend: str, tensor: Tensor, *args: Any) -> Tensor:
-    chosen = choose(op, tensor.device, tensor.dtype, backend)
-    with torch.no_grad():
-        return getattr(_module(chosen), op)(*args)
+    # No torch.no_grad(): every tensor was detached on the way here, and entering it costs as much as a small kernel.
+    return getattr(_module(choose(op, tensor.device, tensor.dtype, backend)), op)(*args)
 
 
 def outer(x: Tensor, dy: Tensor, lengths: Tensor | None = None, *, backend: str = "auto") -> Tensor:
@@ -148,6 +147,7 @@ def sketch_outer(
         check_float("scale", scale, 2)
         if tuple(scale.shape) != shape or scale.device != x.device:
             raise InputError(f"scale: expected shape {shape} on {x.device}, got {tuple(scale.shape)} on {scale.device}")
+        scale = scale.detach()
     return _run("sketch_outer", backend, x, x, dy, side, spans, scale)
 
 

@@ -1,0 +1,47 @@
+"""Shared fixtures: the backends of this machine, one seed per run, outputs that start as NaN."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    # Before anything imports triton: without a GPU its kernels run in the interpreter.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+from backends import BACKENDS, Backend
+
+# Inputs are fresh in every run; a failure is repeated with the seed of the report's header.
+SEED = int(os.environ.get("INFLUENCE_FAST_TEST_SEED") or secrets.randbits(32))
+
+
+def pytest_report_header() -> str:
+    return f"INFLUENCE_FAST_TEST_SEED={SEED}"
+
+
+@pytest.fixture
+def generator(request: pytest.FixtureRequest) -> torch.Generator:
+    """Random numbers that do not depend on which other tests run."""
+    return torch.Generator().manual_seed((SEED + sum(request.node.nodeid.encode())) % 2**63)
+
+
+@pytest.fixture(params=BACKENDS, ids=str)
+def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
+    with request.param as chosen:
+        yield chosen
+
+
+@pytest.fixture
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every ``torch.empty`` is full of NaN, so that an entry nobody wrote is seen."""
+    empty = torch.empty
+
+    def poison(*args: object, **kwargs: object) -> torch.Tensor:
+        tensor = empty(*args, **kwargs)  # type: ignore[call-overload]
+        return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
+
+    monkeypatch.setattr(torch, "empty", poison)

@@ -1,0 +1,89 @@
+"""Random entries: published Philox vectors, and the same bits from the extension as from plain torch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from backends import Backend
+
+from influence_fast import ops
+from influence_fast.ops import philox
+from influence_fast.projection import Side
+
+# Known-answer vectors published with Random123 (Salmon et al. 2011): counter, key, output.
+ONES = 0xFFFFFFFF
+VECTORS = [
+    ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+    ((ONES,) * 4, (ONES,) * 2, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+    (
+        (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+        (0xA4093822, 0x299F31D0),
+        (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+    ),
+]
+
+
+@pytest.mark.parametrize(("counter", "key", "output"), VECTORS)
+def test_published_vectors(counter: tuple[int, ...], key: tuple[int, int], output: tuple[int, ...]) -> None:
+    assert tuple(int(word) for word in philox.philox4x32(counter, key)) == output
+    native = pytest.importorskip("influence_fast_cpu")
+    assert native.philox4x32_10(*counter, *key) == output
+
+
+RANGES = [
+    ((0, 40), (0, 700)),
+    ((3, 4), (127, 130)),
+    ((17, 33), (5, 6)),
+    ((2, 2), (0, 9)),
+    ((0, 5), (4294967000, 4294967600)),
+]
+
+
+@pytest.mark.parametrize(("rows", "cols"), RANGES)
+@pytest.mark.parametrize("kind", ["rademacher", "sjlt"])
+def test_same_bits_everywhere(kind: str, rows: tuple[int, int], cols: tuple[int, int], backend: Backend) -> None:
+    backend.need("random_matrix")
+    for k in (40, 128, 333):
+        side = Side(kind, "layer/left", k, 1 << 33)
+        expected = ops.random_matrix(side, rows, cols, backend="reference")
+        actual = ops.random_matrix(side, rows, cols, device=backend.device, backend=backend.name)
+        assert torch.equal(actual.cpu(), expected)
+
+
+@pytest.mark.parametrize(("rows", "cols"), RANGES)
+def test_gaussian_within_two_units(rows: tuple[int, int], cols: tuple[int, int], backend: Backend) -> None:
+    backend.need("random_matrix")
+    side = Side("gaussian", "layer/left", 64, 1 << 33)
+    expected = ops.random_matrix(side, rows, cols, backend="reference")
+    actual = ops.random_matrix(side, rows, cols, device=backend.device, backend=backend.name).cpu()
+    unit = torch.nextafter(expected.abs(), torch.tensor(torch.inf)) - expected.abs()
+    assert bool(((actual - expected).abs() <= 2 * unit).all())
+
+
+@pytest.mark.parametrize("kind", ["rademacher", "gaussian", "sjlt"])
+def test_a_part_is_the_part_of_the_whole(kind: str, backend: Backend) -> None:
+    backend.need("random_matrix")
+    side = Side(kind, "x/right/seed3", 50, 900)
+    whole = ops.random_matrix(side, device=backend.device, backend=backend.name)
+    part = ops.random_matrix(side, (7, 31), (129, 640), device=backend.device, backend=backend.name)
+    assert torch.equal(part, whole[7:31, 129:640])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_dtypes(dtype: torch.dtype, backend: Backend) -> None:
+    backend.need("random_matrix", dtype)
+    for kind in ("rademacher", "sjlt"):
+        side = Side(kind, "x", 12, 200)
+        actual = ops.random_matrix(side, dtype=dtype, device=backend.device, backend=backend.name)
+        assert torch.equal(actual.cpu(), ops.random_matrix(side, dtype=dtype, backend="reference"))
+
+
+def test_sketch_of_unit_vectors_is_the_matrix(backend: Backend) -> None:
+    """What the kernels multiply by is what random_matrix shows."""
+    backend.need("sketch")
+    for kind in ("rademacher", "sjlt"):
+        for k in (7, 16, 70):
+            side = Side(kind, "x", k, 300)
+            units = torch.eye(300, device=backend.device)
+            expected = ops.random_matrix(side, backend="reference").T
+            assert torch.equal(ops.sketch(units, side, backend=backend.name).cpu(), expected)

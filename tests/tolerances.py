@@ -1,0 +1,33 @@
+"""How far a kernel may be from the float64 reference: one table for all backends, dtypes and shapes.
+
+A float32 sum of L rounded terms is off by about ``sqrt(L) * 2^-24`` times the sum of their absolute values, which is
+the same operation on absolute values. Inputs are exact: the reference sees the same float16 or bfloat16 numbers. What
+does not grow with L: scales rounded to float32, and entries of Gaussian matrices, each within two units in the last place.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+FACTOR = {
+    "outer": 2.0,
+    "project_outer": 2.0,
+    "sketch_outer": 2.0,
+    "score_outer": 2.0,
+    "ghost_dot": 2.0,
+    "ghost_norm": 2.0,
+    "sketch": 2.0,
+}
+
+
+def assert_close(op: str, actual: Tensor, expected: Tensor, absolute: Tensor, length: int) -> None:
+    """``absolute``: the float64 operation on absolute values; ``length``: terms in the longest chain of sums."""
+    assert actual.dtype == torch.float32
+    assert actual.shape == expected.shape
+    room = (8 + FACTOR[op] * math.sqrt(length)) * 2.0**-24 * absolute + 1e-30
+    error = (actual.cpu().double() - expected).abs()
+    # Not "any > room": NaN must fail.
+    assert bool((error <= room).all()), f"{op}: error is {float((error / room).max()):.2f} times what is allowed"
