@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from influence_fast.aggregate import aggregate as aggregate
     from influence_fast.aggregate import aggregate_many as aggregate_many
     from influence_fast.audit import audit as audit
+    from influence_fast.build import build_store as build_store
     from influence_fast.capture import GradientCapture as GradientCapture
-    from influence_fast.capture import build_store as build_store
     from influence_fast.errors import BackendError as BackendError
     from influence_fast.errors import InfluenceError as InfluenceError
     from influence_fast.errors import InputError as InputError
@@ -46,7 +46,7 @@ _ROOMS = {
     "aggregate_many": "aggregate",
     "audit": "audit",
     "GradientCapture": "capture",
-    "build_store": "capture",
+    "build_store": "build",
     "BackendError": "errors",
     "InfluenceError": "errors",
     "InputError": "errors",

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from typing import cast
 
-from torch import nn
+from torch import Tensor, nn
 
 from influence_fast.errors import InputError
 
@@ -17,26 +18,28 @@ KINDS = ("all", "attention", "mlp", "embedding", "head", "lora")
 QUARTERS = ("q1", "q2", "q3", "q4")
 
 _BLOCK = re.compile(r"(?:^|\.)(?:h|[a-z_]*(?:layers?|blocks?|groups?))\.(\d+)(?=\.|$)", re.IGNORECASE)
-_ATTENTION = re.compile(r"attn|attention|(?:^|\.)(?:[qkvo]_proj|query|key|value|w?qkv(?:_proj)?)(?:\.|$)", re.IGNORECASE)
+_ATTENTION = re.compile(
+    r"attn|attention|(?:^|\.)(?:[qkvo]_proj|query|key|value|w?qkv(?:_proj)?)(?:\.|$)", re.IGNORECASE
+)
 _LORA = re.compile(r"\.lora_[AB]\.")
-_EXPERT = re.compile(r"\.experts\.\d+\.")
+_EXPERT = re.compile(r"\.experts\.\d+(?=\.|$)")
 _ITEM = re.compile(r"(?P<kind>[a-z]+)(?:\[(?P<range>[^\]]*)\])?")
 
 
 def is_conv1d(module: nn.Module) -> bool:
     """Whether this is the transposed linear layer of GPT-2 (recognised by shape, so transformers is not imported)."""
-    return type(module).__name__ == "Conv1D" and hasattr(module, "nf") and getattr(module, "weight").dim() == 2
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
 
 
 def layer_shape(module: nn.Module) -> tuple[int, int]:
-    """``(out, in)`` of a layer's gradient. An embedding is a linear layer with one-hot input: ``(width, vocabulary)``."""
+    """``(out, in)`` of a layer's gradient. An embedding has one-hot input: ``(width, vocabulary)``."""
     if isinstance(module, nn.Linear):
         return module.out_features, module.in_features
     if isinstance(module, nn.Embedding):
         return module.embedding_dim, module.num_embeddings
     if is_conv1d(module):
-        inputs, outputs = module.weight.shape  # type: ignore[union-attr, operator]
-        return int(outputs), int(inputs)
+        inputs, outputs = cast(Tensor, module.weight).shape
+        return outputs, inputs
     raise InputError(f"layer: expected nn.Linear, Conv1D or nn.Embedding, got {type(module).__name__}")
 
 
@@ -176,12 +179,15 @@ def _blocks(text: str, count: int, item: str) -> set[int]:
     if colon is None:
         block = int(begin) + count if int(begin) < 0 else int(begin)
         return {block}
-    return set(range(count)[slice(begin and int(begin), end and int(end))])
+    return set(range(count)[int(begin) if begin else None : int(end) if end else None])
 
 
 def _overview(layers: dict[str, nn.Module]) -> str:
     kinds = {kind: sum(_is(kind, name, module) for name, module in layers.items()) for kind in KINDS}
     counts = ", ".join(f"{kind} ({count})" for kind, count in kinds.items() if count)
-    names = list(layers)
-    shown = ", ".join(names[:12]) + (f", ... ({len(names) - 12} more)" if len(names) > 12 else "")
-    return f"there are {counts} in {_block_count(layers)} blocks: {shown}"
+    blocks = _block_count(layers)
+    shown: dict[str, None] = {}
+    for name in layers:
+        match = _BLOCK.search(name)
+        shown[f"{name[: match.start(1)]}{{0..{blocks - 1}}}{name[match.end(1) :]}" if match else name] = None
+    return f"there are {counts} in {blocks} blocks: {', '.join(shown)}"

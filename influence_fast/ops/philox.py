@@ -91,3 +91,13 @@ def sjlt(key: Key, k: int, cols: tuple[int, int], device: torch.device) -> tuple
     index = (feature % k + rotation[feature // k - first // 4 * 4]) % k
     w = _span(c0 // 128, -(-c1 // 128), device)
     return index, _signs(philox4x32((w & _MASK, w >> 32, 1, 0), key), c0 % 128, c1 - c0)
+
+
+def sjlt_at(key: Key, k: int, features: Tensor) -> tuple[Tensor, Tensor]:
+    """Output index (int64) and sign (int8) of any int64 ``features``, for gradients with few non-zeros."""
+    chunk, w = features // k, features // 128
+    words = torch.stack(philox4x32(((chunk // 4) & _MASK, (chunk // 4) >> 32, 2, 0), key), -1)
+    rotation = (words.gather(-1, (chunk % 4)[..., None]).squeeze(-1) * k) >> 32
+    words = torch.stack(philox4x32((w & _MASK, w >> 32, 1, 0), key), -1)
+    bit = words.gather(-1, (features % 128 // 32)[..., None]).squeeze(-1) >> (features % 32)
+    return (features % k + rotation) % k, ((bit & 1) * 2 - 1).to(torch.int8)

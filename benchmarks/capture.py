@@ -1,0 +1,314 @@
+"""Samples per second of gradient capture: ours, its floor, plain hooks, one sample at a time, and bergson if installed.
+
+The *floor* of a run is the forward and the input-gradient backward down to the lowest selected layer: no weight
+gradients, no graph below it, the same batches, the same dtype. Everything above it is what capturing costs::
+
+    python -m benchmarks.capture                      # every workload
+    python -m benchmarks.capture --work minilm-all --repeats 9 --json
+
+Models have random weights in the shapes of the real ones, which cost the same. All methods see the same rows in one
+process, in turn, in both orders; figures are medians, and every method's gradients are compared with ours first.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import click
+import torch
+import transformers as hf
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+import influence_fast as inf
+from influence_fast import build, losses
+from influence_fast.layers import block_of, named_layers
+
+Rows = list[dict[str, Any]]
+Gradients = dict[str, Tensor]
+
+
+@dataclass
+class Work:
+    """One measured job: a model, rows, layers and the precision of forward and backward."""
+
+    model: Callable[[], nn.Module]
+    rows: Callable[[], Rows]
+    layers: str
+    precision: str | None
+    tokens: int
+    projection: str = "rademacher:16x16"
+    single_rows: int = 64
+
+
+def _minilm() -> nn.Module:
+    config = hf.BertConfig(hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536)
+    return hf.BertForSequenceClassification(config)
+
+
+def _neox() -> nn.Module:
+    config = hf.GPTNeoXConfig(
+        vocab_size=8192, hidden_size=512, num_hidden_layers=6, num_attention_heads=8, intermediate_size=2048
+    )
+    return hf.GPTNeoXForCausalLM(config)
+
+
+def _phrases(count: int = 512) -> Rows:
+    """Lengths like those of SST-2's training phrases with their two special tokens: 3 to 60, half of them under 10."""
+    random = torch.Generator().manual_seed(0)
+    lengths = (torch.randn(count, generator=random) * 0.65 + 2.2).exp().add(2).clamp(3, 60).long().tolist()
+    return [
+        {"input_ids": torch.randint(1000, 30000, (n,), generator=random).tolist(), "labels": i % 2}
+        for i, n in enumerate(lengths)
+    ]
+
+
+def _documents(count: int = 16, length: int = 512) -> Rows:
+    random = torch.Generator().manual_seed(0)
+    ids = torch.randint(8192, (count, length), generator=random).tolist()
+    return [{"input_ids": row, "labels": row} for row in ids]
+
+
+WORKS = {
+    "minilm-all": Work(_minilm, _phrases, "attention", None, 4096),
+    "minilm-middle": Work(_minilm, _phrases, "attention[2:4]", "bfloat16", 4096),
+    "neox-all": Work(_neox, _documents, "attention,mlp", None, 2048, single_rows=4),
+    "neox-upper": Work(_neox, _documents, "attention[3:6]", None, 2048, single_rows=4),
+    "neox-upper-bf16": Work(_neox, _documents, "attention[3:6]", "bfloat16", 2048, single_rows=4),
+}
+
+
+@dataclass
+class Job:
+    """A work made concrete, shared by all methods."""
+
+    model: nn.Module
+    rows: build.Rows
+    layers: list[str]
+    work: Work
+    projection: inf.Projection
+
+    def batches(self) -> list[dict[str, Tensor]]:
+        return [
+            build.collate([self.rows[i] for i in chosen], self.model)
+            for chosen in build.batches(self.rows, range(len(self.rows)), self.work.tokens)
+        ]
+
+    def order(self) -> list[int]:
+        return [i for chosen in build.batches(self.rows, range(len(self.rows)), self.work.tokens) for i in chosen]
+
+    def loss(self, **kwargs: Any) -> losses.Loss:
+        causal = isinstance(self.rows[0]["labels"], list)
+        return losses.CausalLM(**kwargs) if causal else losses.classification
+
+
+def ours(job: Job) -> Gradients:
+    out = {name: torch.empty(len(job.rows), job.projection.output_dim((1, 1))) for name in job.layers}
+    with inf.GradientCapture(job.model, job.layers, job.projection) as capture:
+        loss = job.loss(part=capture.part)
+        steps = build.run(job.model, capture, loss, job.rows, range(len(job.rows)), job.work.tokens, job.work.precision)
+        for chosen, (gradients, _) in steps:
+            for name, gradient in gradients.items():
+                out[name][chosen] = gradient
+    return out
+
+
+def floor(job: Job) -> None:
+    """Forward and shortened backward, nothing captured."""
+    modules = named_layers(job.model)
+    lowest = min(block_of(name) or 0 for name in job.layers)
+    handles = [
+        modules[name].register_forward_hook(lambda module, args, output: output.detach().requires_grad_())
+        for name in job.layers
+        if block_of(name) == lowest
+    ]
+    loss = job.loss()
+    for batch in job.batches():
+        with build.autocast(job.model, job.work.precision):
+            each = loss(job.model, batch)
+        each.sum().backward()
+    for handle in handles:
+        handle.remove()
+
+
+def hooks(job: Job) -> Gradients:
+    """What twenty lines of hooks do: keep x, run the whole backward with weight gradients, einsum, project."""
+    modules = named_layers(job.model)
+    out: dict[str, list[Tensor]] = {name: [] for name in job.layers}
+    inputs: dict[str, Tensor] = {}
+    sides = _sides(job)
+    job.model.requires_grad_(True)
+
+    def see(name: str) -> Callable[..., None]:
+        return lambda module, args, output: inputs.__setitem__(name, args[0].detach())
+
+    def take(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, grad_in: Any, grad_out: tuple[Tensor, ...]) -> None:
+            left, right = sides[name]
+            gradient = torch.einsum("nto,nti->noi", grad_out[0].float(), inputs[name].float())
+            out[name].append((left @ gradient @ right.T).flatten(1))
+
+        return hook
+
+    handles = [modules[name].register_forward_hook(see(name)) for name in job.layers]
+    handles += [modules[name].register_full_backward_hook(take(name)) for name in job.layers]
+    loss = job.loss()
+    for batch in job.batches():
+        with build.autocast(job.model, job.work.precision):
+            each = loss(job.model, batch)
+        each.sum().backward()
+        job.model.zero_grad()
+    for handle in handles:
+        handle.remove()
+    job.model.requires_grad_(False)
+    places = torch.tensor(job.order()).argsort()
+    return {name: torch.cat(found)[places] for name, found in out.items()}
+
+
+def one_by_one(job: Job) -> Gradients:
+    """The paper's loop: one sample at a time, weight gradients of the selected layers, float32."""
+    modules = named_layers(job.model)
+    out: dict[str, list[Tensor]] = {name: [] for name in job.layers}
+    weights = [cast(Tensor, modules[name].weight) for name in job.layers]
+    sides, loss = _sides(job), job.loss()
+    for weight in weights:
+        weight.requires_grad_(True)
+    for index in range(min(job.work.single_rows, len(job.rows))):
+        each = loss(job.model, build.collate([job.rows[index]], job.model))
+        for name, gradient in zip(job.layers, torch.autograd.grad(each.sum(), weights), strict=True):
+            left, right = sides[name]
+            out[name].append((left @ gradient @ right.T).flatten())
+    job.model.requires_grad_(False)
+    return {name: torch.stack(found) for name, found in out.items()}
+
+
+def bergson(job: Job) -> None:
+    """Bergson's collector of projected per-sample gradients on the same batches."""
+    from bergson.collector.collector import HookCollectorBase  # type: ignore[import-not-found]
+    from bergson.gradients import GradientProcessor  # type: ignore[import-not-found]
+
+    class Collector(HookCollectorBase):
+        def setup(self) -> None: ...
+
+        def teardown(self) -> None: ...
+
+        def forward_hook(self, module: nn.Module, a: Tensor) -> None:
+            module._inputs = self._projected_input(module, a)
+
+        def backward_hook(self, module: nn.Module, g: Tensor) -> None:
+            self.mod_grads[module._name] = self._projected_gradient(module, g)
+
+    collector = Collector(
+        model=job.model,
+        target_modules=set(job.layers),
+        processor=GradientProcessor(projection_dim=16, projection_type="rademacher"),
+    )
+    loss = job.loss()
+    with collector:
+        for batch in job.batches():
+            with build.autocast(job.model, job.work.precision):
+                each = loss(job.model, batch)
+            each.sum().backward()
+
+
+def _sides(job: Job) -> dict[str, tuple[Tensor, Tensor]]:
+    out = {}
+    for name, shape in inf.GradientCapture(job.model, job.layers, job.projection).shapes.items():
+        left, right = job.projection.side(name, "left", shape[0]), job.projection.side(name, "right", shape[1])
+        if left is not None and right is not None:
+            out[name] = left.matrix(), right.matrix()
+    return out
+
+
+def measure(work: Work, repeats: int) -> dict[str, dict[str, float]]:
+    """Median samples/s of each method, rounds in alternating order, after a round that warms up and compares."""
+    torch.manual_seed(0)
+    model = work.model().eval().requires_grad_(False)
+    cast(Any, model).config.use_cache = False
+    rows = build.Rows(work.rows(), None)
+    list(rows.scan())
+    job = Job(model, rows, inf.select_layers(model, work.layers), work, inf.Projection.parse(work.projection))
+    methods: dict[str, Callable[[Job], Any]] = {"ours": ours, "floor": floor, "hooks": hooks, "one by one": one_by_one}
+    if importlib.util.find_spec("bergson"):
+        methods["bergson"] = bergson
+    _compare(job)
+    times: dict[str, list[float]] = {name: [] for name in methods}
+    for round_ in range(repeats + 1):
+        for name in list(methods)[:: 1 if round_ % 2 else -1]:
+            begin = time.perf_counter()
+            methods[name](job)
+            if round_:
+                times[name].append(time.perf_counter() - begin)
+    counts = {"one by one": min(work.single_rows, len(rows))}
+    speeds = {name: [counts.get(name, len(rows)) / t for t in spent] for name, spent in times.items()}
+    return {
+        name: {
+            "samples_per_s": statistics.median(speed),
+            "low": min(speed),
+            "high": max(speed),
+            "ours_over": statistics.median(a / b for a, b in zip(speeds["ours"], speed, strict=True)),
+        }
+        for name, speed in speeds.items()
+    }
+
+
+def _compare(job: Job) -> None:
+    """Refuse to time a method that computes something else."""
+    tolerance = 1e-4 if job.work.precision is None else 0.1
+    expected = ours(job)
+    for method in (hooks, one_by_one):
+        for name, gradient in method(job).items():
+            error = (expected[name][: len(gradient)] - gradient).norm() / gradient.norm()
+            if not error < tolerance:
+                raise SystemExit(f"{method.__name__} disagrees on {name}: relative error {error:.1e}")
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    yield
+    torch.set_num_threads(before)
+
+
+@click.command()
+@click.option("--work", "names", multiple=True, type=click.Choice(list(WORKS)), help="Workload; all by default.")
+@click.option("--repeats", default=5, show_default=True)
+@click.option("--threads", default=2, show_default=True)
+@click.option("--out", type=click.Path(path_type=Path), help="Write the figures to this JSON file too.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+def main(names: tuple[str, ...], repeats: int, threads: int, out: Path | None, as_json: bool) -> None:
+    """Measure gradient capture against its floor and its alternatives."""
+    with _threads(threads):
+        results = {name: measure(WORKS[name], repeats) for name in names or WORKS}
+    document = {
+        "machine": {"cpu": platform.processor() or platform.machine(), "threads": threads, "torch": torch.__version__},
+        "results": results,
+    }
+    if out:
+        out.write_text(json.dumps(document, indent=1) + "\n")
+    if as_json:
+        json.dump(document, sys.stdout, indent=1)
+        return
+    table = Table("work", "method", "samples/s", "lowest", "highest", "ours / it")
+    for name, methods in results.items():
+        for method, row in methods.items():
+            figures = [f"{row[key]:.1f}" for key in ("samples_per_s", "low", "high")]
+            table.add_row(name, method, *figures, f"{row['ours_over']:.2f}")
+        table.add_section()
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()

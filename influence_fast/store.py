@@ -1,0 +1,491 @@
+"""Per-sample gradients on disk: written shard by shard, resumed, verified, memory-mapped.
+
+A store is a folder of ``manifest.json`` and shards ``shard-00000.safetensors``, ``shard-00001.safetensors``, ... Every
+shard but the last holds ``shard_rows`` consecutive rows. Nothing is ever unpickled.
+
+**Shard**, byte by byte (the safetensors format):
+
+=================  =========================================================================================
+bytes              content
+=================  =========================================================================================
+0 .. 8             H, the length of the header: unsigned, little-endian
+8 .. 8 + H         header: JSON ``{name: {"dtype": .., "shape": [..], "data_offsets": [begin, end]}}``
+8 + H + begin ..   the tensor: C-contiguous, little-endian, offsets counted from the header's end
+=================  =========================================================================================
+
+==============================  ==========  ==================================================================
+tensor                          dtype       content
+==============================  ==========  ==================================================================
+``LAYER``                       F32 F16     ``(rows, dim)`` gradients, each out-major ``(k_out, k_in)``, a sketch,
+                                BF16 I8     or the whole ``(out, in)`` gradient
+``@scale/LAYER``                F32         ``(rows,)``, int8 stores alone: gradient = scale * number
+``@sqnorm/LAYER``               F64         ``(rows,)`` ``|g|^2`` of the gradient before it was rounded to dtype
+``@column/NAME``                any         ``(rows,)`` ``loss``, ``correct``, ``prediction``
+==============================  ==========  ==================================================================
+
+**Manifest**: ``format``, ``version``, ``model`` (SHA-256 of the weights), ``projection`` (text), ``layers`` (by name:
+``shape`` (out, in), ``dim``, ``matrices`` with the identifier of each random matrix), ``dtype``, ``loss``, ``rows``,
+``shard_rows``, ``ids`` (null: row numbers), ``settings`` of the build, and ``shards``: ``file``, ``rows``, ``bytes`` and
+``sha256`` of each.
+
+A shard is written aside, fsynced and renamed; the manifest follows. So what the manifest names is whole, and a build
+that was killed goes on with the shards that are missing. A reader in plain NumPy::
+
+    import json, pathlib
+    import numpy as np
+
+    def read_store(folder, layer):
+        folder = pathlib.Path(folder)
+        manifest = json.loads((folder / "manifest.json").read_text())
+        parts = []
+        for shard in manifest["shards"]:
+            raw = np.memmap(folder / shard["file"], dtype=np.uint8, mode="r")
+            size = int(raw[:8].view("<u8")[0])
+            header = json.loads(bytes(raw[8 : 8 + size]))
+            entry = header[layer]
+            begin, end = entry["data_offsets"]
+            data = raw[8 + size + begin : 8 + size + end]
+            dtype = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "I8": "i1"}[entry["dtype"]]
+            rows = data.view(dtype).reshape(entry["shape"])
+            if entry["dtype"] == "BF16":
+                rows = (rows.astype("<u4") << 16).view("<f4")
+            parts.append(rows)
+        return np.concatenate(parts)
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import IO, Any, cast
+
+import numpy as np
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from influence_fast.errors import InfluenceError, InputError, StoreError
+
+FORMAT, VERSION = "influence_fast.gradients", 1
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "int8": torch.int8}
+_TORCH = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I8": torch.int8,
+    "I64": torch.int64,
+    "BOOL": torch.bool,
+}
+Rows = slice | Sequence[int] | Tensor | None
+
+
+class GradientStore:
+    """A finished store, read through memory maps: see :meth:`open`.
+
+    Attributes:
+        path: the folder.
+        layers: names in the model's order; ``dims`` and ``shapes`` give numbers per row and the weight's ``(out, in)``.
+        ids: name of each row; its number unless the build was given others.
+        meta: the manifest.
+    """
+
+    def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
+        self.path = path
+        self.meta = manifest
+        self.layers: list[str] = list(manifest["layers"])
+        self.dims: dict[str, int] = {name: layer["dim"] for name, layer in manifest["layers"].items()}
+        self.shapes: dict[str, tuple[int, int]] = {
+            name: (layer["shape"][0], layer["shape"][1]) for name, layer in manifest["layers"].items()
+        }
+        self.ids: Sequence[int | str] = range(manifest["rows"]) if manifest["ids"] is None else manifest["ids"]
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> GradientStore:
+        """Open a finished store.
+
+        Raises:
+            StoreError: there is none, its manifest is damaged or of another version, the build is unfinished, or a
+                shard is missing or cut short.
+        """
+        folder = Path(path)
+        manifest = _read_manifest(folder)
+        done = sum(shard["rows"] for shard in manifest["shards"])
+        if done != manifest["rows"]:
+            raise StoreError(f"{folder}: unfinished, {done} of {manifest['rows']} rows; build it again to go on")
+        store = cls(folder, manifest)
+        for shard in store._shards:
+            shard.check_size()
+        return store
+
+    def __len__(self) -> int:
+        return self.meta["rows"]
+
+    def __repr__(self) -> str:
+        return (
+            f"GradientStore({str(self.path)!r}: {len(self)} rows, {len(self.layers)} layers, "
+            f"{self.meta['projection']}, {self.meta['dtype']})"
+        )
+
+    def read(self, layer: str, rows: Rows = None) -> Tensor:
+        """Gradients of ``layer``: float32 ``(len(rows), dim)``; all rows by default.
+
+        ``rows`` is a slice, a sequence or tensor of row numbers (negative ones count from the end), or a boolean mask.
+        Only the rows asked for are read.
+        """
+        if layer not in self.dims:
+            raise InputError(f"layer: the store has no {layer!r}; it has {', '.join(self.layers)}")
+        return self._gather(rows, torch.float32, (self.dims[layer],), lambda shard, own: shard.gradients(layer, own))
+
+    def sqnorm(self, layer: str) -> Tensor:
+        """Exact ``|g|^2`` of every row: float64 ``(n,)``, of the (projected) gradient before rounding to dtype."""
+        if layer not in self.dims:
+            raise InputError(f"layer: the store has no {layer!r}; it has {', '.join(self.layers)}")
+        return torch.cat([shard.tensor(f"@sqnorm/{layer}") for shard in self._shards])
+
+    @property
+    def columns(self) -> list[str]:
+        """Names of what is kept of each row beside its gradients."""
+        return [name.removeprefix("@column/") for name in self._shards[0].entries if name.startswith("@column/")]
+
+    def column(self, name: str) -> Tensor:
+        """``loss`` (float32), ``correct`` (bool) or ``prediction`` (int64) of every row: ``(n,)``."""
+        if name not in self.columns:
+            raise InputError(f"column: the store has no {name!r}; it has {', '.join(self.columns)}")
+        return torch.cat([shard.tensor(f"@column/{name}") for shard in self._shards])
+
+    def verify(self) -> None:
+        """Hash every shard and check what it holds; :class:`StoreError` names the first that is damaged."""
+        for shard in self._shards:
+            shard.check_size()
+            found = _hash(shard.path)
+            if found != shard.sha256:
+                raise StoreError(f"{shard.path}: damaged, its SHA-256 is {found}, the manifest says {shard.sha256}")
+            shard.check_entries(self.dims, self.meta["dtype"])
+
+    @cached_property
+    def _shards(self) -> list[_Shard]:
+        return [_Shard(self.path / shard["file"], **shard) for shard in self.meta["shards"]]
+
+    def _gather(self, rows: Rows, dtype: torch.dtype, shape: tuple[int, ...], read: Any) -> Tensor:
+        wanted = _row_numbers(rows, len(self))
+        out = torch.empty((len(wanted), *shape), dtype=dtype)
+        begin = 0
+        for shard in self._shards:
+            end = begin + shard.rows
+            if isinstance(wanted, range) and wanted.step == 1:
+                low, high = max(wanted.start, begin), min(wanted.stop, end)
+                if low < high:
+                    out[low - wanted.start : high - wanted.start] = read(shard, slice(low - begin, high - begin))
+            else:
+                numbers = np.asarray(wanted, dtype=np.int64)
+                places = np.flatnonzero((numbers >= begin) & (numbers < end))
+                if len(places):
+                    out[torch.from_numpy(places)] = read(shard, numbers[places] - begin)
+            begin = end
+        return out
+
+
+class StoreWriter:
+    """Writes the shards of one store, in any order and by any number of processes; the manifest follows each."""
+
+    def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
+        self.path = path
+        self.manifest = manifest
+        self._lock: IO[str] | None = None
+
+    @classmethod
+    def create(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        layers: Mapping[str, tuple[int, int]],
+        dims: Mapping[str, int],
+        ids: Sequence[int | str],
+        projection: str,
+        identifiers: Mapping[str, Mapping[str, str]],
+        model: str,
+        loss: str,
+        dtype: str,
+        shard_rows: int,
+        settings: Mapping[str, Any],
+        resume: bool = True,
+    ) -> StoreWriter:
+        """Begin a store, or go on with one that was begun with the same arguments.
+
+        Raises:
+            InputError: unknown dtype; something is there already and ``resume`` is false.
+            StoreError: what is there was begun with other arguments (names the first that differs).
+        """
+        if dtype not in DTYPES:
+            raise InputError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
+        folder = Path(path)
+        manifest: dict[str, Any] = {
+            "format": FORMAT,
+            "version": VERSION,
+            "model": model,
+            "projection": projection,
+            "layers": {
+                name: {"shape": list(shape), "dim": dims[name], "matrices": dict(identifiers.get(name, {}))}
+                for name, shape in layers.items()
+            },
+            "dtype": dtype,
+            "loss": loss,
+            "rows": len(ids),
+            "shard_rows": shard_rows,
+            "ids": None if list(ids) == list(range(len(ids))) else list(ids),
+            "settings": dict(settings),
+            "shards": [],
+        }
+        if (folder / "manifest.json").exists():
+            earlier = _read_manifest(folder)
+            if not resume:
+                raise InputError(f"{folder}: holds a store already; remove it, or pass resume=True")
+            _check_same(folder, earlier, json.loads(json.dumps(manifest)))
+            manifest["shards"] = earlier["shards"]
+        elif folder.exists() and any(folder.iterdir()):
+            raise InputError(f"{folder}: is not empty and holds no store; choose a new folder")
+        return cls(folder, manifest)
+
+    def __enter__(self) -> StoreWriter:
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._lock = open(self.path / ".lock", "w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._lock.close()
+            self._lock = None
+            raise StoreError(f"{self.path}: another process is building this store") from None
+        for left in self.path.glob("*.part"):
+            left.unlink()
+        if not (self.path / "manifest.json").exists():
+            self._publish()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._lock is not None:
+            (self.path / ".lock").unlink(missing_ok=True)
+            self._lock.close()
+            self._lock = None
+
+    def span(self, shard: int) -> range:
+        """Rows of one shard."""
+        size = self.manifest["shard_rows"]
+        return range(shard * size, min((shard + 1) * size, self.manifest["rows"]))
+
+    @property
+    def missing(self) -> list[int]:
+        """Numbers of the shards that are not written yet."""
+        done = {shard["file"] for shard in self.manifest["shards"]}
+        count = -(-self.manifest["rows"] // self.manifest["shard_rows"])
+        return [number for number in range(count) if _shard_name(number) not in done]
+
+    def write(self, shard: int, gradients: Mapping[str, Tensor], columns: Mapping[str, Tensor]) -> None:
+        """Write one shard: ``{layer: (rows, dim)}`` and ``{column: (rows,)}``.
+
+        Raises:
+            InputError: a gradient that is not finite, or overflows the store's dtype; names layer and row.
+            InfluenceError: the disk is full. Shards written so far stay valid, and the build can go on later.
+        """
+        data = save(self._tensors(self.span(shard), gradients, columns))
+        name = _shard_name(shard)
+        self._put(name, data)
+        entry = {
+            "file": name,
+            "rows": len(self.span(shard)),
+            "bytes": len(data),
+            "sha256": hashlib.sha256(data).hexdigest(),
+        }
+        self.manifest["shards"] = sorted([*self.manifest["shards"], entry], key=lambda item: item["file"])
+        self._publish()
+
+    def _tensors(
+        self, span: range, gradients: Mapping[str, Tensor], columns: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        tensors = {f"@column/{name}": column.cpu().contiguous() for name, column in columns.items()}
+        dtype = DTYPES[self.manifest["dtype"]]
+        for name, layer in self.manifest["layers"].items():
+            gradient = gradients[name].detach().cpu()
+            if tuple(gradient.shape) != (len(span), layer["dim"]):
+                raise InputError(f"{name}: expected ({len(span)}, {layer['dim']}), got {tuple(gradient.shape)}")
+            sqnorm = torch.linalg.vecdot(gradient.double(), gradient.double())
+            self._check_finite(name, span, sqnorm, "is not finite")
+            if dtype == torch.int8:
+                scale = gradient.abs().amax(1).float() / 127
+                tensors[f"@scale/{name}"] = scale
+                rounded = (gradient / scale.clamp_min(torch.finfo(torch.float32).tiny)[:, None]).round().to(dtype)
+            else:
+                rounded = gradient.to(dtype)
+                self._check_finite(name, span, rounded.float().abs().amax(1), f"overflows {self.manifest['dtype']}")
+            tensors[name], tensors[f"@sqnorm/{name}"] = rounded.contiguous(), sqnorm
+        return tensors
+
+    def _check_finite(self, layer: str, span: range, values: Tensor, what: str) -> None:
+        bad = values.isfinite().logical_not().nonzero()
+        if len(bad):
+            row = span[int(bad[0])]
+            name = row if self.manifest["ids"] is None else self.manifest["ids"][row]
+            raise InputError(f"gradient of layer {layer!r} for row {name!r} {what}")
+
+    def _publish(self) -> None:
+        self._put("manifest.json", (json.dumps(self.manifest, indent=1) + "\n").encode())
+
+    def _put(self, name: str, data: bytes) -> None:
+        part = self.path / f"{name}.part"
+        try:
+            with open(part, "wb") as file:
+                _write(file, data)
+                file.flush()
+                os.fsync(file.fileno())
+            part.rename(self.path / name)
+        except OSError as error:
+            part.unlink(missing_ok=True)
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise
+            free = shutil.disk_usage(self.path).free
+            raise InfluenceError(
+                f"{self.path}: the disk is full; {name} needs {len(data)} bytes, {free} are free. "
+                "What is written stays valid: make room and build again to go on"
+            ) from error
+        folder = os.open(self.path, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+class _Shard:
+    """One shard file, mapped when first read."""
+
+    def __init__(self, path: Path, file: str, rows: int, bytes: int, sha256: str) -> None:
+        self.path, self.rows, self.bytes, self.sha256 = path, rows, bytes, sha256
+
+    def check_size(self) -> None:
+        try:
+            size = self.path.stat().st_size
+        except FileNotFoundError:
+            raise StoreError(f"{self.path}: missing") from None
+        if size != self.bytes:
+            raise StoreError(f"{self.path}: damaged, {size} bytes long where the manifest says {self.bytes}")
+
+    def check_entries(self, dims: Mapping[str, int], dtype: str) -> None:
+        for layer, dim in dims.items():
+            entry = self.entries.get(layer)
+            if entry is None or entry["shape"] != [self.rows, dim] or _TORCH[entry["dtype"]] != DTYPES[dtype]:
+                raise StoreError(f"{self.path}: expected {dtype} ({self.rows}, {dim}) for {layer!r}, found {entry}")
+            if not self.tensor(f"@sqnorm/{layer}").isfinite().all():
+                raise StoreError(f"{self.path}: gradients of {layer!r} are not finite")
+
+    @cached_property
+    def _bytes(self) -> np.memmap[Any, np.dtype[np.uint8]]:
+        return np.memmap(self.path, dtype=np.uint8, mode="r")
+
+    @cached_property
+    def _header(self) -> tuple[int, dict[str, Any]]:
+        try:
+            size = int(self._bytes[:8].view("<u8")[0])
+            header = json.loads(bytes(self._bytes[8 : 8 + size]))
+        except (ValueError, IndexError) as error:
+            raise StoreError(f"{self.path}: damaged header ({error})") from None
+        header.pop("__metadata__", None)
+        return 8 + size, header
+
+    @property
+    def entries(self) -> dict[str, Any]:
+        return self._header[1]
+
+    def array(self, name: str, rows: Any = slice(None)) -> Tensor:
+        """A copy of some rows of a tensor, in its own dtype."""
+        start, header = self._header
+        if name not in header:
+            raise StoreError(f"{self.path}: has no {name!r}")
+        begin, end = header[name]["data_offsets"]
+        shape, dtype = header[name]["shape"], _TORCH[header[name]["dtype"]]
+        flat = self._bytes[start + begin : start + end].reshape(shape[0], -1)
+        return torch.from_numpy(np.array(flat[rows])).view(dtype).reshape(-1, *shape[1:])
+
+    def tensor(self, name: str) -> Tensor:
+        return self.array(name)
+
+    def gradients(self, layer: str, rows: Any) -> Tensor:
+        values = self.array(layer, rows).float()
+        return values * self.array(f"@scale/{layer}", rows)[:, None] if f"@scale/{layer}" in self.entries else values
+
+
+def _write(file: IO[bytes], data: bytes) -> None:
+    file.write(data)
+
+
+def _hash(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _shard_name(number: int) -> str:
+    return f"shard-{number:05d}.safetensors"
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text())
+    except FileNotFoundError:
+        raise StoreError(f"{folder}: no gradient store (no manifest.json)") from None
+    except (ValueError, OSError) as error:
+        raise StoreError(f"{folder}: manifest.json is damaged ({error})") from None
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise StoreError(f"{folder}: manifest.json is not that of a gradient store")
+    if manifest.get("version") != VERSION:
+        raise StoreError(f"{folder}: store version {manifest.get('version')}, this library reads {VERSION}")
+    missing = {"model", "projection", "layers", "dtype", "loss", "rows", "shard_rows", "ids", "shards"} - set(manifest)
+    if missing:
+        raise StoreError(f"{folder}: manifest.json is damaged, it lacks {', '.join(sorted(missing))}")
+    return manifest
+
+
+def _check_same(folder: Path, earlier: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    pairs = [(key, earlier.get(key), now[key]) for key in now if key not in ("shards", "settings")]
+    pairs += [(key, earlier.get("settings", {}).get(key), value) for key, value in now["settings"].items()]
+    for key, was, wanted in pairs:
+        if was != wanted:
+            if isinstance(was, dict) and isinstance(wanted, dict):
+                was, wanted = list(was), list(wanted)
+            raise StoreError(
+                f"{folder}: was built with another {key}: {_short(was)}, not {_short(wanted)}; choose a new folder"
+            )
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _row_numbers(rows: Rows, count: int) -> range | list[int]:
+    if rows is None:
+        return range(count)
+    if isinstance(rows, slice):
+        return range(count)[rows]
+    if isinstance(rows, range):
+        numbers: Iterable[int] = rows
+    else:
+        array = rows.tolist() if isinstance(rows, Tensor | np.ndarray) else list(rows)
+        if array and all(isinstance(value, bool) for value in array):
+            if len(array) != count:
+                raise InputError(f"rows: a mask needs one value for each of the {count} rows, got {len(array)}")
+            array = [i for i, keep in enumerate(array) if keep]
+        numbers = cast(list[int], array)
+    out = []
+    for number in numbers:
+        if isinstance(number, bool) or not isinstance(number, int) or not -count <= number < count:
+            raise InputError(f"rows: expected numbers from {-count} to {count - 1}, got {number!r}")
+        out.append(number % count)
+    return out

@@ -1,0 +1,54 @@
+"""Small stores for tests."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from torch import Tensor
+
+import influence_fast as inf
+from influence_fast.store import StoreWriter
+
+
+def writer(
+    path: Path,
+    gradients: Mapping[str, Tensor],
+    *,
+    shapes: Mapping[str, tuple[int, int]] | None = None,
+    ids: Sequence[int | str] | None = None,
+    projection: str = "identity",
+    model: str = "m",
+    dtype: str = "float32",
+    shard_rows: int = 4,
+    resume: bool = True,
+) -> StoreWriter:
+    rows = len(next(iter(gradients.values())))
+    return StoreWriter.create(
+        path,
+        layers=shapes or {name: (1, tensor.shape[1]) for name, tensor in gradients.items()},
+        dims={name: tensor.shape[1] for name, tensor in gradients.items()},
+        ids=range(rows) if ids is None else ids,
+        projection=projection,
+        identifiers={},
+        model=model,
+        loss="classification",
+        dtype=dtype,
+        shard_rows=shard_rows,
+        settings={},
+        resume=resume,
+    )
+
+
+def write_store(
+    path: Path, gradients: Mapping[str, Tensor], columns: Mapping[str, Tensor] | None = None, **settings
+) -> inf.GradientStore:
+    with writer(path, gradients, **settings) as out:
+        for shard in out.missing:
+            rows = slice(out.span(shard).start, out.span(shard).stop)
+            out.write(
+                shard,
+                {name: tensor[rows] for name, tensor in gradients.items()},
+                {name: column[rows] for name, column in (columns or {}).items()},
+            )
+    return inf.GradientStore.open(path)

@@ -1,0 +1,129 @@
+"""Aggregation against literal definitions."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import rankdata
+from torch import Tensor
+
+import influence_fast as inf
+from influence_fast.aggregate import order
+
+L, M, N = 3, 5, 12
+
+
+def values(seed: int = 0, shape: tuple[int, int, int] = (L, M, N), levels: int = 6) -> dict[str, Tensor]:
+    """Few levels, so that ties are common."""
+    random = torch.Generator().manual_seed(seed)
+    return {f"l{i}": torch.randint(levels, shape[1:], generator=random).float() - 2 for i in range(shape[0])}
+
+
+def literal(
+    data: dict[str, Tensor], base: str, queries: list[int], fraction: float = 0.2, trim: float = 0.1
+) -> np.ndarray:
+    cube = np.stack([v.double().numpy()[queries] for v in data.values()])
+    n = cube.shape[-1]
+    ranks = np.stack([[rankdata(row) - 1 for row in layer] for layer in cube])
+    flat = cube.reshape(-1, n)
+    if base == "mean":
+        return flat.mean(0)
+    if base == "rank":
+        return ranks.reshape(-1, n).mean(0)
+    if base == "vote":
+        return -np.maximum(round(fraction * n) - ranks, 0).sum((0, 1))
+    if base == "min":
+        return flat.min(0)
+    if base == "median":
+        return np.median(flat, 0)
+    cut = int(trim * len(flat))
+    return np.sort(flat, 0)[cut : len(flat) - cut].mean(0)
+
+
+@pytest.mark.parametrize("base", ["mean", "rank", "vote", "min", "median", "trimmed"])
+def test_definitions(base: str) -> None:
+    data, correct = values(), torch.tensor([True, False, True, True, False])
+    everything = literal(data, base, [0, 1, 2, 3, 4])
+    np.testing.assert_allclose(inf.aggregate(data, base), everything, rtol=1e-6)
+    kept = literal(data, base, [0, 2, 3])
+    for name, queries in ((f"{base}-c", correct), (base, correct), (base, [0, 2, 3])):
+        np.testing.assert_allclose(inf.aggregate(data, name, queries=queries), kept, rtol=1e-6)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(1, 3), st.integers(1, 4), st.integers(1, 30), st.floats(0.02, 1), st.integers(0, 99))
+def test_vote_and_rank_of_any_shape(layers: int, m: int, n: int, fraction: float, seed: int) -> None:
+    data = values(seed, (layers, m, n))
+    np.testing.assert_allclose(inf.aggregate(data, "rank"), literal(data, "rank", list(range(m))), rtol=1e-6)
+    if round(fraction * n):
+        got = inf.aggregate(data, "vote", fraction=fraction)
+        np.testing.assert_array_equal(got, literal(data, "vote", list(range(m)), fraction))
+
+
+def test_many_at_once_equal_one_at_a_time() -> None:
+    data, correct = values(), torch.tensor([False, True, True, False, True])
+    groups = {"first": ["l0"], "rest": ["l1", "l2"], "weighted": {"l0": 3.0, "l2": 1.0}}
+    methods = ["mean", "rank", "vote", "mean-c", "rank-c", "vote-c"]
+    many = inf.aggregate_many(data, methods, groups, queries=correct)
+    for group, layers in groups.items():
+        for method in methods:
+            torch.testing.assert_close(many[group][method], inf.aggregate(data, method, queries=correct, layers=layers))
+    expected = (3 * data["l0"][correct].mean(0) + data["l2"][correct].mean(0)) / 4
+    torch.testing.assert_close(many["weighted"]["mean"].float(), expected)
+
+
+def test_plain_and_correct_forms_in_one_pass() -> None:
+    train, queries = {"a": torch.randn(8, 4)}, {"a": torch.randn(6, 4)}
+    matrix = inf.influence(train, queries)
+    matrix.query_correct = torch.tensor([True, False, True, True, False, True])
+    both = inf.aggregate_many(matrix, ["vote", "vote-c", "rank"])["all"]
+    dense = {"a": matrix.layer("a")}
+    torch.testing.assert_close(both["vote"], inf.aggregate(dense, "vote"))
+    torch.testing.assert_close(both["vote-c"], inf.aggregate(dense, "vote", queries=matrix.query_correct))
+
+
+def test_order_breaks_ties_by_the_second_score_and_then_by_row() -> None:
+    scores = torch.tensor([1.0, 0.0, 1.0, 1.0, 0.0])
+    assert order(scores).tolist() == [1, 4, 0, 2, 3]
+    assert order(scores, torch.tensor([5.0, 2.0, 3.0, 3.0, 1.0])).tolist() == [4, 1, 2, 3, 0]
+
+
+def test_lowest_is_most_harmful() -> None:
+    data = {"a": torch.randn(7, 20)}
+    data["a"][:, 13] = -9
+    for method in inf.aggregate_many(data, ["mean", "rank", "vote", "min", "median", "trimmed"])["all"].values():
+        assert method.argmin() == 13
+
+
+@pytest.mark.parametrize(
+    ("settings_", "message"),
+    [
+        ({"method": "borda"}, r"method: expected one of mean, rank, vote.*got 'borda'"),
+        ({"fraction": 0.0}, "fraction: expected"),
+        ({"method": "vote", "fraction": 0.01}, "0.01 of 12 samples rounds to no vote"),
+        ({"trim": 0.5}, "trim: expected"),
+        ({"layers": ["x"]}, "no layer is named 'x'; there are l0, l1, l2"),
+        ({"layers": []}, "at least one layer"),
+        ({"layers": {"l0": -1.0}}, "not negative"),
+        ({"layers": {"l0": 1.0, "l1": 2.0}, "method": "median"}, "weights have no meaning for 'median'"),
+        ({"method": "rank-c"}, "needs to know which queries"),
+        ({"queries": torch.zeros(M, dtype=torch.bool)}, "none is left"),
+        ({"queries": [M]}, "numbers from 0 to 4"),
+        ({"queries": torch.ones(3, dtype=torch.bool)}, r"a boolean mask \(5,\)"),
+    ],
+)
+def test_errors(settings_: dict, message: str) -> None:
+    with pytest.raises(inf.InputError, match=message):
+        inf.aggregate(values(), **settings_)
+
+
+@pytest.mark.parametrize("method", ["mean", "rank", "vote", "min"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_not_finite_is_named(method: str, bad: float) -> None:
+    data = values()
+    data["l1"][3, 2] = bad
+    with pytest.raises(inf.InputError, match="layer 'l1' has NaN or infinity for query 3"):
+        inf.aggregate(data, method)

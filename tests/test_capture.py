@@ -1,0 +1,229 @@
+"""Captured gradients against the literal float64 loop, on every architecture, batch, padding side and projection."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+
+import models
+import pytest
+import torch
+from torch import Tensor, nn
+
+import influence_fast as inf
+
+IDENTITY = inf.Projection("identity")
+
+
+def captured(model: nn.Module, batch: dict[str, Tensor], layers: object = "all", projection=IDENTITY, **kwargs):
+    with inf.GradientCapture(model, layers, projection, **kwargs) as capture:
+        models.losses(model, batch).sum().backward()
+        return capture.pop()
+
+
+def assert_close(got: dict[str, Tensor], truth: dict[str, Tensor], relative: float = 1e-5) -> None:
+    assert list(got) == list(truth)
+    for name, expected in truth.items():
+        error = (got[name].double() - expected.flatten(1)).norm()
+        assert error <= relative * expected.norm(), f"{name}: relative error {error / expected.norm():.1e}"
+
+
+def projected(truth: dict[str, Tensor], projection: inf.Projection) -> dict[str, Tensor]:
+    out = {}
+    for name, gradient in truth.items():
+        o, i = gradient.shape[1:]
+        if projection.two_sided:
+            left = projection.side(name, "left", o).matrix(torch.float64)
+            right = projection.side(name, "right", i).matrix(torch.float64)
+            out[name] = left @ gradient @ right.T
+        else:
+            out[name] = gradient.flatten(1) @ projection.side(name, "single", o * i).matrix(torch.float64).T
+    return out
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["plain", "lora"])
+@pytest.mark.parametrize(
+    ("task", "name"),
+    [("classification", n) for n in models.CLASSIFIERS] + [("causal", n) for n in models.CAUSAL],
+)
+def test_every_layer_equals_the_one_sample_loop(task: str, name: str, lora: bool) -> None:
+    model, samples = models.make(name, task, lora), models.rows(task)
+    layers = inf.select_layers(model)
+    truth = models.oracle(model, samples, layers)
+    assert all(gradient.norm() > 0 for gradient in truth.values())
+    # BERT reads its answer off the first token, and RoBERTa numbers positions by the pads: neither pads on the left.
+    for side in ("right",) if name in ("bert", "roberta") else ("right", "left"):
+        assert_close(captured(model, models.collate(samples, side)), truth)
+
+
+@pytest.mark.parametrize("projection", ["rademacher:5x3", "gaussian:4x6", "sjlt:5x3:seed7", "sjlt:64", "rademacher:9"])
+@pytest.mark.parametrize(("name", "task"), [("bert", "classification"), ("gpt2", "causal")])
+def test_projected_gradients(name: str, task: str, projection: str) -> None:
+    model, samples = models.make(name, task), models.rows(task)
+    chosen = inf.Projection.parse(projection)
+    truth = models.oracle(model, samples, inf.select_layers(model))
+    got = captured(model, models.collate(samples), projection=chosen)
+    assert {g.shape[1] for g in got.values()} == {chosen.output_dim((1, 1))}
+    assert_close(got, projected(truth, chosen))
+
+
+def test_batch_mates_do_not_matter() -> None:
+    model, samples = models.make("llama"), models.rows(count=6)
+    together = captured(model, models.collate(samples))
+    for index in (0, 5):
+        alone = captured(model, models.collate([samples[index]]))
+        for name, gradient in alone.items():
+            torch.testing.assert_close(gradient[0], together[name][index], rtol=1e-4, atol=1e-6)
+
+
+def test_tied_weight_has_the_sum_over_its_uses() -> None:
+    model, samples = models.make("gpt2", "causal"), models.rows("causal")
+    assert model.lm_head.weight is model.transformer.wte.weight
+    got = captured(model, models.collate(samples), ["transformer.wte", "lm_head"])
+    head = got["lm_head"].view(len(samples), models.VOCAB, -1)
+    torch.testing.assert_close(head, got["transformer.wte"].view(len(samples), -1, models.VOCAB).mT)
+
+
+def test_bias_is_one_more_input() -> None:
+    model, samples = models.make("bert"), models.rows()
+    truth = models.oracle(model, samples, ["classifier"])["classifier"]
+    got = captured(model, models.collate(samples), ["classifier"], bias=True)["classifier"].view(5, 3, 17)
+    torch.testing.assert_close(got[:, :, :16].double(), truth, rtol=1e-4, atol=1e-6)
+    probability = model(**{k: v for k, v in models.collate(samples).items() if k != "labels"}).logits.softmax(-1)
+    one_hot = nn.functional.one_hot(models.collate(samples)["labels"], 3)
+    torch.testing.assert_close(got[:, :, 16], probability - one_hot, rtol=1e-4, atol=1e-6)
+
+
+def test_float64_model_gives_float64() -> None:
+    model, samples = models.make("mistral"), models.rows()
+    truth = models.oracle(model, samples, inf.select_layers(model))
+    got = captured(model.double(), models.collate(samples), projection=inf.Projection(dim=(4, 4)))
+    assert {g.dtype for g in got.values()} == {torch.float64}
+    assert_close(got, projected(truth, inf.Projection(dim=(4, 4))), 1e-12)
+
+
+def test_frozen_weights_and_an_early_end_of_the_backward() -> None:
+    model, samples = models.make("bert"), models.rows()
+    truth = models.oracle(model, samples, inf.select_layers(model, "attention[3]"))
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    visited: list[str] = []
+    model.bert.encoder.layer[2].output.register_forward_hook(lambda m, a, out: visited.append(str(out.requires_grad)))
+    assert_close(captured(model, models.collate(samples), "attention[3]"), truth)
+    assert visited == ["False"], "blocks below the lowest selected layer must keep no graph"
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing(reentrant: bool) -> None:
+    model, samples = models.make("llama", "causal"), models.rows("causal")
+    truth = models.oracle(model, samples, inf.select_layers(model, "attention,mlp"))
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model.model.embed_tokens.weight.requires_grad_(True)
+    model.train()  # checkpointing is a habit of training; these models have no dropout
+    assert_close(captured(model, models.collate(samples), "attention,mlp"), truth)
+
+
+def test_the_model_is_left_as_found() -> None:
+    model, batch = models.make("bert"), models.collate(models.rows())
+    model.classifier.weight.requires_grad_(False)
+    before = copy.deepcopy(model.state_dict()), [p.requires_grad for p in model.parameters()], model.training
+    captured(model, batch)
+    with contextlib.suppress(ZeroDivisionError), inf.GradientCapture(model, "all", IDENTITY):
+        models.losses(model, batch).sum().backward()
+        raise ZeroDivisionError
+    after = model.state_dict(), [p.requires_grad for p in model.parameters()], model.training
+    assert before[1:] == after[1:]
+    assert all(torch.equal(before[0][name], after[0][name]) for name in before[0])
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_works_beside_training() -> None:
+    model, batch = models.make("bert"), models.collate(models.rows())
+    models.losses(model, batch).sum().backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    got = captured(model, batch)
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            torch.testing.assert_close(parameter.grad, expected[name])
+    torch.testing.assert_close(got["classifier"].sum(0).view(3, 16), expected["classifier.weight"])
+
+
+def test_shared_module_called_twice_adds_up() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(torch.relu(self.inner(x)))
+
+    torch.manual_seed(0)
+    model, x = Twice(), torch.randn(3, 5, 4)
+    with inf.GradientCapture(model, "all", IDENTITY) as capture:
+        model(x).square().sum().backward()
+        got = capture.pop()["inner"]
+    for row in range(3):
+        (expected,) = torch.autograd.grad(model(x[row : row + 1]).square().sum(), model.inner.weight)
+        torch.testing.assert_close(got[row], expected.flatten())
+
+
+def test_in_place_activation_behind_a_layer() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(inplace=True), nn.Linear(6, 2)).requires_grad_(False)
+    x = torch.randn(3, 4)
+    with inf.GradientCapture(model, "all", IDENTITY) as capture:
+        model(x).square().sum().backward()
+        got = capture.pop()
+    model.requires_grad_(True)
+    for row in range(3):
+        grads = torch.autograd.grad(model(x[row : row + 1]).square().sum(), [model[0].weight, model[2].weight])
+        for name, expected in zip(("0", "2"), grads, strict=True):
+            torch.testing.assert_close(got[name][row], expected.flatten())
+
+
+def test_unused_layer_has_zeros_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    model = models.make("bert")
+    model.spare = nn.Linear(2, 2)
+    got = captured(model, models.collate(models.rows()), ["classifier", "spare"])
+    assert got["spare"].abs().sum() == 0
+    assert "spare" in caplog.text
+
+
+def test_errors_name_what_is_wrong() -> None:
+    model, batch = models.make("bert"), models.collate(models.rows())
+    with pytest.raises(inf.InputError, match=r"no layer is named 'nope'.*classifier"):
+        inf.GradientCapture(model, ["nope"], IDENTITY)
+    with inf.GradientCapture(model, "head", IDENTITY) as capture:
+        with pytest.raises(inf.InputError, match="no gradient has arrived"):
+            capture.pop()
+        models.losses(model, batch).sum().backward()
+        with pytest.raises(inf.InputError, match=r"pop\(\) the gradients"):
+            model(batch["input_ids"])
+        capture.pop()
+        with torch.no_grad():
+            model(batch["input_ids"])
+
+    class Positions(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.head = nn.Embedding(9, 4), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(x + self.embed(torch.arange(x.shape[1])))
+
+    with (
+        pytest.raises(inf.InputError, match=r"'embed'.*\(5,\)"),
+        inf.GradientCapture(positions := Positions(), "all", IDENTITY),
+    ):
+        positions(torch.randn(3, 5, 4))
+
+
+def test_whole_embedding_gradients_that_cannot_fit_are_refused() -> None:
+    model = nn.Sequential(nn.Embedding(500_000, 512), nn.Linear(512, 2)).requires_grad_(False)
+    with (
+        inf.GradientCapture(model, ["0"], IDENTITY) as capture,
+        pytest.raises(inf.InputError, match=r"'0'.*GiB.*rademacher"),
+    ):
+        model(torch.randint(500_000, (8, 3))).sum().backward()
+    assert capture.dims == {"0": 512 * 500_000}

@@ -1,0 +1,119 @@
+"""The FAISS index against brute force."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from stores import write_store
+from torch import Tensor
+
+import influence_fast as inf
+
+
+def gradients(rows: int, seed: int) -> dict[str, Tensor]:
+    random = torch.Generator().manual_seed(seed)
+    return {name: torch.randn(rows, dim, generator=random) for name, dim in (("a", 6), ("b", 10))}
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> inf.GradientStore:
+    data = gradients(300, 0)
+    for name in data:
+        data[name][200:220] = data[name][7]  # ties, at the cut too
+    return write_store(tmp_path_factory.mktemp("s") / "s", data, shard_rows=70)
+
+
+def brute_force(store: inf.GradientStore, queries: dict[str, Tensor], k: int, metric: str, harmful: bool):
+    g = torch.cat([store.read(name) for name in store.layers], 1).double()
+    v = torch.cat([queries[name] for name in store.layers], 1).double()
+    if metric == "cosine":
+        g, v = (torch.nn.functional.normalize(t).float().double() for t in (g, v))
+    scores = v @ g.T
+    order = scores.argsort(dim=1, descending=not harmful, stable=True)[:, :k]
+    return scores.gather(1, order).float(), order
+
+
+@pytest.mark.parametrize("harmful", [False, True])
+@pytest.mark.parametrize("metric", ["dot", "cosine"])
+@pytest.mark.parametrize("k", [1, 10, 300])
+def test_flat_is_brute_force(store: inf.GradientStore, metric: str, harmful: bool, k: int) -> None:
+    queries = gradients(9, 1)
+    for name in queries:
+        queries[name][0] = store.read(name, [7])[0]
+    index = inf.InfluenceIndex.build(store, metric=metric)
+    assert (index.factory, index.recall) == ("Flat", 1.0)
+    scores, ids = index.search(queries, k, harmful=harmful)
+    expected = brute_force(store, queries, k, metric, harmful)
+    assert torch.equal(ids, expected[1])
+    torch.testing.assert_close(scores, expected[0], rtol=1e-6, atol=1e-6)
+
+
+def test_some_layers_and_named_rows(tmp_path: Path) -> None:
+    data, queries = gradients(20, 0), gradients(3, 1)
+    store = write_store(tmp_path / "s", data, ids=[f"row{i}" for i in range(20)])
+    _, ids = inf.InfluenceIndex.build(store, layers=["b"]).search(queries, 2)
+    best = (queries["b"] @ data["b"].T).topk(2).indices
+    assert ids == [[f"row{i}" for i in row] for row in best.tolist()]
+
+
+@pytest.mark.parametrize("factory", ["IVF8,Flat", "HNSW16", "SQ8", "PCA8,Flat"])
+def test_approximate_indexes_measure_their_recall(tmp_path: Path, store: inf.GradientStore, factory: str) -> None:
+    queries = gradients(9, 1)
+    index = inf.InfluenceIndex.build(store, factory, queries=queries)
+    assert 0 < index.recall <= 1
+    assert f"recall@10 {index.recall:.3f}" in repr(index)
+    index.save(tmp_path / "i")
+    again = inf.InfluenceIndex.load(tmp_path / "i")
+    assert again.recall == index.recall
+    for one, other in zip(index.search(queries, 5), again.search(queries, 5), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_missing_answers_never_become_ids(store: inf.GradientStore) -> None:
+    index = inf.InfluenceIndex.build(store, "IVF32,Flat")
+    index._index.nprobe = 1
+    assert (index._index.search(gradients(4, 2)["a"].repeat(1, 3)[:, :16].numpy(), 200)[1] == -1).any()
+    _, ids = index.search(gradients(4, 2), 200)
+    assert ids.min() >= 0
+    assert all(len(set(row)) == 200 for row in ids.tolist())
+
+
+def test_save_and_load(tmp_path: Path, store: inf.GradientStore) -> None:
+    queries = gradients(4, 2)
+    index = inf.InfluenceIndex.build(store, metric="cosine")
+    index.save(tmp_path / "i")
+    again = inf.InfluenceIndex.load(tmp_path / "i")
+    for one, other in zip(index.search(queries, 7), again.search(queries, 7), strict=True):
+        assert torch.equal(one, other)
+    (tmp_path / "i" / "index.faiss").write_bytes(b"nothing")
+    with pytest.raises(inf.StoreError, match="damaged index"):
+        inf.InfluenceIndex.load(tmp_path / "i")
+    with pytest.raises(inf.StoreError, match="no index"):
+        inf.InfluenceIndex.load(tmp_path / "j")
+
+
+def test_errors(tmp_path: Path, store: inf.GradientStore) -> None:
+    queries = gradients(3, 1)
+    for settings, message in [
+        ({"metric": "l2"}, "metric: expected one of dot, cosine"),
+        ({"factory": "Nope8"}, "FAISS does not know 'Nope8'"),
+        ({"factory": "IVF1000,Flat"}, "cannot be trained on 300 rows"),
+        ({"layers": ["z"]}, "expected some of a, b, got 'z'"),
+    ]:
+        with pytest.raises(inf.InputError, match=message):
+            inf.InfluenceIndex.build(store, **settings)
+    index = inf.InfluenceIndex.build(store)
+    for k in (0, 301, True, 2.0):
+        with pytest.raises(inf.InputError, match="k: expected an int from 1 to the 300 rows"):
+            index.search(queries, k)
+    with pytest.raises(inf.StoreError, match="lack layer 'b'"):
+        index.search({"a": queries["a"]})
+    with pytest.raises(inf.StoreError, match="'a' has 3 numbers per row, the index 6"):
+        index.search({**queries, "a": queries["a"][:, :3]})
+    with pytest.raises(inf.StoreError, match="another projection"):
+        index.search(write_store(tmp_path / "q", queries, projection="sjlt:6"))
+    queries["a"][1] = float("nan")
+    with pytest.raises(inf.InputError, match="row 1 has NaN"):
+        index.search(queries)

@@ -1,0 +1,179 @@
+"""The store on disk: bytes, reads, damage, full disks, two writers."""
+
+from __future__ import annotations
+
+import errno
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from stores import write_store, writer
+from torch import Tensor
+
+import influence_fast as inf
+from influence_fast import store as room
+
+
+@pytest.fixture
+def gradients() -> dict[str, Tensor]:
+    random = torch.Generator().manual_seed(0)
+    return {"a.b": torch.randn(10, 3, generator=random), "c": torch.randn(10, 5, generator=random)}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [("float32", 0), ("float16", 2**-10), ("bfloat16", 2**-8), ("int8", 1 / 127)]
+)
+def test_dtypes(tmp_path: Path, gradients: dict[str, Tensor], dtype: str, tolerance: float) -> None:
+    store = write_store(tmp_path, gradients, dtype=dtype)
+    store.verify()
+    for name, expected in gradients.items():
+        largest = expected.abs().amax(1, keepdim=True)
+        assert ((store.read(name) - expected).abs() <= tolerance * largest).all()
+        assert store.read(name).dtype == torch.float32
+        torch.testing.assert_close(store.sqnorm(name), expected.double().square().sum(1), rtol=1e-14, atol=0)
+
+
+def test_the_reader_in_the_documentation(tmp_path: Path, gradients: dict[str, Tensor]) -> None:
+    code = re.search(r"plain NumPy::\n\n(.*)\Z", room.__doc__, re.S)[1]
+    names: dict = {}
+    exec("\n".join(line[4:] for line in code.splitlines()), names)
+    for dtype in ("float32", "float16", "bfloat16"):
+        store = write_store(tmp_path / dtype, gradients, dtype=dtype)
+        got = torch.from_numpy(names["read_store"](tmp_path / dtype, "c")).float()
+        assert torch.equal(got, store.read("c"))
+
+
+def test_reads(tmp_path: Path, gradients: dict[str, Tensor]) -> None:
+    store, expected = write_store(tmp_path, gradients), gradients["c"]
+    mask = torch.arange(10) % 3 == 0
+    for rows, wanted in [
+        (None, expected),
+        (slice(3, 9), expected[3:9]),
+        (slice(8, 2, -2), expected[[8, 6, 4]]),
+        (slice(4, 4), expected[:0]),
+        ([7, 0, 7, -1], expected[[7, 0, 7, 9]]),
+        (torch.tensor([5, 1]), expected[[5, 1]]),
+        (mask, expected[mask]),
+        (range(2, 4), expected[2:4]),
+        ([], expected[:0]),
+    ]:
+        assert torch.equal(store.read("c", rows), wanted), rows
+    for rows in ([10], [-11], [1.5], [True] * 3):
+        with pytest.raises(inf.InputError, match="rows: "):
+            store.read("c", rows)
+    with pytest.raises(inf.InputError, match=r"no 'x'; it has a\.b, c"):
+        store.read("x")
+
+
+def test_columns_ids_and_repr(tmp_path: Path, gradients: dict[str, Tensor]) -> None:
+    loss = torch.rand(10)
+    store = write_store(tmp_path, gradients, {"loss": loss, "correct": loss > 0.5}, ids=[f"r{i}" for i in range(10)])
+    assert torch.equal(store.column("loss"), loss)
+    assert torch.equal(store.column("correct"), loss > 0.5)
+    assert list(store.ids) == [f"r{i}" for i in range(10)]
+    assert "10 rows, 2 layers, identity, float32" in repr(store)
+    with pytest.raises(inf.InputError, match=r"it has (loss, correct|correct, loss)"):
+        store.column("nope")
+
+
+def damage(path: Path, how: str) -> None:
+    shard = path / "shard-00001.safetensors"
+    data = bytearray(shard.read_bytes())
+    if how == "truncated":
+        shard.write_bytes(data[:-5])
+    elif how == "longer":
+        shard.write_bytes(data + b"x")
+    elif how == "flipped":
+        data[-3] ^= 1
+        shard.write_bytes(data)
+    elif how == "missing":
+        shard.unlink()
+
+
+@pytest.mark.parametrize("how", ["truncated", "longer", "flipped", "missing"])
+def test_a_damaged_shard_is_named(tmp_path: Path, gradients: dict[str, Tensor], how: str) -> None:
+    store = write_store(tmp_path, gradients)
+    damage(tmp_path, how)
+    with pytest.raises(inf.StoreError, match=r"shard-00001\.safetensors: (damaged|missing)"):
+        store.verify()
+    if how != "flipped":
+        with pytest.raises(inf.StoreError, match="shard-00001"):
+            inf.GradientStore.open(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("{", "damaged"), ("[]", "not that of"), ('{"format": "influence_fast.gradients", "version": 99}', "version 99")],
+)
+def test_a_damaged_manifest(tmp_path: Path, gradients: dict[str, Tensor], text: str, message: str) -> None:
+    write_store(tmp_path, gradients)
+    (tmp_path / "manifest.json").write_text(text)
+    with pytest.raises(inf.StoreError, match=message):
+        inf.GradientStore.open(tmp_path)
+    with pytest.raises(inf.StoreError, match="no gradient store"):
+        inf.GradientStore.open(tmp_path / "nowhere")
+
+
+def test_an_unfinished_store_does_not_open(tmp_path: Path, gradients: dict[str, Tensor]) -> None:
+    with writer(tmp_path, gradients) as out:
+        out.write(1, {name: g[4:8] for name, g in gradients.items()}, {})
+    with pytest.raises(inf.StoreError, match="unfinished, 4 of 10 rows"):
+        inf.GradientStore.open(tmp_path)
+    assert writer(tmp_path, gradients).missing == [0, 2]
+
+
+def test_a_full_disk_loses_nothing(tmp_path: Path, gradients: dict[str, Tensor], monkeypatch) -> None:
+    plain = room._write
+
+    def full(file, data: bytes) -> None:
+        if "shard-00001" in file.name:
+            file.write(data[:10])
+            raise OSError(errno.ENOSPC, "No space left on device")
+        plain(file, data)
+
+    monkeypatch.setattr(room, "_write", full)
+    with pytest.raises(inf.InfluenceError, match=r"disk is full; shard-00001.* needs \d+ bytes, \d+ are free"):
+        write_store(tmp_path / "s", gradients)
+    assert sorted(p.name for p in (tmp_path / "s").iterdir()) == ["manifest.json", "shard-00000.safetensors"]
+    monkeypatch.setattr(room, "_write", plain)
+    write_store(tmp_path / "s", gradients).verify()
+    write_store(tmp_path / "t", gradients)
+    for file in (tmp_path / "t").iterdir():
+        assert file.read_bytes() == (tmp_path / "s" / file.name).read_bytes()
+
+
+def test_two_writers_do_not_mix(tmp_path: Path, gradients: dict[str, Tensor]) -> None:
+    with writer(tmp_path, gradients), pytest.raises(inf.StoreError, match="another process"):
+        writer(tmp_path, gradients).__enter__()
+
+
+def test_what_is_there_is_never_overwritten(tmp_path: Path, gradients: dict[str, Tensor]) -> None:
+    write_store(tmp_path / "s", gradients)
+    with pytest.raises(inf.InputError, match="holds a store already"):
+        write_store(tmp_path / "s", gradients, resume=False)
+    with pytest.raises(inf.StoreError, match="another dtype: 'float32', not 'int8'"):
+        write_store(tmp_path / "s", gradients, dtype="int8")
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "file").touch()
+    with pytest.raises(inf.InputError, match="holds no store"):
+        write_store(tmp_path / "x", gradients)
+
+
+def test_what_does_not_fit_the_dtype_is_named(tmp_path: Path, gradients: dict[str, Tensor]) -> None:
+    gradients["c"][6, 2] = 1e6
+    with pytest.raises(inf.InputError, match="layer 'c' for row 6 overflows float16"):
+        write_store(tmp_path / "h", gradients, dtype="float16")
+    gradients["c"][6, 2] = float("inf")
+    with pytest.raises(inf.InputError, match="layer 'c' for row 6 is not finite"):
+        write_store(tmp_path / "f", gradients)
+    with pytest.raises(inf.InputError, match="dtype: expected one of float32, float16, bfloat16, int8"):
+        write_store(tmp_path / "d", gradients, dtype="float8")
+
+
+def test_the_manifest_says_what_is_in_the_shards(tmp_path: Path, gradients: dict[str, Tensor]) -> None:
+    write_store(tmp_path, gradients)
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    assert [shard["rows"] for shard in manifest["shards"]] == [4, 4, 2]
+    assert manifest["layers"]["c"] == {"shape": [1, 5], "dim": 5, "matrices": {}}
