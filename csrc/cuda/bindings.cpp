@@ -184,6 +184,9 @@ PYBIND11_MODULE(MODULE, m) {
       .def(py::init(&make_layer), py::kw_only(), py::arg("x"), py::arg("dy"), py::arg("x_sample"), py::arg("x_token"),
            py::arg("dy_sample"), py::arg("dy_token"), py::arg("features_in"), py::arg("features_out"), py::arg("p_in"),
            py::arg("p_out"), py::arg("result"), py::arg("parts"));
+#ifdef INFLUENCE_FAST_VERSION
+  m.attr("__version__") = INFLUENCE_FAST_VERSION;
+#endif
   m.attr("LAYERS_PER_LAUNCH") = kLayersPerLaunch;
   m.attr("PROJECT_MAX_K") = kProjectMaxK;
   m.attr("PROJECT_MAX_FEATURES") = kProjectMaxFeatures;
