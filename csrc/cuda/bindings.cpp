@@ -174,6 +174,40 @@ void random_matrix_py(const Side& side, int64_t row, int64_t rows, int64_t colum
                 stream);
 }
 
+void rank_py(uint64_t values, const std::string& dtype, int64_t rows, int64_t columns, int64_t row_stride,
+             int64_t first_row, uint64_t keys, uint64_t sorted_keys, uint64_t index, uint64_t sorted_index,
+             uint64_t workspace, uint64_t workspace_bytes, uint64_t ranks, bool wide, uint64_t bad, int device,
+             uint64_t stream) {
+  require(positive(rows, "rows") < int64_t{1} << 31, "rows: expected less than 2^31");
+  require(positive(columns, "columns") < int64_t{1} << 32, "columns: expected less than 2^32");
+  RankParams p{};
+  p.values = pointer<const void>(values, "values");
+  p.rows = rows;
+  p.columns = columns;
+  p.stride = stride(row_stride, "row_stride");
+  p.first_row = first_row;
+  p.type = type_of(dtype);
+  p.keys = pointer<uint64_t>(keys, "keys");
+  p.sorted_keys = pointer<uint64_t>(sorted_keys, "sorted_keys");
+  p.index = pointer<uint32_t>(index, "index");
+  p.sorted_index = pointer<uint32_t>(sorted_index, "sorted_index");
+  p.workspace = pointer<void>(workspace, "workspace");
+  p.workspace_bytes = workspace_bytes;
+  p.ranks = pointer<void>(ranks, "ranks");
+  p.bad = pointer<int64_t>(bad, "bad");
+  p.wide = wide;
+  const DeviceGuard guard(device);
+  rank(p, stream);
+}
+
+void vote_py(uint64_t ranks, bool wide, int64_t rows, int64_t columns, double k, uint64_t votes, int device,
+             uint64_t stream) {
+  const DeviceGuard guard(device);
+  vote({pointer<const void>(ranks, "ranks"), positive(rows, "rows"), positive(columns, "columns"), k,
+        pointer<double>(votes, "votes"), wide},
+       stream);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(MODULE, m) {
@@ -209,6 +243,19 @@ PYBIND11_MODULE(MODULE, m) {
         py::arg("scale"), py::arg("out"), py::arg("parts"), py::arg("device"), py::arg("stream"));
   m.def("random_matrix", &random_matrix_py, py::kw_only(), py::arg("side"), py::arg("row"), py::arg("rows"),
         py::arg("column"), py::arg("columns"), py::arg("dtype"), py::arg("out"), py::arg("device"), py::arg("stream"));
+  m.def(
+      "rank_workspace",
+      [](int64_t rows, int64_t columns, int device) {
+        const DeviceGuard guard(device);
+        return rank_workspace(positive(rows, "rows"), positive(columns, "columns"));
+      },
+      py::arg("rows"), py::arg("columns"), py::arg("device"));
+  m.def("rank", &rank_py, py::kw_only(), py::arg("values"), py::arg("dtype"), py::arg("rows"), py::arg("columns"),
+        py::arg("row_stride"), py::arg("first_row"), py::arg("keys"), py::arg("sorted_keys"), py::arg("index"),
+        py::arg("sorted_index"), py::arg("workspace"), py::arg("workspace_bytes"), py::arg("ranks"), py::arg("wide"),
+        py::arg("bad"), py::arg("device"), py::arg("stream"));
+  m.def("vote", &vote_py, py::kw_only(), py::arg("ranks"), py::arg("wide"), py::arg("rows"), py::arg("columns"),
+        py::arg("k"), py::arg("votes"), py::arg("device"), py::arg("stream"));
 #ifdef INFLUENCE_FAST_SIMT
   m.def("seed", &simt::seed, py::arg("value"), "Draw another order of threads and blocks from here on.");
 #endif

@@ -1,6 +1,7 @@
 // What the bindings hand to the launchers: pointers on the device, sizes, strides in elements, a stream. Checked there.
 #pragma once
 
+#include <stddef.h>
 #include <stdint.h>
 
 enum class Type : int { float32 = 0, float16 = 1, bfloat16 = 2 };
@@ -68,6 +69,38 @@ struct RandomMatrixParams {
   void* out;  // (rows, columns) contiguous
 };
 
+// Rows of a matrix (rows, columns), last stride 1, ranked; `first_row` is their place in what the caller ranks.
+struct RankParams {
+  const void* values;
+  int64_t rows, columns, stride, first_row;
+  Type type;
+  uint64_t *keys, *sorted_keys;    // (rows, columns) each
+  uint32_t *index, *sorted_index;  // likewise
+  void* workspace;
+  size_t workspace_bytes;
+  void* ranks;   // (rows, columns), float64 if wide, else float32
+  int64_t* bad;  // lowered to the first row with NaN or infinity
+  bool wide;
+};
+
+struct VoteParams {
+  const void* ranks;  // (rows, columns)
+  int64_t rows, columns;
+  double k;
+  double* votes;  // (columns), added to
+  bool wide;
+};
+
+#ifdef INFLUENCE_FAST_SIMT  // small shapes reach every loop on the host
+constexpr int64_t kMaxSplits = 4;
+constexpr int kChain = 2;
+#else
+constexpr int64_t kMaxSplits = 128;  // of a sketch's features
+// Feature blocks after which a warp's accumulators move on to shared memory: the matrix unit truncates its sums, short
+// chains keep that far below float32 rounding of the whole.
+constexpr int kChain = 64;
+#endif
+
 // How work is cut depends on shapes alone, never on the card or the batch: the same sample gives the same bits.
 int project_outer_row_warps(int64_t tokens, int64_t k_in, int64_t k_out);
 int64_t project_outer_splits(int64_t tokens, int64_t k_in, int64_t k_out);
@@ -78,6 +111,9 @@ void project_outer(const ProjectOuterParams& p, uint64_t stream);
 void sketch_dense(const SketchParams& p, uint64_t stream);
 void sketch_sjlt(const SketchParams& p, uint64_t stream);
 void sketch_outer(const SketchOuterParams& p, uint64_t stream);
+size_t rank_workspace(int64_t rows, int64_t columns);
+void rank(const RankParams& p, uint64_t stream);
+void vote(const VoteParams& p, uint64_t stream);
 void random_matrix(const RandomMatrixParams& p, uint64_t stream);
 
 // out[i] = scale * sum over s of parts[i / inner][s][i % inner] (samples outside, parts inside) in the order of s.

@@ -62,6 +62,10 @@ static __device__ __forceinline__ uint32_t warp_shuffle(uint32_t value, int sour
 }
 static __device__ __forceinline__ uint32_t warp_ballot(bool vote) { return __ballot_sync(0xFFFFFFFFu, vote); }
 
+static __device__ __forceinline__ void atomic_min(int64_t* to, int64_t value) {
+  atomicMin(reinterpret_cast<long long*>(to), static_cast<long long>(value));
+}
+
 // d (16 x 8, float) += a (16 x 16) b (16 x 8).
 template <typename T>
 static __device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
@@ -99,6 +103,9 @@ static __device__ __forceinline__ void copy_async(const Shared<T>& shared, int i
   asm volatile("cp.async.ca.shared.global [%0], [%1], 16, %2;\n" ::"r"(shared_address(shared, i)), "l"(from),
                "r"(valid ? 16 : 0)
                : "memory");
+}
+static __device__ __forceinline__ void prefetch(const void* from) {  // to L2
+  asm volatile("prefetch.global.L2 [%0];\n" ::"l"(from));
 }
 static __device__ __forceinline__ void copy_async_commit() { asm volatile("cp.async.commit_group;\n" ::: "memory"); }
 template <int Pending>

@@ -138,7 +138,19 @@ DEVICE void project(Accumulator& acc, const T* rows, int64_t stride, int live, i
   const int lane = static_cast<int>(threadIdx.x % 32), group = lane / 4, quarter = lane % 4;
   const philox::Key key{side.key0, side.key1};
 
+  const T* from[4];  // rows that do not count are never read
+#pragma unroll
+  for (int r = 0; r < 4; ++r) from[r] = rows + (group + 8 * r < live ? group + 8 * r : 0) * stride + 8 * quarter;
+  const T* ahead = rows + (lane < live ? lane : 0) * stride;
+
   for (int64_t block = first; block < last; block += step) {
+    // A lane per row asks for the next block: by the time it is needed it has come from memory to L2, whatever few
+    // loads registers have room for.
+#pragma unroll
+    for (int e = 0; e < kBlock; e += 128 / static_cast<int>(sizeof(T))) {
+      const int64_t f = (block + step) * kBlock + e;
+      if (lane < live && block + step < last && f < features) prefetch(ahead + f);
+    }
     philox::Block bits;
     if constexpr (Sjlt) {
       bits = philox::sjlt_signs(static_cast<uint64_t>(block), key);
@@ -149,32 +161,31 @@ DEVICE void project(Accumulator& acc, const T* rows, int64_t stride, int live, i
 #pragma unroll 1
     for (int s = 0; s < 4; ++s) {
       const uint32_t word = pick(bits, s);
-      const int64_t f = block * kBlock + 32 * s + 8 * quarter;
-      const int64_t left = features - f;
-      const int width = left >= 8 ? 8 : left > 0 ? static_cast<int>(left) : 0;
+      const int64_t f = block * kBlock + 32 * s, left = features - f - 8 * quarter;
       Raw<T> raw[4];  // four loads in flight per thread; other warps fill the wait
-      if (aligned && width == 8) {
+      if (aligned && left >= 8) {
 #pragma unroll
-        for (int r = 0; r < 4; ++r) raw[r] = load_aligned(rows + (group + 8 * r < live ? group + 8 * r : 0) * stride + f);
-#pragma unroll
-        for (int r = 0; r < 4; ++r)
-          if (group + 8 * r >= live) raw[r] = {};  // rows that do not count may hold anything
+        for (int r = 0; r < 4; ++r) raw[r] = load_aligned(from[r] + f);
       } else {
+        const int width = left >= 8 ? 8 : left > 0 ? static_cast<int>(left) : 0;
 #pragma unroll 1
         for (int r = 0; r < 4; ++r) {
-          const int row = group + 8 * r;
-          const Raw<T> some = load_some(rows + row * stride + f, row < live ? width : 0);
+          const Raw<T> some = load_some(rows + (group + 8 * r) * stride + f + 8 * quarter, group + 8 * r < live ? width : 0);
 #pragma unroll
           for (int i = 0; i < 4; ++i)
             if (i == r) raw[i] = some;
         }
       }
+#pragma unroll
+      for (int r = 0; r < 4; ++r)
+        if (group + 8 * r >= live) raw[r] = {};
       Eight<T> data[4];
 #pragma unroll
       for (int r = 0; r < 4; ++r) data[r] = operands<T>(raw[r]);
 
       Targets target;
-      if constexpr (Sjlt) target = targets<T>(static_cast<uint32_t>(f), word >> (8 * quarter), side);
+      if constexpr (Sjlt) target = targets<T>(static_cast<uint32_t>(f) + 8 * quarter, word >> (8 * quarter), side);
+      __syncwarp();  // matrix instructions want all lanes together
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
         if (j >= panel.tiles) break;

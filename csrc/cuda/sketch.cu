@@ -12,7 +12,6 @@
 namespace {
 
 constexpr int kThreads = 256, kWarps = kThreads / 32;
-constexpr int64_t kMaxSplits = 128;
 
 // Panels of columns side by side in a block; the remaining warps share its features in slices.
 __host__ __device__ constexpr int panels_of(int64_t k) {
@@ -20,10 +19,6 @@ __host__ __device__ constexpr int panels_of(int64_t k) {
   while (panels < kWarps && panels * kPanel < k) panels *= 2;
   return panels;
 }
-
-// Feature blocks after which a warp's accumulators move on to shared memory: the matrix unit truncates its sums, short
-// chains keep that far below float32 rounding of the whole.
-constexpr int kChain = 64;
 
 template <typename T>
 __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 1 : 2)

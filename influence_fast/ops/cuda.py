@@ -1,19 +1,20 @@
 """The CUDA kernels of ``csrc/cuda`` on torch tensors on a GPU: what is allocated, which launch, on which stream.
 
-Work is queued on torch's current stream of the tensors' device. Nothing here waits for it, except where packed samples
-are multiplied one by one. Kernels read any strides with a last one of 1; other tensors are made contiguous first.
+Work is queued on torch's current stream of the tensors' device. Nothing here waits for it, except the look for NaN at
+the end of rank and vote, and packed samples that are multiplied one by one. Kernels read any strides with a last one of
+1; other tensors are made contiguous first.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
 
 from influence_fast.ops import reference
-from influence_fast.ops.common import Side
+from influence_fast.ops.common import Side, not_finite
 
 try:
     import influence_fast_cuda as _native
@@ -23,6 +24,8 @@ except ImportError as error:
 
 # Parts of a sketch, in floats, before its rows are taken in pieces.
 _SCRATCH = 1 << 26
+# Entries that are ranked at a time; each takes about 50 bytes.
+_SORTED = 1 << 23
 # Entries of G, or of a dense random matrix, that exist at a time where a kernel does not spare them.
 _ENTRIES = 1 << 26
 
@@ -31,8 +34,6 @@ _LEFT_TO_OTHERS = {
     "score_outer": "Triton has it",
     "ghost_dot": "Triton has it",
     "ghost_norm": "Triton has it",
-    "rank": "torch.sort, which the reference uses, is a segmented radix sort already",
-    "vote": "torch.sort, which the reference uses, is a segmented radix sort already",
 }
 
 
@@ -182,6 +183,70 @@ def sketch(g: Tensor, side: Side | Tensor) -> Tensor:
             **_where(g),
         )
     return out
+
+
+def rank(influence: Tensor) -> Tensor:
+    out = torch.empty(influence.shape, dtype=_rank_dtype(influence), device=influence.device)
+    for begin, ranks in _ranked(influence):
+        out[begin : begin + ranks.shape[0]] = ranks
+    return out
+
+
+def vote(influence: Tensor, k: int) -> Tensor:
+    out = torch.zeros(influence.shape[1], dtype=torch.float64, device=influence.device)
+    for _, ranks in _ranked(influence):
+        where = _where(out)
+        del where["dtype"]
+        _native.vote(
+            ranks=ranks.data_ptr(),
+            wide=ranks.dtype == torch.float64,
+            rows=ranks.shape[0],
+            columns=ranks.shape[1],
+            k=k,
+            votes=out.data_ptr(),
+            **where,
+        )
+    return out
+
+
+def _rank_dtype(influence: Tensor) -> torch.dtype:
+    return torch.float32 if influence.shape[1] <= 1 << 22 else torch.float64
+
+
+def _ranked(influence: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """First row and ranks of consecutive groups of rows, in a buffer that the next group overwrites."""
+    m, n = influence.shape
+    if influence.numel() == 0:
+        return
+    influence, where = _unit(influence), _where(influence)
+    device, step = influence.device, min(m, max(1, _SORTED // n))
+    keys = torch.empty(2, step, n, dtype=torch.int64, device=device)
+    index = torch.empty(2, step, n, dtype=torch.int32, device=device)
+    ranks = torch.empty(step, n, dtype=_rank_dtype(influence), device=device)
+    bad = torch.full((), m, dtype=torch.int64, device=device)
+    workspace = torch.empty(_native.rank_workspace(step, n, where["device"]), dtype=torch.uint8, device=device)
+    for begin in range(0, m, step):
+        rows = influence[begin : begin + step]
+        _native.rank(
+            values=rows.data_ptr(),
+            rows=rows.shape[0],
+            columns=n,
+            row_stride=rows.stride(0),
+            first_row=begin,
+            keys=keys[0].data_ptr(),
+            sorted_keys=keys[1].data_ptr(),
+            index=index[0].data_ptr(),
+            sorted_index=index[1].data_ptr(),
+            workspace=workspace.data_ptr(),
+            workspace_bytes=workspace.numel(),
+            ranks=ranks.data_ptr(),
+            wide=ranks.dtype == torch.float64,
+            bad=bad.data_ptr(),
+            **where,
+        )
+        yield begin, ranks[: rows.shape[0]]
+    if (row := int(bad)) < m:
+        raise not_finite(row)
 
 
 def random_matrix(

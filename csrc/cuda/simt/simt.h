@@ -500,6 +500,8 @@ void copy_async(const Shared<T>& shared, int64_t i, const T* from, bool valid) {
   if (valid && reinterpret_cast<uintptr_t>(from) % 16) simt::fault("misaligned asynchronous copy");
   simt::machine.current->copies.back().push_back({shared.data + i, valid ? from : nullptr, 16});
 }
+inline void atomic_min(int64_t* to, int64_t value) { *to = std::min(*to, value); }
+inline void prefetch(const void*) {}
 inline void copy_async_commit() { simt::machine.current->copies.emplace_back(); }
 template <int Pending>
 void copy_async_wait() {
