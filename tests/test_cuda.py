@@ -60,7 +60,9 @@ def simt(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
 
 @pytest.fixture(params=["simt", pytest.param("gpu", marks=pytest.mark.gpu)])
 def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Where tensors of a test live; ``backend="cuda"`` works there."""
+    """Where tensors of a test live; ``backend="cuda"`` works there. Outputs and scratch start as NaN."""
+    empty = cuda._empty
+    monkeypatch.setattr(cuda, "_empty", lambda like, *shape: empty(like, *shape).fill_(math.nan))
     if request.param == "gpu":
         if not torch.cuda.is_available():
             pytest.skip("no GPU")

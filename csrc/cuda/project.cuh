@@ -138,7 +138,7 @@ DEVICE void project(Accumulator& acc, const T* rows, int64_t stride, int live, i
   const int lane = static_cast<int>(threadIdx.x % 32), group = lane / 4, quarter = lane % 4;
   const philox::Key key{side.key0, side.key1};
 
-  const T* from[4];  // rows that do not count are never read
+  const T* from[4];  // in the place of rows that do not count the first is read: their results are not used
 #pragma unroll
   for (int r = 0; r < 4; ++r) from[r] = rows + (group + 8 * r < live ? group + 8 * r : 0) * stride + 8 * quarter;
   const T* ahead = rows + (lane < live ? lane : 0) * stride;
@@ -170,15 +170,12 @@ DEVICE void project(Accumulator& acc, const T* rows, int64_t stride, int live, i
         const int width = left >= 8 ? 8 : left > 0 ? static_cast<int>(left) : 0;
 #pragma unroll 1
         for (int r = 0; r < 4; ++r) {
-          const Raw<T> some = load_some(rows + (group + 8 * r) * stride + f + 8 * quarter, group + 8 * r < live ? width : 0);
+          const Raw<T> some = load_some((r & 2 ? (r & 1 ? from[3] : from[2]) : (r & 1 ? from[1] : from[0])) + f, width);
 #pragma unroll
           for (int i = 0; i < 4; ++i)
             if (i == r) raw[i] = some;
         }
       }
-#pragma unroll
-      for (int r = 0; r < 4; ++r)
-        if (group + 8 * r >= live) raw[r] = {};
       Eight<T> data[4];
 #pragma unroll
       for (int r = 0; r < 4; ++r) data[r] = operands<T>(raw[r]);

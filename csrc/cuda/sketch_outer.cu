@@ -38,56 +38,69 @@ struct Pipeline {
   static constexpr size_t bytes = operand_bytes > staging_bytes ? operand_bytes : staging_bytes;
 };
 
-struct Operand {
-  const void* data;  // token 0 of the sample, feature 0 of the tile
-  int64_t stride;
-  int64_t left;  // features from there on
-  bool aligned;
-};
-
-// Tokens [token, token + tokens) x 128 features into a stage; zeros beyond the last token and feature.
+// A thread's share of loading one operand of a tile: 8 features of a few tokens per step, from step to step onwards.
 template <typename T>
-DEVICE void fill(const Shared<typename Parts<T>::Type>& shared, int base, const Operand& from, int64_t token,
-                 int64_t end) {
+struct Loader {
   using P = Pipeline<T>;
-  const T* data = static_cast<const T*>(from.data);
+  using Part = typename P::Part;
+  static constexpr int kLanes = kTile / 8, kRows = kThreads / kLanes;
+
+  const T* at;  // this thread's first token of the next step
+  int64_t stride;
+  int row, column, valid;  // of 8 features
+  bool fast;               // whole and aligned, or nothing at all
+
+  DEVICE_MEMBER Loader(const void* data, int64_t sample_offset, int64_t token_stride, int64_t token, int64_t feature,
+                       int64_t features) {
+    row = static_cast<int>(threadIdx.x) / kLanes;
+    column = static_cast<int>(threadIdx.x) % kLanes * 8;
+    stride = token_stride;
+    const int64_t left = features - feature - column;
+    valid = left >= 8 ? 8 : left > 0 ? static_cast<int>(left) : 0;
+    at = static_cast<const T*>(data) + sample_offset + (token + row) * stride + feature + (valid ? column : 0);
+    const uintptr_t address = reinterpret_cast<uintptr_t>(at) | static_cast<uintptr_t>(stride) * sizeof(T);
+    fast = valid == 0 || (valid == 8 && address % 16 == 0);
+  }
+
+  // The next tokens, of which `left` count, into the planes at `base`; zeros beyond the last token and feature.
+  DEVICE_MEMBER void load(const Shared<Part>& shared, int base, int64_t left) {
 #pragma unroll
-  for (int unit = static_cast<int>(threadIdx.x); unit < P::tokens * kTile / 8; unit += kThreads) {
-    const int row = unit / (kTile / 8), column = unit % (kTile / 8) * 8;
-    const int64_t left = from.left - column;
-    const int valid = token + row >= end || left <= 0 ? 0 : left < 8 ? static_cast<int>(left) : 8;
-    const T* source = data + (token + row) * from.stride + column;
-    const int at = base + row * kRow + column;
-    if constexpr (P::parts == 1) {
-      if (from.aligned && (valid == 8 || valid == 0)) {
-        copy_async(shared, at, valid ? source : data, valid == 8);
+    for (int r = 0; r < P::tokens; r += kRows) {
+      const bool live = row + r < left && valid > 0;
+      const T* from = live ? at + r * stride : at - row * stride;  // the latter is never read
+      const int to = base + (row + r) * kRow + column;
+      if constexpr (P::parts == 1) {
+        if (fast) {
+          copy_async(shared, to, from, live);
+        } else {
+          for (int e = 0; e < 8; ++e) shared.store(to + e, live && e < valid ? from[e] : T{0});
+        }
       } else {
-        for (int e = 0; e < 8; ++e) shared.store(at + e, e < valid ? source[e] : T{0});
-      }
-    } else {
-      float value[8] = {};
-      if (valid == 8 && from.aligned) {
-        const float4 a = reinterpret_cast<const float4*>(source)[0], b = reinterpret_cast<const float4*>(source)[1];
-        value[0] = a.x, value[1] = a.y, value[2] = a.z, value[3] = a.w;
-        value[4] = b.x, value[5] = b.y, value[6] = b.z, value[7] = b.w;
-      } else {
+        float value[8] = {};
+        if (live && fast) {
+          const float4 a = reinterpret_cast<const float4*>(from)[0], b = reinterpret_cast<const float4*>(from)[1];
+          value[0] = a.x, value[1] = a.y, value[2] = a.z, value[3] = a.w;
+          value[4] = b.x, value[5] = b.y, value[6] = b.z, value[7] = b.w;
+        } else if (live) {
 #pragma unroll
-        for (int e = 0; e < 8; ++e)
-          if (e < valid) value[e] = source[e];
-      }
-      uint16_t part[8][P::parts];
+          for (int e = 0; e < 8; ++e)
+            if (e < valid) value[e] = from[e];
+        }
+        uint16_t part[8][P::parts];
 #pragma unroll
-      for (int e = 0; e < 8; ++e) split(value[e], part[e]);
+        for (int e = 0; e < 8; ++e) split(value[e], part[e]);
 #pragma unroll
-      for (int q = 0; q < P::parts; ++q) {
-        uint32_t word[4];
+        for (int q = 0; q < P::parts; ++q) {
+          uint32_t word[4];
 #pragma unroll
-        for (int i = 0; i < 4; ++i) word[i] = part[2 * i][q] | static_cast<uint32_t>(part[2 * i + 1][q]) << 16;
-        shared.template store_vector<uint4>(at + q * P::plane, {word[0], word[1], word[2], word[3]});
+          for (int i = 0; i < 4; ++i) word[i] = part[2 * i][q] | static_cast<uint32_t>(part[2 * i + 1][q]) << 16;
+          shared.template store_vector<uint4>(to + q * P::plane, {word[0], word[1], word[2], word[3]});
+        }
       }
     }
+    at += P::tokens * stride;
   }
-}
+};
 
 using TileAccumulator = float[2][8][4];  // a warp's 32 x 64 of the tile
 
@@ -129,22 +142,38 @@ DEVICE void multiply(TileAccumulator& acc, const Shared<typename Parts<T>::Type>
   }
 }
 
-// Where the outputs of a block live.
-struct Outputs {
-  Shared<float> shared;
-  float* global;  // null: in shared memory
-  DEVICE_MEMBER void add(uint32_t m, float value) const {
-    if (global)
-      global[m] += value;
-    else
-      shared.store(static_cast<int>(m), shared.load(static_cast<int>(m)) + value);
-  }
+// What a warp needs to add rows of the finished tile into the outputs [low, high) that are its own.
+struct Scatter {
+  Shared<float> tile, shared;  // 64 rows of the tile; the outputs, unless
+  float* global;               // they are here
+  Shared<uint32_t> signs;      // eight words per row of the tile
+  uint32_t low, high;
 };
 
-// Rows of a tile as runs of features, of which the first goes to output `start` and `left` lie in its chunk.
-struct Runs {
-  Shared<uint32_t> start, left, signs;
-};
+// Tile entries first + (m - a), with the sign of bit `bit + (m - a)`, go to outputs m of [a, b). A lane owns the m with
+// m % 32 == lane, so that its bit stays in place from one word to the next.
+template <bool Global>
+DEVICE void add_run(const Scatter& s, uint32_t a, uint32_t b, int first, int bit, const float* scale) {
+  const uint32_t stop = b < s.high ? b : s.high, go = a > s.low ? a : s.low;
+  uint32_t m = (go & ~31u) + threadIdx.x % 32;
+  if (m < go) m += 32;
+  const int skip = static_cast<int>(m - a);
+  int from = first + skip, word = (bit + skip) / 32;
+  const int shift = 31 - (bit + skip) % 32;
+  if (scale) scale += skip;
+  for (; m < stop; m += 32, from += 32, ++word) {
+    float value = s.tile.load(from);
+    if (scale) {
+      value *= *scale;
+      scale += 32;
+    }
+    value = __uint_as_float(__float_as_uint(value) ^ (~(s.signs.load(word) << shift) & 0x80000000u));
+    if constexpr (Global)
+      s.global[m] += value;
+    else
+      s.shared.store(static_cast<int>(m), s.shared.load(static_cast<int>(m)) + value);
+  }
+}
 
 template <typename T>
 __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 1 : 2)
@@ -160,20 +189,24 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 1 : 2)
   SharedArena alias = arena;  // the finished tile lies where its operands were
   const Shared<Part> operands = arena.take<Part>(P::bytes / sizeof(Part));
   const Shared<float> tile = alias.take<float>(kHalf * kStageRow);
-  const Runs runs{arena.take<uint32_t>(kTile), arena.take<uint32_t>(kTile), arena.take<uint32_t>(kTile * 8)};
+  // Rows of the tile as runs of features: the output of the first, how many lie in its chunk, where its sign is.
+  const Shared<uint32_t> starts = arena.take<uint32_t>(kTile), lefts = arena.take<uint32_t>(kTile);
+  const Shared<uint32_t> skews = arena.take<uint32_t>(kTile), signs = arena.take<uint32_t>(kTile * 8);
   float* part = p.parts + (sample * p.strips + strip) * static_cast<int64_t>(k);
-  const Outputs outputs{arena.take<float>(k <= kSharedK ? k : 0), k <= kSharedK ? nullptr : part};
+  const Shared<float> kept = arena.take<float>(k <= kSharedK ? k : 0);
+  const bool global = k > kSharedK;
 
   const uint32_t low = static_cast<uint32_t>(static_cast<uint64_t>(k) * warp / kWarps);
   const uint32_t high = static_cast<uint32_t>(static_cast<uint64_t>(k) * (warp + 1) / kWarps);
   const uint32_t own = low / 32 * 32 + lane;
   for (uint32_t m = own; m < high; m += 32) {
     if (m < low) continue;
-    if (outputs.global)
-      outputs.global[m] = 0;
+    if (global)
+      part[m] = 0;
     else
-      outputs.shared.store(static_cast<int>(m), 0);
+      kept.store(static_cast<int>(m), 0);
   }
+  const Scatter scatter{tile, kept, part, signs, low, high};
 
   const int64_t begin = p.spans ? p.spans[2 * sample] : 0, end = p.spans ? p.spans[2 * sample + 1] : p.tokens;
   const int64_t steps = end > begin ? ceil_div<int64_t>(end - begin, P::tokens) : 0;
@@ -184,15 +217,8 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 1 : 2)
     const int64_t row0 = number % down * kTile, column0 = number / down * kTile;
     const int rows = static_cast<int>(p.features_out - row0 < kTile ? p.features_out - row0 : kTile);
     const int columns = static_cast<int>(p.features_in - column0 < kTile ? p.features_in - column0 : kTile);
-    const auto operand = [&](const void* data, int64_t sample_stride, int64_t token_stride, int64_t feature,
-                             int64_t features) -> Operand {
-      const T* from = static_cast<const T*>(data) + sample * sample_stride + feature;
-      const bool aligned =
-          (reinterpret_cast<uintptr_t>(from) | static_cast<uintptr_t>(token_stride) * sizeof(T)) % 16 == 0;
-      return {from, token_stride, features - feature, aligned};
-    };
-    const Operand x = operand(p.x, p.x_sample, p.x_token, column0, p.features_in);
-    const Operand dy = operand(p.dy, p.dy_sample, p.dy_token, row0, p.features_out);
+    Loader<T> x(p.x, sample * p.x_sample, p.x_token, begin, column0, p.features_in);
+    Loader<T> dy(p.dy, sample * p.dy_sample, p.dy_token, begin, row0, p.features_out);
 
     __syncthreads();  // the previous tile has left shared memory
     if (threadIdx.x < kTile * 2) {
@@ -200,12 +226,13 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 1 : 2)
       const int row = static_cast<int>(threadIdx.x / 2), which = static_cast<int>(threadIdx.x % 2);
       const uint64_t f = static_cast<uint64_t>((row0 + row) * p.features_in + column0);
       const philox::Block bits = philox::sjlt_signs(f / 128 + which, key);
-      runs.signs.store_vector<uint4>(8 * row + 4 * which, {bits.x[0], bits.x[1], bits.x[2], bits.x[3]});
+      signs.store_vector<uint4>(8 * row + 4 * which, {bits.x[0], bits.x[1], bits.x[2], bits.x[3]});
       if (which == 0) {
         const uint64_t chunk = f / k;
         const uint32_t at = static_cast<uint32_t>(f % k), sum = at + rotation_of(chunk, k, key);
-        runs.start.store(row, sum >= k ? sum - k : sum);
-        runs.left.store(row, k - at);
+        starts.store(row, sum >= k ? sum - k : sum);
+        lefts.store(row, k - at);
+        skews.store(row, static_cast<uint32_t>(f % 128));
       }
     }
 
@@ -215,8 +242,9 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 1 : 2)
     const auto load = [&](int64_t step) {
       if (step < steps) {
         const int base = static_cast<int>(step % P::stages) * P::stage;
-        fill<T>(operands, base, x, begin + step * P::tokens, end);
-        fill<T>(operands, base + P::parts * P::plane, dy, begin + step * P::tokens, end);
+        const int64_t left = end - begin - step * P::tokens;
+        x.load(operands, base, left);
+        dy.load(operands, base + P::parts * P::plane, left);
       }
       copy_async_commit();
     };
@@ -247,37 +275,34 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 1 : 2)
         const int mine = half * kHalf + group + lane;
         bool touches = false;
         if (mine < rows) {
-          const uint64_t start = runs.start.load(mine), stop = start + columns;
-          touches = runs.left.load(mine) < static_cast<uint32_t>(columns) || (start < high && stop > low) ||
+          const uint64_t start = starts.load(mine), stop = start + columns;
+          touches = lefts.load(mine) < static_cast<uint32_t>(columns) || (start < high && stop > low) ||
                     stop > static_cast<uint64_t>(k) + low;
         }
         uint32_t todo = warp_ballot(touches);
         while (todo) {
           const int bit = __ffs(todo) - 1, row = half * kHalf + group + bit;
           todo &= todo - 1;
-          const int64_t feature = (row0 + row) * p.features_in + column0;
-          const int from = (group + bit) * kStageRow, skew = static_cast<int>(feature % 128);
-          const float* scale = p.scale ? p.scale + feature : nullptr;
-          uint32_t start = runs.start.load(row), length = runs.left.load(row);
+          const int from = (group + bit) * kStageRow, skew = 256 * row + static_cast<int>(skews.load(row));
+          const float* scale = p.scale ? p.scale + (row0 + row) * p.features_in + column0 : nullptr;
+          uint32_t start = starts.load(row), length = lefts.load(row);
           uint64_t chunk = 0;
           for (int column = 0; column < columns;) {  // one chunk of features after the other
             if (length > static_cast<uint32_t>(columns - column)) length = static_cast<uint32_t>(columns - column);
-            for (int piece = 0; piece < 2; ++piece) {  // up to output k, and from output 0 on
-              const uint32_t head = length < k - start ? length : k - start;
-              const uint32_t a = piece ? 0 : start, b = piece ? length - head : start + head;
+            const uint32_t head = length < k - start ? length : k - start;  // up to output k; the rest from 0 on
+#pragma unroll 1
+            for (int piece = 0; piece < 2; ++piece) {
               const int shift = column + static_cast<int>(piece ? head : 0);
-              const uint32_t stop = b < high ? b : high, go = a > low ? a : low;
-              for (uint32_t m = (go > own ? (go - own + 31) / 32 * 32 : 0) + own; m < stop; m += 32) {
-                const int at = shift + static_cast<int>(m - a), sign = skew + at;
-                float value = tile.load(from + at);
-                if (scale) value *= scale[at];
-                const uint32_t plus = runs.signs.load(8 * row + sign / 32) >> (sign % 32) & 1u;
-                outputs.add(m, __uint_as_float(__float_as_uint(value) ^ (plus ^ 1u) << 31));
-              }
+              const uint32_t a = piece ? 0 : start, b = piece ? length - head : start + head;
+              if (a >= high || b <= low) continue;
+              if (global)
+                add_run<true>(scatter, a, b, from + shift, skew + shift, scale ? scale + shift : nullptr);
+              else
+                add_run<false>(scatter, a, b, from + shift, skew + shift, scale ? scale + shift : nullptr);
             }
             column += static_cast<int>(length);
             if (column < columns) {
-              if (chunk == 0) chunk = static_cast<uint64_t>(feature) / k;
+              if (chunk == 0) chunk = static_cast<uint64_t>((row0 + row) * p.features_in + column0) / k;
               start = rotation_of(++chunk, k, key);
               length = k;
             }
@@ -286,9 +311,9 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 1 : 2)
       }
     }
   }
-  if (outputs.global) return;
+  if (global) return;
   for (uint32_t m = own; m < high; m += 32)
-    if (m >= low) part[m] = outputs.shared.load(static_cast<int>(m));
+    if (m >= low) part[m] = kept.load(static_cast<int>(m));
 }
 
 }  // namespace
@@ -301,7 +326,7 @@ int64_t sketch_outer_strips(int64_t features_in, int64_t features_out) {
 template <typename T>
 static void run(const SketchOuterParams& p, uint64_t stream) {
   const size_t outputs = p.side.k <= kSharedK ? (p.side.k * sizeof(float) + 15) / 16 * 16 : 0;
-  const size_t shared = Pipeline<T>::bytes + kTile * 10 * sizeof(uint32_t) + outputs;
+  const size_t shared = Pipeline<T>::bytes + kTile * 11 * sizeof(uint32_t) + outputs;
   launch("sketch_outer", sketch_outer_kernel<T>, dim3(static_cast<unsigned>(p.samples * p.strips)), kThreads, shared,
          stream, p);
 }
