@@ -1,0 +1,139 @@
+// The Python face of the CPU kernels: pointers come in as integers, sizes and strides in elements. Callers (ops/cpu.py) check
+// shapes and dtypes; here nothing is known of tensors.
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "../philox.h"
+#include "kernels.h"
+
+namespace py = pybind11;
+using namespace influence_fast;
+
+namespace {
+
+// Slowest first; the last one that the machine can run is the default.
+std::vector<const Kernels*> supported() {
+  std::vector<const Kernels*> found{kernels_baseline()};
+#ifdef INFLUENCE_FAST_X86
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
+    found.push_back(kernels_avx2());
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512vl")) {
+      found.push_back(kernels_avx512());
+      if (__builtin_cpu_supports("avx512bf16")) found.push_back(kernels_avx512bf16());
+    }
+  }
+#endif
+  return found;
+}
+
+const std::vector<const Kernels*>& all() {
+  static const std::vector<const Kernels*> found = supported();
+  return found;
+}
+
+const Kernels* named(const std::string& isa) {
+  std::string names;
+  for (const Kernels* k : all()) {
+    if (isa == k->isa) return k;
+    names += (names.empty() ? "" : ", ") + std::string(k->isa);
+  }
+  throw std::invalid_argument("isa: expected one of " + names + " on this machine, got " + isa);
+}
+
+const Kernels* kernels = nullptr;
+
+using Address = uintptr_t;
+template <typename T>
+T* at(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+Tokens tokens(Address data, int type, int64_t features, int64_t stride_n, int64_t stride_t) {
+  return {at<const void>(data), static_cast<Type>(type), features, stride_n, stride_t};
+}
+
+// (kind, key0, key1, k, features, scale, dense, ld)
+Side side(const py::tuple& t) {
+  return {static_cast<Kind>(t[0].cast<int>()), t[1].cast<uint32_t>(), t[2].cast<uint32_t>(), t[3].cast<int64_t>(),
+          t[4].cast<int64_t>(), t[5].cast<float>(), at<const float>(t[6].cast<Address>()), t[7].cast<int64_t>()};
+}
+
+}  // namespace
+
+PYBIND11_MODULE(influence_fast_cpu, m) {
+  m.doc() = "Native CPU kernels of influence_fast; see csrc/cpu/kernels.h.";
+  m.attr("__version__") = INFLUENCE_FAST_VERSION;
+
+  const char* forced = std::getenv("INFLUENCE_FAST_ISA");
+  kernels = forced != nullptr && *forced != '\0' ? named(forced) : all().back();
+
+  m.def("isa", [] { return std::string(kernels->isa); }, "The instruction set in use.");
+  m.def("isas", [] {
+    std::vector<std::string> names;
+    for (const Kernels* k : all()) names.emplace_back(k->isa);
+    return names;
+  }, "The instruction sets this machine can run, slowest first.");
+  m.def("set_isa", [](const std::string& isa) { kernels = named(isa); }, py::arg("isa"),
+        "Use one of isas() from now on; the environment variable INFLUENCE_FAST_ISA sets the first.");
+
+  m.def("philox4x32_10", [](uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3, uint32_t k0, uint32_t k1) {
+    const philox::Block b = philox::philox4x32_10(c0, c1, c2, c3, {k0, k1});
+    return py::make_tuple(b.x[0], b.x[1], b.x[2], b.x[3]);
+  });
+
+  m.def("random_matrix", [](const py::tuple& s, int64_t r0, int64_t r1, int64_t c0, int64_t c1, Address out, int threads) {
+    const Side matrix = side(s);
+    py::gil_scoped_release free;
+    kernels->random_matrix(matrix, r0, r1, c0, c1, at<float>(out), threads);
+  });
+
+  m.def("sketch", [](Address g, int type, int64_t n, int64_t features, int64_t stride, const py::tuple& s, Address out,
+                     int threads) {
+    const Side matrix = side(s);
+    py::gil_scoped_release free;
+    kernels->sketch(tokens(g, type, features, stride, 0), n, matrix, at<float>(out), threads);
+  });
+
+  m.def("project_outer", [](int type, int64_t n, int64_t t, Address spans, Address x, int64_t in, int64_t xn, int64_t xt,
+                            Address dy, int64_t rows, int64_t dn, int64_t dt, const py::tuple& s_in, const py::tuple& s_out,
+                            Address out, int threads) {
+    const Side right = side(s_in), left = side(s_out);
+    py::gil_scoped_release free;
+    kernels->project_outer(tokens(x, type, in, xn, xt), tokens(dy, type, rows, dn, dt), {n, t, at<const int64_t>(spans)},
+                           right, left, at<float>(out), threads);
+  });
+
+  m.def("sketch_outer", [](int type, int64_t n, int64_t t, Address spans, Address x, int64_t in, int64_t xn, int64_t xt,
+                           Address dy, int64_t rows, int64_t dn, int64_t dt, const py::tuple& s, Address weight, Address out,
+                           int threads) {
+    const Side matrix = side(s);
+    py::gil_scoped_release free;
+    kernels->sketch_outer(tokens(x, type, in, xn, xt), tokens(dy, type, rows, dn, dt), {n, t, at<const int64_t>(spans)},
+                          matrix, at<const float>(weight), at<float>(out), threads);
+  });
+
+  m.def("ghost_dot", [](int type, int64_t na, int64_t ta, Address spans_a, Address xa, int64_t in, int64_t xan, int64_t xat,
+                        Address dya, int64_t rows, int64_t dan, int64_t dat, int64_t nb, int64_t tb, Address spans_b,
+                        Address xb, int64_t xbn, int64_t xbt, Address dyb, int64_t dbn, int64_t dbt, Address out,
+                        int threads) {
+    py::gil_scoped_release free;
+    kernels->ghost_dot(tokens(xa, type, in, xan, xat), tokens(dya, type, rows, dan, dat), {na, ta, at<const int64_t>(spans_a)},
+                       tokens(xb, type, in, xbn, xbt), tokens(dyb, type, rows, dbn, dbt), {nb, tb, at<const int64_t>(spans_b)},
+                       at<float>(out), threads);
+  });
+
+  m.def("ghost_norm", [](int type, int64_t n, int64_t t, Address spans, Address x, int64_t in, int64_t xn, int64_t xt,
+                         Address dy, int64_t rows, int64_t dn, int64_t dt, Address out, int threads) {
+    py::gil_scoped_release free;
+    kernels->ghost_norm(tokens(x, type, in, xn, xt), tokens(dy, type, rows, dn, dt), {n, t, at<const int64_t>(spans)},
+                        at<float>(out), threads);
+  });
+}

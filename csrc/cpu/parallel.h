@@ -1,0 +1,31 @@
+// Threads, and the memory their tasks work in. The threads are those of torch's OpenMP runtime where it is loaded, else a
+// pool of our own. Nothing here is a template or inline: kernels built for different
+// instruction sets share one copy.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace influence_fast {
+
+// Calls task(context, i) for every i in [0, tasks), on at most `threads` threads (the caller is one of them). Which thread
+// runs which task is not fixed, so a task's result must depend on i alone. The first exception is rethrown. A call from
+// within a task, or while another thread uses the pool, runs on the caller alone.
+using Task = void (*)(void* context, int64_t i);
+void parallel_for(int threads, int64_t tasks, Task task, void* context);
+
+// 64-byte aligned floats for one call, not initialised.
+class Buffer {
+ public:
+  explicit Buffer(size_t count);
+  ~Buffer();
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  float* data;
+};
+
+// The same, kept by the thread from call to call (for what is of cache size); a slot's content is lost when it is asked for again.
+constexpr int kScratchSlots = 8;
+float* scratch(int slot, size_t count);
+
+}  // namespace influence_fast

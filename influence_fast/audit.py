@@ -1,0 +1,340 @@
+"""The whole job: a model, its training set and trusted queries in; a ranked list and a report out."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from influence_fast.aggregate import METHODS as AGGREGATIONS
+from influence_fast.aggregate import aggregate_many, order
+from influence_fast.build import build_store
+from influence_fast.data import TASKS, Columns, load_model, prepare, read_table, task_of
+from influence_fast.errors import InputError
+from influence_fast.evaluate import bootstrap, ndr, ndr_auc, precision, roc_auc
+from influence_fast.influence import METHODS, influence
+from influence_fast.layers import block_of, layer_groups, named_layers, select_layers
+from influence_fast.projection import Projection
+from influence_fast.store import GradientStore
+
+_MOST_BLOCKS = 48
+
+
+@dataclass
+class AuditConfig:
+    """Everything that an audit depends on; ``config.json`` holds it and replays the run."""
+
+    model: str
+    train: str
+    queries: str
+    text_column: str = "text"
+    label_column: str = "label"
+    noise_column: str | None = None
+    answer_column: str | None = None
+    task: str = "auto"
+    layers: str | None = None
+    projection: str = "identity"
+    methods: list[str] = field(default_factory=lambda: list(METHODS))
+    aggregations: list[str] | None = None
+    rank_by: str | None = None
+    fraction: float = 0.2
+    dtype: str = "float32"
+    precision: str | None = None
+    batch_tokens: int | str = "auto"
+    truncate: bool = False
+    seed: int = 0
+
+    def check(self) -> None:
+        """Raise InputError for what can be wrong before anything is read."""
+        if self.task not in TASKS:
+            raise InputError(f"task: expected one of {', '.join(TASKS)}, got {self.task!r}")
+        for name, given, known in (
+            ("methods", self.methods, METHODS),
+            ("aggregations", self.aggregations or [], AGGREGATIONS),
+        ):
+            unknown = [value for value in given if value not in known]
+            if unknown:
+                raise InputError(f"{name}: expected some of {', '.join(known)}, got {unknown[0]!r}")
+        if not self.methods:
+            raise InputError("methods: expected at least one")
+        Projection.parse(self.projection)
+
+
+@dataclass
+class AuditResult:
+    """What an audit found. Scores are lowest for the most harmful sample, everywhere.
+
+    Attributes:
+        ids, texts, labels, noise: of the training samples; ``noise`` is a boolean ``(n,)`` or None.
+        groups: layer group -> layers.
+        scores: method -> group -> aggregation -> float64 ``(n,)``.
+        baselines: ``random``, ``loss`` (highest loss first) and ``self-influence`` (largest ``|g|^2`` first).
+        main: the method, group and aggregation that rank ``scores.csv``.
+        facts: sizes, times and counts that the report states.
+    """
+
+    ids: Sequence[int | str]
+    texts: list[str] | None
+    labels: list[Any] | None
+    noise: Tensor | None
+    groups: dict[str, list[str]]
+    scores: dict[str, dict[str, dict[str, Tensor]]]
+    baselines: dict[str, Tensor]
+    main: tuple[str, str, str]
+    config: dict[str, Any]
+    facts: dict[str, Any]
+
+    @property
+    def ranking(self) -> Tensor:
+        """Row numbers, most harmful first; votes that tie are ordered by rank, then by row."""
+        method, group, aggregation = self.main
+        found = self.scores[method][group]
+        base, _, correct = aggregation.partition("-")
+        tie = found.get("rank" + (f"-{correct}" if correct else "")) if base == "vote" else None
+        return order(found[aggregation], tie)
+
+    def rankings(self) -> Iterator[tuple[str, str, str, Tensor]]:
+        """``(method, group, aggregation, scores)`` of everything; baselines come first, with empty group and aggregation."""
+        for name, scores in self.baselines.items():
+            yield name, "", "", scores
+        for method, groups in self.scores.items():
+            for group, aggregations in groups.items():
+                for aggregation, scores in aggregations.items():
+                    yield method, group, aggregation, scores
+
+    def evaluate(self, at: float = 0.3) -> list[dict[str, Any]]:
+        """One row of metrics per ranking; needs ``noise``. Rows of the group ``all`` and baselines have an interval."""
+        if self.noise is None:
+            raise InputError("noise: this audit does not know which samples are noisy")
+        rows = []
+        for method, group, aggregation, scores in self.rankings():
+            row: dict[str, Any] = {"method": method, "group": group, "aggregation": aggregation}
+            row |= {"ndr": ndr(scores, self.noise, at), "auc_ndr": ndr_auc(scores, self.noise)}
+            row |= {"roc_auc": roc_auc(scores, self.noise), "precision": precision(scores, self.noise, at)}
+            if group in ("", "all"):
+                row["low"], row["high"] = bootstrap(ndr_auc, scores, self.noise)
+            rows.append(row)
+        return rows
+
+
+def audit(
+    model: str | nn.Module,
+    train: str | Sequence[Mapping[str, Any]],
+    queries: str | Sequence[Mapping[str, Any]],
+    *,
+    out: str | Path | None = None,
+    tokenizer: Any = None,
+    progress: bool = True,
+    **settings: Any,
+) -> AuditResult:
+    """Score every training sample by its influence on the queries, layer by layer.
+
+    Args:
+        model: a folder of a model or of a PEFT adapter, a hub name, or a loaded model (then give its ``tokenizer``
+            unless rows hold ``input_ids``).
+        train, queries: a JSONL, CSV or Parquet file, a folder of a saved ``datasets.Dataset``, a hub name, or rows in
+            memory. Rows with ``input_ids`` and ``labels`` are used as they are.
+        out: folder for ``scores.csv``, ``report.html``, ``config.json`` and the gradient stores, kept so that the same
+            audit goes on where it stopped; without it nothing is kept.
+        settings: the other fields of :class:`AuditConfig`.
+
+    Raises:
+        InputError: anything wrong with settings or data, found before the first gradient is taken.
+    """
+    try:
+        config = AuditConfig(_named(model), _named(train), _named(queries), **settings)
+    except TypeError as error:
+        raise InputError(f"audit: {error}") from None
+    config.check()
+    network, tokenizer = (model, tokenizer) if isinstance(model, nn.Module) else load_model(model, config.task)
+    rows = {name: _rows(name, value) for name, value in (("train", train), ("queries", queries))}
+    task = task_of(config.task, network, rows["train"])
+    columns = Columns(config.text_column, config.label_column, config.answer_column)
+    samples = prepare("train", rows["train"], replace(columns, noise=config.noise_column), task, network, tokenizer)
+    trusted = prepare("queries", rows["queries"], columns, task, network, tokenizer)
+    if task == "classification" and len({row["labels"] for row in samples.rows}) < 2:
+        raise InputError(f"train: all {len(samples.rows)} samples have one class; influence needs at least two")
+    layers = select_layers(network, config.layers or default_layers(network))
+    with _folder(out, config) as folder:
+        times: dict[str, float] = {}
+        stores = {}
+        for name, part in (("train", samples), ("queries", trusted)):
+            with _timed(times, f"gradients of {name}"):
+                stores[name] = build_store(
+                    folder / "stores" / name,
+                    network,
+                    part.rows,
+                    layers,
+                    config.projection,
+                    loss=task,
+                    batch_tokens=config.batch_tokens,
+                    dtype=config.dtype,
+                    precision=config.precision,
+                    truncate=config.truncate,
+                    ids=part.ids,
+                    progress=progress,
+                )
+        result = score(stores["train"], stores["queries"], config, groups_of(network, layers), times)
+        result.texts, result.labels, result.noise = samples.texts, samples.labels, samples.noise
+        result.facts["task"] = task
+        if out is not None:
+            from influence_fast.report import write_report
+
+            with _timed(times, "report"):
+                _write(folder / "scores.csv", _scores_csv(result))
+                write_report(folder / "report.html", result)
+    return result
+
+
+def score(
+    train: GradientStore,
+    queries: GradientStore,
+    config: AuditConfig,
+    groups: dict[str, list[str]],
+    times: dict[str, float] | None = None,
+) -> AuditResult:
+    """Influence, aggregations and baselines from two stores."""
+    times = {} if times is None else times
+    knows = "correct" in queries.columns
+    aggregations = config.aggregations or (["mean", "rank-c", "vote-c"] if knows else ["mean", "rank", "vote"])
+    main = _main(config, groups, aggregations)
+    scores, zeros = {}, {}
+    for method in config.methods:
+        with _timed(times, method):
+            matrix = influence(train, queries, method)
+            scores[method] = aggregate_many(matrix, aggregations, groups, fraction=config.fraction)
+            zeros = matrix.zero_norms
+    sqnorm = torch.stack([train.sqnorm(name) for name in train.layers])
+    generator = torch.Generator().manual_seed(config.seed)
+    baselines = {
+        "random": torch.rand(len(train), generator=generator, dtype=torch.float64),
+        "loss": -train.column("loss").double(),
+        "self-influence": -sqnorm.sum(0),
+    }
+    facts: dict[str, Any] = {
+        "samples": len(train),
+        "queries": len(queries),
+        "layers": len(train.layers),
+        "numbers_per_sample": sum(train.dims.values()),
+        "bytes": sum(shard["bytes"] for shard in train.meta["shards"]),
+        "zero_gradients": sum(count for count, _ in zeros.values()),
+        "seconds": times,
+    }
+    if knows:
+        facts["queries_correct"] = int(queries.column("correct").sum())
+    if "correct" in train.columns:
+        facts["train_accuracy"] = float(train.column("correct").double().mean())
+    return AuditResult(list(train.ids), None, None, None, groups, scores, baselines, main, config.__dict__, facts)
+
+
+def groups_of(model: nn.Module, layers: list[str]) -> dict[str, list[str]]:
+    """Layer groups, and each block by itself where there are not too many."""
+    groups = layer_groups(model, layers)
+    blocks: dict[str, list[str]] = {}
+    for name in layers:
+        if (block := block_of(name)) is not None:
+            blocks.setdefault(f"block {block}", []).append(name)
+    return groups if not 1 < len(blocks) <= _MOST_BLOCKS else {**groups, **blocks}
+
+
+def _rows(argument: str, value: str | Path | Sequence[Mapping[str, Any]]) -> Any:
+    rows = read_table(argument, str(value)) if isinstance(value, str | Path) else value
+    if len(rows) == 0:
+        raise InputError(f"{argument}: {_named(value)} has no rows")
+    return rows
+
+
+def default_layers(model: nn.Module) -> str | list[str]:
+    """What training changed: adapters and the modules saved beside them, or all but the embeddings."""
+    trained = [name for name in named_layers(model) if re.search(r"\.lora_[AB]\.|\.modules_to_save\.", name)]
+    return trained or "attention,mlp,head"
+
+
+def _main(config: AuditConfig, groups: Mapping[str, Any], aggregations: list[str]) -> tuple[str, str, str]:
+    if config.rank_by is None:
+        method = "cosine" if "cosine" in config.methods else config.methods[0]
+        preferred = [a for a in ("rank-c", "rank") if a in aggregations]
+        return method, "all", (preferred or aggregations)[0]
+    parts = config.rank_by.split(":")
+    choices = (config.methods, list(groups), aggregations)
+    if len(parts) != 3 or any(part not in choice for part, choice in zip(parts, choices, strict=True)):
+        raise InputError(
+            f"rank_by: expected METHOD:GROUP:AGGREGATION from {', '.join(choices[0])}; {', '.join(choices[1])}; "
+            f"{', '.join(choices[2])}, got {config.rank_by!r}"
+        )
+    return parts[0], parts[1], parts[2]
+
+
+@contextmanager
+def _folder(out: str | Path | None, config: AuditConfig) -> Iterator[Path]:
+    if out is None:
+        with tempfile.TemporaryDirectory() as scratch:
+            yield Path(scratch)
+        return
+    folder = Path(out)
+    text = json.dumps(config.__dict__, indent=1) + "\n"
+    earlier = folder / "config.json"
+    if folder.exists() and any(folder.iterdir()) and not (earlier.exists() and earlier.read_text() == text):
+        raise InputError(f"out: {folder} holds something else than this very audit; choose a new folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    _write(earlier, text)
+    yield folder
+
+
+@contextmanager
+def _timed(times: dict[str, float], name: str) -> Iterator[None]:
+    begin = time.perf_counter()
+    yield
+    times[name] = time.perf_counter() - begin
+
+
+def _scores_csv(result: AuditResult) -> str:
+    method, _, aggregation = result.main
+    groups = {group: result.scores[method][group][aggregation] for group in result.groups}
+    ranking = result.ranking
+    place = torch.empty_like(ranking)
+    place[ranking] = torch.arange(len(ranking))
+    main = groups[result.main[1]]
+    columns: dict[str, Callable[[int], Any]] = {
+        "id": lambda i: result.ids[i],
+        "score": lambda i: repr(float(main[i])),
+        "rank": lambda i: int(place[i]),
+    }
+    for name, values in (("label", result.labels), ("noise", result.noise)):
+        if values is not None:
+            columns[name] = lambda i, values=values: int(values[i])  # type: ignore[misc]
+    columns["loss"] = lambda i: repr(float(-result.baselines["loss"][i]))
+    columns["self_influence"] = lambda i: repr(float(-result.baselines["self-influence"][i]))
+    for group, values in groups.items():
+        columns[f"{method} {aggregation}: {group}"] = lambda i, values=values: repr(float(values[i]))  # type: ignore[misc]
+    if result.texts is not None:
+        texts = result.texts
+        columns["text"] = lambda i: texts[i]
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(columns)
+    writer.writerows([column(i) for column in columns.values()] for i in range(len(result.ids)))
+    return text.getvalue()
+
+
+def _write(path: Path, text: str) -> None:
+    part = path.with_name(path.name + ".part")
+    part.write_text(text)
+    part.rename(path)
+
+
+def _named(value: Any) -> str:
+    if isinstance(value, str | Path):
+        return str(value)
+    return f"({type(value).__name__} in memory)"

@@ -1,0 +1,378 @@
+"""The command line: ``influence-fast demo | audit | build | index | search | score | evaluate | doctor``.
+
+Results go to stdout (tables, or one JSON document with ``--json``), progress and notes to stderr. Exit code 1 for an
+error that the user can mend, with its message alone; 2 for wrong usage.
+"""
+
+from __future__ import annotations
+
+import csv
+import functools
+import json
+import logging
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from influence_fast import __version__
+from influence_fast.errors import InfluenceError, InputError
+
+
+class _Group(click.Group):
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except InfluenceError as error:
+            click.echo(f"error: {error}", err=True)
+            ctx.exit(1)
+
+
+def _example(text: str) -> str:
+    return "\b\nExample:\n  " + text.replace("\n", "\n  ")
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
+@click.version_option(__version__, prog_name="influence-fast")
+def main() -> None:
+    """Find which training samples help or harm a language model."""
+    # Libraries announce deprecations of their own inner calls; a user of this command can do nothing about them.
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    logging.getLogger("influence_fast").addHandler(logging.StreamHandler())
+
+
+def _json_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    return click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of tables.")(command)
+
+
+def _model_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Options of every command that runs a model over data."""
+    options = [
+        click.option("--text-column", default="text", help="Column of the text; two joined by a comma are a pair."),
+        click.option(
+            "--label-column", default="label", help="Column of the class: a number, or a name the model knows."
+        ),
+        click.option("--answer-column", help="For causal models: the text to predict after --text-column's prompt."),
+        click.option("--task", default="auto", type=click.Choice(["auto", "classification", "causal-lm"])),
+        click.option("--layers", help="Such as attention[middle],head; adapters (or all but embeddings) by default."),
+        click.option("--projection", default="identity", help="identity, rademacher:16x16, sjlt:4096, ..."),
+        click.option("--dtype", default="float32", help="On disk: float32, float16, bfloat16 or int8."),
+        click.option("--precision", type=click.Choice(["bfloat16", "float16"]), help="Autocast forward and backward."),
+        click.option("--batch-tokens", default="auto", help="Most tokens in a batch, padding included."),
+        click.option("--truncate", is_flag=True, help="Cut texts that are longer than the model's context."),
+    ]
+    return functools.reduce(lambda decorated, option: option(decorated), reversed(options), command)
+
+
+def _list(text: str | None) -> list[str] | None:
+    return [part.strip() for part in text.split(",")] if text else None
+
+
+def _tokens(text: str) -> int | str:
+    if text == "auto":
+        return text
+    if not text.isdigit():
+        raise InputError(f"batch_tokens: expected 'auto' or a positive int, got {text!r}")
+    return int(text)
+
+
+def _print(document: Any, as_json: bool, show: Callable[[], None]) -> None:
+    if as_json:
+        click.echo(json.dumps(document, indent=1, default=str))
+    else:
+        show()
+
+
+def _table(columns: list[str], rows: list[list[Any]], title: str | None = None) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*columns, title=title, title_justify="left")
+    for row in rows:
+        table.add_row(*(f"{value:.3f}" if isinstance(value, float) else str(value) for value in row))
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
+
+
+@main.command(epilog=_example("influence-fast demo --out demo"))
+@click.option("--out", default="influence-fast-demo", type=click.Path(path_type=Path), help="Folder of the report.")
+@click.option("--samples", default=1200, help="Training samples.")
+@click.option("--seed", default=0)
+@_json_option
+def demo(out: Path, samples: int, seed: int, as_json: bool) -> None:
+    """Train a small transformer on labels of which 20 % are flipped, and find them. Offline, about a minute."""
+    from influence_fast.demo import run_demo
+
+    result = run_demo(out, samples=samples, seed=seed)
+    _print_audit(result, out, as_json)
+
+
+@main.command(
+    epilog=_example(
+        "influence-fast audit --model my-model --train train.jsonl --queries trusted.jsonl \\\n"
+        "  --text-column sentence --label-column label --out audit"
+    )
+)
+@click.option("--model", help="Folder of a model or a PEFT adapter, or a hub name.")
+@click.option("--train", help="JSONL, CSV or Parquet file, saved data set, or hub name.")
+@click.option("--queries", help="A small trusted set, in any of these forms.")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder for scores, report and stores.")
+@click.option("--noise-column", help="If known: true for samples with a wrong label. Only used to measure.")
+@_model_options
+@click.option("--methods", default="dot,cosine,datainf")
+@click.option("--aggregations", help="Such as mean,rank-c,vote-c (the default where predictions are known).")
+@click.option("--rank-by", help="METHOD:GROUP:AGGREGATION that orders scores.csv.")
+@click.option("--fraction", default=0.2, help="Share of the samples that a vote goes against.")
+@click.option("--seed", default=0, help="Of the random baseline.")
+@click.option("--config", type=click.Path(path_type=Path), help="Replay this config.json; other options are ignored.")
+@_json_option
+def audit(out: Path, config: Path | None, as_json: bool, **options: Any) -> None:
+    """Rank training samples from most harmful to most helpful, with a report on how far to trust it."""
+    from influence_fast.audit import audit as run
+
+    if config is not None:
+        try:
+            options = json.loads(config.read_text())
+        except (OSError, ValueError) as error:
+            raise InputError(f"config: cannot read {config} ({error})") from None
+    else:
+        missing = [f"--{name}" for name in ("model", "train", "queries") if not options[name]]
+        if missing:
+            raise click.UsageError(f"Missing option {missing[0]!r} (or --config).")
+        options["methods"] = _list(options["methods"])
+        options["aggregations"] = _list(options["aggregations"])
+        options["batch_tokens"] = _tokens(options["batch_tokens"])
+    _print_audit(
+        run(options.pop("model"), options.pop("train"), options.pop("queries"), out=out, **options), out, as_json
+    )
+
+
+def _print_audit(result: Any, out: Path, as_json: bool) -> None:
+    from influence_fast.report import findings
+
+    files = {name: str(out / name) for name in ("scores.csv", "report.html", "config.json")}
+    evaluation = result.evaluate() if result.noise is not None else []
+    document = {"facts": result.facts, "main": result.main, "evaluation": evaluation, "files": files}
+
+    def show() -> None:
+        if evaluation:
+            _show_evaluation(evaluation)
+        worst = result.ranking[:10].tolist()
+        texts = result.texts or [""] * len(result.ids)
+        label = " ".join(result.main)
+        _table(
+            ["rank", "id", "label", "text"],
+            [
+                [place, result.ids[i], "" if result.labels is None else result.labels[i], texts[i][:70]]
+                for place, i in enumerate(worst)
+            ],
+            f"Most harmful by {label}",
+        )
+        for finding in findings(result, evaluation):
+            click.echo(f"- {finding}")
+        click.echo("\n" + "\n".join(f"wrote {file}" for file in files.values()))
+
+    _print(document, as_json, show)
+
+
+def _show_evaluation(evaluation: list[dict[str, Any]]) -> None:
+    """The baselines, then a table of layer group x aggregation for each method."""
+    cells = {(row["method"], row["group"], row["aggregation"]): row for row in evaluation}
+    rows = [
+        [method, row["ndr"], row["auc_ndr"], f"{row['low']:.3f} to {row['high']:.3f}"]
+        for (method, group, _), row in cells.items()
+        if not group
+    ]
+    _table(["baseline", "NDR@30", "AUC_NDR", "95 % interval"], rows)
+    for method in dict.fromkeys(method for method, group, _ in cells if group):
+        groups = dict.fromkeys(g for m, g, _ in cells if m == method and g and not g.startswith("block"))
+        aggregations = list(dict.fromkeys(a for m, _, a in cells if m == method))
+        rows = [
+            [group, *(cells[method, group, a][metric] for a in aggregations for metric in ("ndr", "auc_ndr"))]
+            for group in groups
+        ]
+        _table([method, *(f"{a}\n{metric}" for a in aggregations for metric in ("NDR@30", "AUC_NDR"))], rows)
+
+
+@main.command(
+    epilog=_example(
+        "influence-fast build --model my-model --data train.jsonl --projection rademacher:16x16 --out store"
+    )
+)
+@click.option("--model", required=True, help="Folder of a model or a PEFT adapter, or a hub name.")
+@click.option("--data", required=True, help="JSONL, CSV or Parquet file, saved data set, or hub name.")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder of the store.")
+@_model_options
+@click.option("--loss", default="auto", help="auto, classification, causal-lm or causal-lm-sum.")
+@_json_option
+def build(model: str, data: str, out: Path, as_json: bool, **options: Any) -> None:
+    """Write per-sample gradients of a data set to a store; goes on where it stopped."""
+    from influence_fast.audit import default_layers
+    from influence_fast.build import build_store
+    from influence_fast.data import Columns, load_model, prepare, read_table, task_of
+
+    columns = Columns(options.pop("text_column"), options.pop("label_column"), options.pop("answer_column"))
+    network, tokenizer = load_model(model, options["task"])
+    rows = read_table("data", data)
+    if len(rows) == 0:
+        raise InputError(f"data: {data} has no rows")
+    samples = prepare("data", rows, columns, task_of(options.pop("task"), network, rows), network, tokenizer)
+    options["layers"] = options["layers"] or default_layers(network)
+    options["batch_tokens"] = _tokens(options["batch_tokens"])
+    store = build_store(out, network, samples.rows, ids=samples.ids, **options)
+    size = sum(shard["bytes"] for shard in store.meta["shards"])
+    document = {"path": str(out), "rows": len(store), "layers": store.layers, "dims": store.dims, "bytes": size}
+    _print(document, as_json, lambda: click.echo(f"{store}\n{size / 2**20:.1f} MiB in {out}"))
+
+
+@main.command(epilog=_example("influence-fast index store --metric cosine --out store.index"))
+@click.argument("store", type=click.Path(path_type=Path))
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder of the index.")
+@click.option("--factory", default="auto", help="Flat (exact), or a FAISS factory string such as IVF256,Flat.")
+@click.option("--metric", default="dot", help="dot or cosine.")
+@click.option("--layers", help="Names joined by commas; all by default.")
+@_json_option
+def index(store: Path, out: Path, factory: str, metric: str, layers: str | None, as_json: bool) -> None:
+    """Build a FAISS index over a store."""
+    from influence_fast.index import InfluenceIndex
+    from influence_fast.store import GradientStore
+
+    built = InfluenceIndex.build(GradientStore.open(store), factory, metric, _list(layers))
+    built.save(out)
+    document = {
+        "path": str(out),
+        "factory": built.factory,
+        "metric": metric,
+        "rows": len(built),
+        "recall": built.recall,
+    }
+    _print(document, as_json, lambda: click.echo(f"{built}\nwrote {out}"))
+
+
+@main.command(epilog=_example("influence-fast search store.index --queries query-store -k 5 --harmful"))
+@click.argument("index", type=click.Path(path_type=Path))
+@click.option("--queries", required=True, type=click.Path(path_type=Path), help="A store of query gradients.")
+@click.option("-k", default=10, help="Rows for each query.")
+@click.option("--harmful", is_flag=True, help="The most harmful rows instead of the most helpful.")
+@_json_option
+def search(index: Path, queries: Path, k: int, harmful: bool, as_json: bool) -> None:
+    """Find the training samples with the most influence on each query."""
+    from influence_fast.index import InfluenceIndex
+    from influence_fast.store import GradientStore
+
+    asked = GradientStore.open(queries)
+    scores, found = InfluenceIndex.load(index).search(asked, k, harmful)
+    ids = found if isinstance(found, list) else found.tolist()
+    document = [
+        {"query": query, "ids": row, "scores": values}
+        for query, row, values in zip(asked.ids, ids, scores.tolist(), strict=True)
+    ]
+    rows = [
+        [entry["query"], place, entry["ids"][place], f"{entry['scores'][place]:.6g}"]
+        for entry in document
+        for place in range(k)
+    ]
+    _print(document, as_json, lambda: _table(["query", "place", "id", "influence"], rows))
+
+
+@main.command(
+    epilog=_example("influence-fast score --train store --queries query-store --method cosine --out scores.csv")
+)
+@click.option("--train", required=True, type=click.Path(path_type=Path), help="A store of training gradients.")
+@click.option("--queries", required=True, type=click.Path(path_type=Path), help="A store of query gradients.")
+@click.option("--method", default="cosine", help="dot, cosine or datainf.")
+@click.option(
+    "--aggregation", default="rank", help="mean, rank, vote, min, median or trimmed; -c: correct queries only."
+)
+@click.option("--fraction", default=0.2, help="Share of the samples that a vote goes against.")
+@click.option("--layers", help="Names joined by commas; all by default.")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="CSV: id, score, rank.")
+@_json_option
+def score(
+    train: Path,
+    queries: Path,
+    method: str,
+    aggregation: str,
+    fraction: float,
+    layers: str | None,
+    out: Path,
+    as_json: bool,
+) -> None:
+    """One score per training sample from two stores, lowest = most harmful."""
+    from influence_fast.aggregate import aggregate, order
+    from influence_fast.influence import influence
+    from influence_fast.store import GradientStore
+
+    store = GradientStore.open(train)
+    matrix = influence(store, GradientStore.open(queries), method, _list(layers))
+    scores = aggregate(matrix, aggregation, fraction=fraction)
+    tie = aggregate(matrix, aggregation.replace("vote", "rank")) if aggregation.startswith("vote") else None
+    ranking = order(scores, tie).tolist()
+    part = out.with_name(out.name + ".part")
+    with open(part, "w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["id", "score", "rank"])
+        places = {row: place for place, row in enumerate(ranking)}
+        writer.writerows([store.ids[row], repr(value), places[row]] for row, value in enumerate(scores.tolist()))
+    part.rename(out)
+    document = {"path": str(out), "rows": len(store), "most_harmful": [store.ids[row] for row in ranking[:10]]}
+    _print(document, as_json, lambda: click.echo(f"wrote {out}; most harmful: {document['most_harmful']}"))
+
+
+@main.command(epilog=_example("influence-fast evaluate audit/scores.csv --noise-column noise --at 0.3"))
+@click.argument("scores", type=click.Path(path_type=Path))
+@click.option("--score-column", default="score", help="Lowest = most harmful.")
+@click.option("--noise-column", default="noise", help="1 or true where a sample is known to be bad.")
+@click.option("--at", default=0.3, help="Share of the samples that are looked at.")
+@_json_option
+def evaluate(scores: Path, score_column: str, noise_column: str, at: float, as_json: bool) -> None:
+    """Noise detection rate and its companions of a file of scores."""
+    import torch
+
+    from influence_fast.data import read_table
+    from influence_fast.evaluate import bootstrap, ndr, ndr_auc, precision, roc_auc
+
+    table = read_table("scores", str(scores))
+    for column in (score_column, noise_column):
+        if column not in table.column_names:
+            raise InputError(f"scores: has no column {column!r}; there are {', '.join(table.column_names)}")
+    try:
+        values = torch.tensor([float(value) for value in table[score_column]], dtype=torch.float64)
+        noise = torch.tensor([{"true": 1, "false": 0}.get(str(v).lower(), v) for v in table[noise_column]])
+    except (TypeError, ValueError) as error:
+        raise InputError(f"scores: {score_column!r} and {noise_column!r} should be numbers ({error})") from None
+    low, high = bootstrap(ndr_auc, values, noise)
+    document = {
+        "rows": len(values),
+        "noisy": int(noise.sum()),
+        f"ndr@{at:g}": ndr(values, noise, at),
+        "auc_ndr": ndr_auc(values, noise),
+        "auc_ndr_interval": [low, high],
+        "auc_ndr_random": (len(values) + 1) / (2 * len(values) - int(noise.sum())),
+        "roc_auc": roc_auc(values, noise),
+        f"precision@{at:g}": precision(values, noise, at),
+    }
+    _print(document, as_json, lambda: _table(["metric", "value"], [[key, value] for key, value in document.items()]))
+
+
+@main.command(epilog=_example("influence-fast doctor --json"))
+@_json_option
+def doctor(as_json: bool) -> None:
+    """Say what hardware and libraries there are, and which backend each operation takes and why."""
+    from influence_fast.doctor import examine
+
+    found = examine()
+
+    def show() -> None:
+        facts = {**found["machine"], **found["compilers"], **found["packages"]}
+        _table(["what", "found"], [[name, "none" if value in (None, []) else value] for name, value in facts.items()])
+        for device, operations in found["backends"].items():
+            rows = [
+                [op, entry["takes"], "; ".join(f"{b}: {r}" for b, r in entry["not"].items())]
+                for op, entry in operations.items()
+            ]
+            _table(["operation", "takes", "not"], rows, f"Backends for tensors on {device}")
+
+    _print(found, as_json, show)

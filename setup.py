@@ -1,0 +1,136 @@
+"""Builds the compiled modules ``influence_fast_cpu`` and, where CUDA is, ``influence_fast_cuda``; neither sees torch.
+
+``INFLUENCE_FAST_CUDA``: ``1`` demands the CUDA module, ``0`` skips it, unset builds it where ``nvcc`` is found and says
+so loudly where that fails. ``INFLUENCE_FAST_CUDA_ARCHS`` (default ``80;86;89;90``) lists its targets; the last one is
+also kept as PTX for newer cards.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pybind11
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+JOBS = 2
+# The one place for flags. No -march=native: a unit per instruction set, chosen at run time.
+CXX_FLAGS = ["-std=c++17", "-O3", "-fvisibility=hidden", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
+CXX_FLAGS += ["-Wall", "-Wextra", "-Wno-psabi", "-Wno-maybe-uninitialized", "-pthread"]
+AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
+ISA_FLAGS = {"avx2": AVX2, "avx512": AVX512, "avx512bf16": [*AVX512, "-mavx512bf16"]}
+NVCC_FLAGS = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+NVCC_FLAGS += ["-Werror", "all-warnings", "-cudart", "static", "--threads", str(JOBS)]
+
+X86 = platform.machine().lower() in ("x86_64", "amd64")
+
+
+def cpu_extension() -> Extension:
+    sources = sorted(str(path) for path in Path("csrc/cpu").glob("*.cpp"))
+    if not X86:
+        sources = [path for path in sources if Path(path).stem.removeprefix("isa_") not in ISA_FLAGS]
+    macros = [("INFLUENCE_FAST_X86", "1")] if X86 else []
+    headers = [str(path) for pattern in ("*.h", "cpu/*.h", "cpu/*.inc") for path in Path("csrc").glob(pattern)]
+    return Extension("influence_fast_cpu", sources, define_macros=macros, depends=headers, language="c++")
+
+
+def cuda_extension() -> Extension | None:
+    """The CUDA module, or None where it is not wanted or, without being demanded, cannot be built."""
+    wanted = os.environ.get("INFLUENCE_FAST_CUDA", "")
+    sources = sorted(str(path) for path in Path("csrc/cuda").glob("*.cu"))
+    if wanted == "0" or not sources:
+        return None
+    if nvcc() is None:
+        if wanted == "1":
+            raise SystemExit("INFLUENCE_FAST_CUDA=1, but no nvcc on PATH, in CUDA_HOME or in /usr/local/cuda")
+        return None
+    return Extension("influence_fast_cuda", sources, optional=wanted != "1", language="c++")
+
+
+def nvcc() -> str | None:
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    return next((found for home in homes if home and (found := shutil.which(f"{home}/bin/nvcc"))), shutil.which("nvcc"))
+
+
+class BuildExt(build_ext):
+    def build_extension(self, extension: Extension) -> None:
+        if extension.name == "influence_fast_cuda":
+            self.build_cuda(extension)
+        else:
+            self.build_cpu(extension)
+
+    def version_flag(self) -> str:
+        return f'-DINFLUENCE_FAST_VERSION="{self.distribution.get_version()}"'
+
+    def build_cpu(self, extension: Extension) -> None:
+        def compiled(source: str) -> str:
+            flags = [*CXX_FLAGS, *ISA_FLAGS.get(Path(source).stem.removeprefix("isa_"), []), self.version_flag()]
+            [target] = self.compiler.compile(
+                [source],
+                output_dir=self.build_temp,
+                macros=extension.define_macros,
+                include_dirs=[pybind11.get_include()],
+                depends=extension.depends,
+                extra_postargs=flags,
+            )
+            return target
+
+        with ThreadPoolExecutor(JOBS) as pool:
+            objects = list(pool.map(compiled, extension.sources))
+        target = self.get_ext_fullpath(extension.name)
+        self.compiler.link_shared_object(objects, target, extra_postargs=["-pthread", "-ldl"], target_lang="c++")
+
+    def build_cuda(self, extension: Extension) -> None:
+        archs = os.environ.get("INFLUENCE_FAST_CUDA_ARCHS", "80;86;89;90").split(";")
+        targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
+        targets.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
+        includes = [f"-I{path}" for path in (pybind11.get_include(), sysconfig.get_path("include"))]
+        temp = Path(self.build_temp, "csrc/cuda")
+        temp.mkdir(parents=True, exist_ok=True)
+
+        def run(*arguments: str) -> None:
+            print(" ".join(arguments))
+            subprocess.run(arguments, check=True)
+
+        def compiled(source: str) -> str:
+            target = str(temp / Path(source).with_suffix(".o").name)
+            run(str(nvcc()), *NVCC_FLAGS, *targets, *includes, self.version_flag(), "-c", source, "-o", target)
+            return target
+
+        try:
+            with ThreadPoolExecutor(JOBS) as pool:
+                objects = list(pool.map(compiled, extension.sources))
+            target = Path(self.get_ext_fullpath(extension.name))
+            target.parent.mkdir(parents=True, exist_ok=True)
+            run(str(nvcc()), "-shared", "-cudart", "static", *targets, *objects, "-o", str(target))
+        except (OSError, subprocess.CalledProcessError) as error:
+            if not extension.optional:
+                raise
+            banner = "*" * 100
+            print(
+                f"{banner}\ninfluence_fast: the CUDA module was SKIPPED, its build failed: {error}\nThe package works "
+                f"without it. INFLUENCE_FAST_CUDA=0 silences this, INFLUENCE_FAST_CUDA=1 makes it an error.\n{banner}",
+                file=sys.stderr,
+            )
+
+    def copy_extensions_to_source(self) -> None:
+        # A module whose optional build was skipped has nothing to copy.
+        self.extensions = [e for e in self.extensions if Path(self.get_ext_fullpath_in_build(e.name)).exists()]
+        super().copy_extensions_to_source()
+
+    def get_ext_fullpath_in_build(self, name: str) -> str:
+        return str(Path(self.build_lib, self.get_ext_filename(name)))
+
+
+setup(
+    ext_modules=[extension for extension in (cpu_extension(), cuda_extension()) if extension],
+    cmdclass={"build_ext": BuildExt},
+)
