@@ -16,6 +16,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from influence_fast import BackendError, InputError, ops
@@ -257,6 +259,36 @@ def test_strides_do_not_matter(device: str, dtype: torch.dtype) -> None:
             assert torch.equal(ops.sketch(vg, side, backend="cuda"), whole)
 
 
+def test_samples_far_apart(device: str) -> None:
+    """Strides that 32 bits cannot hold; only the pages of the samples are ever touched."""
+    far = 2**31 + 8
+    memory = torch.empty(far + 5000, dtype=torch.bfloat16, device=device)
+
+    def apart(*shape: int) -> Tensor:
+        width = math.prod(shape[1:])
+        out = memory.as_strided(shape, (far, *torch.empty(shape[1:], device="meta").stride()))
+        for row in range(shape[0]):
+            out[row] = random(width, dtype=memory.dtype, device=device).view(shape[1:])
+        return out
+
+    x = apart(2, 10, 48)
+    dy, p_in, p_out = random(2, 10, 24, dtype=x.dtype, device=device), *sides("rademacher", 8, 12, 48, 24)
+    single = Side("sjlt", "m.q/single", 50, 48 * 24)
+    check(
+        ops.project_outer(x, dy, p_in, p_out, backend="cuda"),
+        reference.project_outer(x.double(), dy.double(), p_in, p_out, None),
+        82,
+    )
+    check(
+        ops.sketch_outer(x, dy, single, backend="cuda"),
+        reference.sketch_outer(x.double(), dy.double(), single, None, None),
+        82,
+    )
+    g = apart(2, 1000)
+    for side in (Side("sjlt", "f", 64, 1000), Side("rademacher", "f", 64, 1000)):
+        check(ops.sketch(g, side, backend="cuda"), reference.sketch(g.double(), side), 1000)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_integers_come_out_exact(device: str, dtype: torch.dtype) -> None:
     """Sums below 2^24 and scales that are powers of two round nowhere: the reference's bits."""
@@ -376,6 +408,30 @@ def test_rank_names_the_row_with_nan(device: str, monkeypatch: pytest.MonkeyPatc
     for run in (lambda: ops.rank(values, backend="cuda"), lambda: ops.vote(values, 2, backend="cuda")):
         with pytest.raises(InputError, match="row 5 has NaN"):
             run()
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    shape=st.tuples(*(st.integers(1, high) for high in (3, 70, 140, 140, 70, 70, 400))),
+    kinds=st.tuples(*[st.sampled_from(["rademacher", "sjlt"])] * 2),
+    dtype=st.sampled_from(DTYPES),
+    seed=st.integers(1, 1000),
+)
+def test_any_shape(
+    device: str, simt: ModuleType, shape: tuple[int, ...], kinds: tuple[str, str], dtype: torch.dtype, seed: int
+) -> None:
+    simt.seed(seed)
+    n, t, i, o, k_in, k_out, k = shape
+    x, dy = random(n, t, i, dtype=dtype, device=device), random(n, t, o, dtype=dtype, device=device)
+    lengths = torch.randint(0, t + 1, (n,)).to(device)
+    p_in, p_out = Side(kinds[0], "r", k_in, i), Side(kinds[1], "l", k_out, o)
+    single, flat = Side("sjlt", "s", k, i * o), Side(kinds[0], "f", k, t * i)
+    exact = ops.project_outer(x.double(), dy.double(), p_in, p_out, lengths)
+    check(ops.project_outer(x, dy, p_in, p_out, lengths, backend="cuda"), exact, t + i + o)
+    exact = ops.sketch_outer(x.double(), dy.double(), single, lengths)
+    check(ops.sketch_outer(x, dy, single, lengths, backend="cuda"), exact, t + i * o)
+    exact = reference.sketch(x.flatten(1).double(), flat)
+    check(ops.sketch(x.flatten(1), flat, backend="cuda"), exact, t * i)
 
 
 def test_empty(device: str) -> None:

@@ -114,16 +114,26 @@ DEVICE Targets targets(uint32_t f, uint32_t byte, const Side& side) {
   const philox::Key key{side.key0, side.key1};
   Targets out;
   expand<T>(byte, out.ones);
-  uint32_t chunk = f / side.k, lane = f - chunk * side.k, turn = rotation_of(chunk, side.k, key);
+  const uint32_t k = side.k;
+  uint32_t chunk = f / k, lane = f - chunk * k, turn = rotation_of(chunk, k, key);
+  if (k >= 8) {  // at most one chunk begins among the eight
+    const uint32_t next = lane + 8 > k ? rotation_of(chunk + 1, k, key) - k : 0;
+#pragma unroll
+    for (uint32_t e = 0; e < 8; ++e) {
+      const uint32_t sum = lane + e + (lane + e < k ? turn : next);
+      out.output[e] = sum >= k ? sum - k : sum;
+    }
+    return out;
+  }
 #pragma unroll 1
   for (int e = 0; e < 8; ++e) {
-    const uint32_t sum = lane + turn, output = sum >= side.k ? sum - side.k : sum;
+    const uint32_t sum = lane + turn;
 #pragma unroll
     for (int i = 0; i < 8; ++i)
-      if (i == e) out.output[i] = output;
-    if (++lane == side.k) {
+      if (i == e) out.output[i] = sum >= k ? sum - k : sum;
+    if (++lane == k) {
       lane = 0;
-      turn = rotation_of(++chunk, side.k, key);
+      turn = rotation_of(++chunk, k, key);
     }
   }
   return out;

@@ -48,7 +48,7 @@ struct Loader {
   const T* at;  // this thread's first token of the next step
   int64_t stride;
   int row, column, valid;  // of 8 features
-  bool fast;               // whole and aligned, or nothing at all
+  bool fast;               // all eight or none, and aligned
 
   DEVICE_MEMBER Loader(const void* data, int64_t sample_offset, int64_t token_stride, int64_t token, int64_t feature,
                        int64_t features) {
@@ -59,7 +59,7 @@ struct Loader {
     valid = left >= 8 ? 8 : left > 0 ? static_cast<int>(left) : 0;
     at = static_cast<const T*>(data) + sample_offset + (token + row) * stride + feature + (valid ? column : 0);
     const uintptr_t address = reinterpret_cast<uintptr_t>(at) | static_cast<uintptr_t>(stride) * sizeof(T);
-    fast = valid == 0 || (valid == 8 && address % 16 == 0);
+    fast = valid % 8 == 0 && address % 16 == 0;
   }
 
   // The next tokens, of which `left` count, into the planes at `base`; zeros beyond the last token and feature.

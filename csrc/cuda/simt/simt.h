@@ -497,7 +497,7 @@ void copy_async(const Shared<T>& shared, int64_t i, const T* from, bool valid) {
   shared.check(i, 16 / sizeof(T));
   simt::note_write(shared.data + i, 16);
   std::memset(static_cast<void*>(shared.data + i), 0xFF, 16);
-  if (valid && reinterpret_cast<uintptr_t>(from) % 16) simt::fault("misaligned asynchronous copy");
+  if (reinterpret_cast<uintptr_t>(from) % 16) simt::fault("misaligned asynchronous copy");
   simt::machine.current->copies.back().push_back({shared.data + i, valid ? from : nullptr, 16});
 }
 inline void atomic_min(int64_t* to, int64_t value) { *to = std::min(*to, value); }
