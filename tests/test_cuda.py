@@ -7,6 +7,7 @@ import importlib.util
 import math
 import shutil
 import subprocess
+import sys
 import sysconfig
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -501,6 +502,47 @@ def test_launches_follow_the_current_stream() -> None:
         got = ops.sketch(g, side, backend="cuda")
     stream.synchronize()
     assert torch.equal(got.cpu(), reference.sketch(g.cpu(), side))
+
+
+STRAY_READS = """
+import ctypes, importlib.util, math, mmap, sys
+import torch
+from influence_fast.ops import cuda
+from influence_fast.projection import Side
+
+spec = importlib.util.spec_from_file_location("influence_fast_simt", sys.argv[1])
+cuda._native = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(cuda._native)
+libc, page, kept = ctypes.CDLL(None, use_errno=True), mmap.PAGESIZE, []
+
+
+def at_the_edge(tensor):  # its last byte is followed by a page that cannot be touched
+    size = tensor.numel() * tensor.element_size()
+    pages = -(-size // page) * page
+    memory = mmap.mmap(-1, pages + page)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    assert libc.mprotect(ctypes.c_void_p(address + pages), page, 0) == 0
+    kept.append(memory)
+    raw = torch.frombuffer(memory, dtype=torch.uint8, count=size, offset=pages - size)
+    return raw.view(tensor.dtype).view(tensor.shape).copy_(tensor)
+
+
+cuda._empty = lambda like, *shape: at_the_edge(torch.full(shape, math.nan))
+for dtype in (torch.float32, torch.bfloat16):
+    for n, t, i, o, k in ((2, 3, 8, 16, 4), (1, 33, 129, 131, 65), (2, 130, 136, 8, 100), (1, 16, 256, 128, 24)):
+        x, dy = (at_the_edge(torch.randn(n, t, f).to(dtype)) for f in (i, o))
+        spans, scale = at_the_edge(torch.tensor([[0, t], [1, t - 1]][-n:])), at_the_edge(torch.rand(o, i))
+        for kind in ("rademacher", "sjlt"):
+            assert cuda.project_outer(x, dy, Side(kind, "r", k, i), Side(kind, "l", k, o), spans).isfinite().all()
+            assert cuda.sketch(x.flatten(1), Side(kind, "f", 3 * k, t * i)).isfinite().all()
+        assert cuda.sketch_outer(x, dy, Side("sjlt", "s", 7 * k, i * o), spans, scale).isfinite().all()
+        assert cuda.rank(x[0]).isfinite().all()
+"""
+
+
+def test_nothing_beyond_the_tensors_is_touched(simt: ModuleType) -> None:
+    done = subprocess.run([sys.executable, "-c", STRAY_READS, str(simt.__file__)], capture_output=True, timeout=120)
+    assert done.returncode == 0, done.stderr.decode()
 
 
 FAULTS = r"""

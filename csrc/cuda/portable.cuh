@@ -104,6 +104,11 @@ static __device__ __forceinline__ void copy_async(const Shared<T>& shared, int i
                "r"(valid ? 16 : 0)
                : "memory");
 }
+// A vector of consecutive elements, aligned to its size.
+template <typename V, typename T>
+static __device__ __forceinline__ V load_vector(const T* from) {
+  return *reinterpret_cast<const V*>(from);
+}
 static __device__ __forceinline__ void prefetch(const void* from) {  // to L2
   asm volatile("prefetch.global.L2 [%0];\n" ::"l"(from));
 }

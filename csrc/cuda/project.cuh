@@ -32,7 +32,7 @@ template <typename T>
 DEVICE Raw<T> load_aligned(const T* from) {
   Raw<T> raw;
 #pragma unroll
-  for (int i = 0; i < static_cast<int>(sizeof(T) / 2); ++i) raw.word[i] = reinterpret_cast<const uint4*>(from)[i];
+  for (int i = 0; i < static_cast<int>(sizeof(T) / 2); ++i) raw.word[i] = load_vector<uint4>(from + i * 16 / sizeof(T));
   return raw;
 }
 

@@ -78,7 +78,7 @@ struct Loader {
       } else {
         float value[8] = {};
         if (live && fast) {
-          const float4 a = reinterpret_cast<const float4*>(from)[0], b = reinterpret_cast<const float4*>(from)[1];
+          const float4 a = load_vector<float4>(from), b = load_vector<float4>(from + 4);
           value[0] = a.x, value[1] = a.y, value[2] = a.z, value[3] = a.w;
           value[4] = b.x, value[5] = b.y, value[6] = b.z, value[7] = b.w;
         } else if (live) {

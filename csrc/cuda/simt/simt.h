@@ -501,6 +501,13 @@ void copy_async(const Shared<T>& shared, int64_t i, const T* from, bool valid) {
   simt::machine.current->copies.back().push_back({shared.data + i, valid ? from : nullptr, 16});
 }
 inline void atomic_min(int64_t* to, int64_t value) { *to = std::min(*to, value); }
+template <typename V, typename T>
+V load_vector(const T* from) {
+  if (reinterpret_cast<uintptr_t>(from) % sizeof(V)) simt::fault("misaligned access to global memory");
+  V value;
+  std::memcpy(&value, from, sizeof(V));
+  return value;
+}
 inline void prefetch(const void*) {}
 inline void copy_async_commit() { simt::machine.current->copies.emplace_back(); }
 template <int Pending>
