@@ -72,8 +72,8 @@ ProjectedLayer make_layer(uint64_t x, uint64_t dy, int64_t x_sample, int64_t x_t
                           uint64_t result, uint64_t parts) {
   for (const Side* side : {&in, &out}) {
     require(side->kind != Kind::gaussian, "kind: project_outer takes rademacher and sjlt sides");
-    require(side->k <= kProjectMaxK, "k: project_outer takes up to " + std::to_string(kProjectMaxK) + " per side, got " +
-                                         std::to_string(side->k));
+    require(side->k <= kProjectMaxK, "k: project_outer takes up to " + std::to_string(kProjectMaxK) +
+                                         " per side, got " + std::to_string(side->k));
   }
   for (int64_t features : {positive(features_in, "features_in"), positive(features_out, "features_out")})
     require(features <= kProjectMaxFeatures, "features: project_outer takes up to " +
@@ -151,6 +151,7 @@ void sketch_outer_py(uint64_t x, uint64_t dy, const std::string& dtype, int64_t 
   p.dy_token = stride(dy_token, "dy_token");
   p.samples = positive(samples, "samples");
   p.tokens = positive(tokens, "tokens");
+  require(tokens < int64_t{1} << 31, "tokens: expected less than 2^31");
   p.features_in = positive(features_in, "features_in");
   p.features_out = positive(features_out, "features_out");
   p.spans = reinterpret_cast<const int64_t*>(spans);

@@ -10,9 +10,10 @@
 // atomics, no barriers, no bank conflicts, and one order of additions. Strips leave parts, added in order.
 //
 // Arithmetic, T = 512, 16-bit inputs, per tile and multiprocessor: 16.8 MFLOP at ~2.8 KFLOP per cycle (mma.sync) take
-// 6,000 cycles and 256 KB of operands at 24-30 bytes per cycle from L2 up to 10,000; adding the tile takes 16,384 / 32
-// = 512 steps of four shared-memory accesses if rows fit their owners, 160 row visits of ~5 steps in practice, about
-// 3,200 cycles, which the second block of the multiprocessor hides. Below T = 256 the additions are the longer part.
+// 6,000 cycles and 256 KB of operands at 24-30 bytes per cycle from L2 up to 10,000. Adding the tile is 16,384 / 32 =
+// 512 steps of four shared-memory accesses where runs fit their owners; at k = 4096 it is ~160 visits of a warp to a
+// row, ~5 steps and ~100 instructions each: 3,200 cycles of shared memory, 4,000 of issue, which the second block of
+// the multiprocessor hides behind its product. Below T = 256 the additions are the longer part.
 //
 // float32 operands are three bfloat16 each, and six of the nine products count (the others are below 2^-24).
 #include "params.h"
@@ -22,8 +23,8 @@ namespace {
 
 constexpr int kThreads = 256, kWarps = kThreads / 32;
 constexpr int kTile = 128, kHalf = 64;
-constexpr int kRow = kTile + 8;                 // padded: eight rows of a matrix load lie in different banks
-constexpr int kStageRow = kTile + 8;            // likewise for pairs of floats
+constexpr int kRow = kTile + 8;       // padded: eight rows of a matrix load lie in different banks
+constexpr int kStageRow = kTile + 8;  // likewise for pairs of floats
 constexpr int64_t kMaxStrips = 64, kSharedK = 8192;  // more outputs live in global memory
 
 template <typename T>
@@ -31,8 +32,8 @@ struct Pipeline {
   using Part = typename Parts<T>::Type;
   static constexpr int parts = Parts<T>::count;
   static constexpr int tokens = parts == 1 ? 32 : 16, stages = parts == 1 ? 3 : 2;
-  static constexpr int plane = tokens * kRow;              // one part of one operand
-  static constexpr int stage = 2 * parts * plane;          // x planes, then dy planes
+  static constexpr int plane = tokens * kRow;      // one part of one operand
+  static constexpr int stage = 2 * parts * plane;  // x planes, then dy planes
   static constexpr size_t operand_bytes = sizeof(Part) * stages * stage;
   static constexpr size_t staging_bytes = sizeof(float) * kHalf * kStageRow;
   static constexpr size_t bytes = operand_bytes > staging_bytes ? operand_bytes : staging_bytes;
@@ -209,7 +210,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 1 : 2)
   const Scatter scatter{tile, kept, part, signs, low, high};
 
   const int64_t begin = p.spans ? p.spans[2 * sample] : 0, end = p.spans ? p.spans[2 * sample + 1] : p.tokens;
-  const int64_t steps = end > begin ? ceil_div<int64_t>(end - begin, P::tokens) : 0;
+  const int steps = static_cast<int>(end > begin ? ceil_div<int64_t>(end - begin, P::tokens) : 0);
   const int64_t down = ceil_div<int64_t>(p.features_out, kTile), tiles = down * ceil_div<int64_t>(p.features_in, kTile);
   const int64_t last_tile = steps ? tiles * (strip + 1) / p.strips : 0;
 
@@ -239,21 +240,21 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 1 : 2)
     TileAccumulator acc;
 #pragma unroll
     for (int i = 0; i < 64; ++i) acc[i / 32][i / 4 % 8][i % 4] = 0;
-    const auto load = [&](int64_t step) {
+    const auto load = [&](int step) {
       if (step < steps) {
-        const int base = static_cast<int>(step % P::stages) * P::stage;
-        const int64_t left = end - begin - step * P::tokens;
+        const int base = step % P::stages * P::stage;
+        const int64_t left = end - begin - static_cast<int64_t>(step) * P::tokens;
         x.load(operands, base, left);
         dy.load(operands, base + P::parts * P::plane, left);
       }
       copy_async_commit();
     };
     for (int step = 0; step < P::stages - 1; ++step) load(step);
-    for (int64_t step = 0; step < steps; ++step) {
+    for (int step = 0; step < steps; ++step) {
       copy_async_wait<P::stages - 2>();
       __syncthreads();  // this step has arrived everywhere, and nobody reads the stage that is filled next
       load(step + P::stages - 1);
-      multiply<T>(acc, operands, static_cast<int>(step % P::stages) * P::stage);
+      multiply<T>(acc, operands, step % P::stages * P::stage);
     }
     copy_async_wait<0>();
 

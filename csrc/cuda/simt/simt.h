@@ -1,13 +1,14 @@
-// A small SIMT machine on the host: runs the kernels of csrc/cuda, compiled by an ordinary C++ compiler, without a card.
+// A small SIMT machine on the host: runs the kernels of csrc/cuda, compiled by an ordinary C++ compiler, on no card.
 //
 // Every CUDA thread is a fiber; one OS thread runs them all, block after block, and changes fiber only where CUDA
-// threads meet: __syncthreads, __syncwarp, shuffles, votes and the matrix instructions. Which fiber goes next, and which
-// block, is drawn from a seed, so that code which leans on an order fails in some runs. On top of that the machine
-// reports, as a C++ exception that names the kernel:
-//   - shared memory used out of bounds, or more of it than the launch asked for;
+// threads meet: __syncthreads, __syncwarp, shuffles, votes and the matrix instructions. Which fiber goes next, and
+// which block, is drawn from a seed, so that code which leans on an order fails in some runs. On top of that the
+// machine reports, as a C++ exception that names the kernel:
+//   - shared memory used out of bounds, or more of it than the launch asked for, and misaligned vectors anywhere;
 //   - two threads that touch one shared word, at least one of them writing, with no barrier between them;
 //   - __syncthreads or a warp operation that not all threads reach, or that they reach at different places.
 // Shared memory starts as 0xFF bytes, a NaN in every float format; asynchronous copies land when they are waited for.
+// Not seen: races in global memory between blocks, and what a real card does with memory beyond a tensor.
 #pragma once
 
 #include <setjmp.h>
@@ -387,10 +388,9 @@ inline uint16_t half_bits(float value) {
 }
 
 inline float half_value(uint16_t bits) {
-  const uint32_t exponent = bits >> 10 & 31, fraction = bits & 0x3FFu;
-  const float magnitude = exponent == 31 ? (fraction ? NAN : INFINITY)
-                          : exponent     ? std::ldexp(static_cast<float>(fraction + 1024), static_cast<int>(exponent) - 25)
-                                         : std::ldexp(static_cast<float>(fraction), -24);
+  const int exponent = bits >> 10 & 31, fraction = bits & 0x3FF;
+  float magnitude = std::ldexp(static_cast<float>(exponent ? fraction + 1024 : fraction), std::max(exponent, 1) - 25);
+  if (exponent == 31) magnitude = fraction ? NAN : INFINITY;
   return bits & 0x8000u ? -magnitude : magnitude;
 }
 
