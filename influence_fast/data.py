@@ -157,20 +157,19 @@ def prepare(argument: str, rows: Any, columns: Columns, task: str, model: nn.Mod
     noise = _flags(argument, columns.noise, _column(argument, rows, columns.noise)) if columns.noise else None
     if "input_ids" in there and "labels" in there:
         kept = [dict(row) for row in rows]
-        texts = [str(row["text"]) for row in rows] if "text" in there else None
-        return Samples(kept, texts, [row["labels"] for row in kept] if task == "classification" else None, noise, ids)
+        said = [str(row["text"]) for row in rows] if "text" in there else None
+        return Samples(kept, said, [row["labels"] for row in kept] if task == "classification" else None, noise, ids)
     if tokenizer is None:
         raise InputError(f"tokenizer: none is given, and {argument} has no 'input_ids' and 'labels' columns")
-    texts: list[tuple[Any, ...]] = list(
-        zip(*(_column(argument, rows, name) for name in columns.text.split(",")), strict=True)
-    )
-    for row, parts in enumerate(texts):
-        if not all(isinstance(part, str) for part in parts):
+    parts = [_column(argument, rows, name) for name in columns.text.split(",")]
+    texts = list(zip(*parts, strict=True))
+    for row, text in enumerate(texts):
+        if not all(isinstance(part, str) for part in text):
             raise InputError(f"{argument}: row {row} has no text in {columns.text!r}")
-    shown = [" | ".join(parts) for parts in texts]
+    shown = [" | ".join(text) for text in texts]
     if task == "classification":
         labels = _labels(argument, columns.label, _column(argument, rows, columns.label), model)
-        encoded = tokenizer(*map(list, zip(*texts, strict=True)), verbose=False)
+        encoded = tokenizer(*parts, verbose=False)
         keys = [key for key in ("input_ids", "token_type_ids") if key in encoded]
         prepared = [{**{key: encoded[key][i] for key in keys}, "labels": label} for i, label in enumerate(labels)]
         return Samples(prepared, shown, labels, noise, ids)

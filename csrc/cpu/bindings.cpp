@@ -11,6 +11,7 @@
 
 #include "../philox.h"
 #include "kernels.h"
+#include "rank.h"
 
 namespace py = pybind11;
 using namespace influence_fast;
@@ -128,6 +129,17 @@ PYBIND11_MODULE(influence_fast_cpu, m) {
     kernels->ghost_dot(tokens(xa, type, in, xan, xat), tokens(dya, type, rows, dan, dat), {na, ta, at<const int64_t>(spans_a)},
                        tokens(xb, type, in, xbn, xbt), tokens(dyb, type, rows, dbn, dbt), {nb, tb, at<const int64_t>(spans_b)},
                        at<float>(out), threads);
+  });
+
+  m.def("rank", [](Address data, int64_t rows, int64_t n, int64_t sm, int64_t sn, Address out, bool wide, int threads) {
+    py::gil_scoped_release free;
+    const Rows matrix{at<const float>(data), rows, n, sm, sn};
+    return wide ? rank(matrix, at<double>(out), threads) : rank(matrix, at<float>(out), threads);
+  });
+
+  m.def("vote", [](Address data, int64_t rows, int64_t n, int64_t sm, int64_t sn, int64_t k, Address out, int threads) {
+    py::gil_scoped_release free;
+    return vote({at<const float>(data), rows, n, sm, sn}, k, at<double>(out), threads);
   });
 
   m.def("ghost_norm", [](int type, int64_t n, int64_t t, Address spans, Address x, int64_t in, int64_t xn, int64_t xt,

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from influence_fast.ops.common import Side
+from influence_fast.ops.common import Side, not_finite
 
 try:
     import influence_fast_cpu as _native
@@ -111,6 +111,32 @@ def sketch(g: Tensor, side: Side | Tensor) -> Tensor:
         size = (g.shape[0], g.shape[1], g.stride(0))
         _native.sketch(g.data_ptr(), _TYPES[g.dtype], *size, matrix, out.data_ptr(), torch.get_num_threads())
     return out
+
+
+def rank(influence: Tensor) -> Tensor:
+    influence = influence.to(torch.float32)
+    out = torch.empty(influence.shape, dtype=torch.float32 if influence.shape[1] <= 1 << 22 else torch.float64)
+    if out.numel():
+        wide = out.dtype == torch.float64
+        _check(_native.rank(*_rows(influence), out.data_ptr(), wide, torch.get_num_threads()))
+    return out
+
+
+def vote(influence: Tensor, k: int) -> Tensor:
+    influence = influence.to(torch.float32)
+    out = torch.zeros(influence.shape[1], dtype=torch.float64)
+    if influence.numel():
+        _check(_native.vote(*_rows(influence), k, out.data_ptr(), torch.get_num_threads()))
+    return out
+
+
+def _rows(influence: Tensor) -> tuple[int, ...]:
+    return influence.data_ptr(), *influence.shape, *influence.stride()
+
+
+def _check(row: int) -> None:
+    if row >= 0:
+        raise not_finite(row)
 
 
 def random_matrix(
