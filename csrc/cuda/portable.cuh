@@ -187,3 +187,14 @@ template <typename N>
 __host__ __device__ constexpr N ceil_div(N a, N b) {
   return (a + b - 1) / b;
 }
+
+// The grid of a kernel that strides over its items.
+inline dim3 strided_grid(int64_t items, int64_t per_block) {
+#ifdef INFLUENCE_FAST_SIMT
+  constexpr int64_t most = 3;  // small shapes stride too
+#else
+  constexpr int64_t most = 65536;
+#endif
+  const int64_t blocks = ceil_div(items, per_block);
+  return dim3(static_cast<unsigned>(blocks < most ? blocks : most));
+}

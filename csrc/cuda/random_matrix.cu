@@ -34,9 +34,8 @@ __global__ void __launch_bounds__(kThreads) random_matrix_kernel(const __grid_co
 }  // namespace
 
 void random_matrix(const RandomMatrixParams& p, uint64_t stream) {
-  const int64_t blocks = ceil_div<int64_t>(p.rows * p.columns, kThreads);
   const auto kernel = p.type == Type::float32   ? random_matrix_kernel<float>
                       : p.type == Type::float16 ? random_matrix_kernel<f16>
                                                 : random_matrix_kernel<bf16>;
-  launch("random_matrix", kernel, dim3(static_cast<unsigned>(blocks < 65536 ? blocks : 65536)), kThreads, 0, stream, p);
+  launch("random_matrix", kernel, strided_grid(p.rows * p.columns, kThreads), kThreads, 0, stream, p);
 }

@@ -15,11 +15,6 @@ namespace {
 
 constexpr int kThreads = 256;
 
-dim3 blocks_for(int64_t items) {
-  const int64_t blocks = ceil_div<int64_t>(items, kThreads);
-  return dim3(static_cast<unsigned>(blocks < 65536 ? blocks : 65536));
-}
-
 template <typename T>
 __global__ void __launch_bounds__(kThreads) rank_keys(const __grid_constant__ RankParams p) {
   const int64_t total = p.rows * p.columns, step = static_cast<int64_t>(gridDim.x) * kThreads;
@@ -119,7 +114,7 @@ size_t rank_workspace(int64_t rows, int64_t columns) {
 }
 
 void rank(const RankParams& p, uint64_t stream) {
-  const dim3 grid = blocks_for(p.rows * p.columns);
+  const dim3 grid = strided_grid(p.rows * p.columns, kThreads);
   const auto keys = p.type == Type::float32   ? rank_keys<float>
                     : p.type == Type::float16 ? rank_keys<f16>
                                               : rank_keys<bf16>;
@@ -129,5 +124,5 @@ void rank(const RankParams& p, uint64_t stream) {
 }
 
 void vote(const VoteParams& p, uint64_t stream) {
-  launch("vote", vote_kernel, blocks_for(p.columns), kThreads, 0, stream, p);
+  launch("vote", vote_kernel, strided_grid(p.columns, kThreads), kThreads, 0, stream, p);
 }

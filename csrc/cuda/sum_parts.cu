@@ -42,7 +42,6 @@ __global__ void __launch_bounds__(kThreads) sum_parts_kernel(const __grid_consta
 }  // namespace
 
 void sum_parts(const SumPartsParams& p, uint64_t stream) {
-  const int64_t blocks = ceil_div<int64_t>(p.samples * p.inner, kOutputs);
-  launch("sum_parts", sum_parts_kernel, dim3(static_cast<unsigned>(blocks < 65536 ? blocks : 65536)), kThreads,
+  launch("sum_parts", sum_parts_kernel, strided_grid(p.samples * p.inner, kOutputs), kThreads,
          kThreads * sizeof(float), stream, p);
 }
