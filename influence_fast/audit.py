@@ -19,14 +19,14 @@ from torch import Tensor, nn
 
 from influence_fast.aggregate import METHODS as AGGREGATIONS
 from influence_fast.aggregate import aggregate_many, order
-from influence_fast.build import build_store
+from influence_fast.build import build_store, checked_rows
 from influence_fast.data import TASKS, Columns, load_model, prepare, read_table, task_of
 from influence_fast.errors import InputError
 from influence_fast.evaluate import bootstrap, ndr, ndr_auc, precision, roc_auc
 from influence_fast.influence import METHODS, influence
 from influence_fast.layers import block_of, layer_groups, named_layers, select_layers
 from influence_fast.projection import Projection
-from influence_fast.store import GradientStore
+from influence_fast.store import DTYPES, GradientStore
 
 _MOST_BLOCKS = 48
 
@@ -68,6 +68,8 @@ class AuditConfig:
                 raise InputError(f"{name}: expected some of {', '.join(known)}, got {unknown[0]!r}")
         if not self.methods:
             raise InputError("methods: expected at least one")
+        if self.dtype not in DTYPES:
+            raise InputError(f"dtype: expected one of {', '.join(DTYPES)}, got {self.dtype!r}")
         Projection.parse(self.projection)
 
 
@@ -165,7 +167,11 @@ def audit(
     trusted = prepare("queries", rows["queries"], columns, task, network, tokenizer)
     if task == "classification" and len({row["labels"] for row in samples.rows}) < 2:
         raise InputError(f"train: all {len(samples.rows)} samples have one class; influence needs at least two")
+    for part in (samples, trusted):
+        checked_rows(network, part.rows, task, part.ids, config.truncate)
     layers = select_layers(network, config.layers or default_layers(network))
+    groups = groups_of(network, layers)
+    main = _main(config, groups, task == "classification")
     with _folder(out, config) as folder:
         times: dict[str, float] = {}
         stores = {}
@@ -185,7 +191,7 @@ def audit(
                     ids=part.ids,
                     progress=progress,
                 )
-        result = score(stores["train"], stores["queries"], config, groups_of(network, layers), times)
+        result = _score(stores["train"], stores["queries"], config, groups, main, times)
         result.texts, result.labels, result.noise = samples.texts, samples.labels, samples.noise
         result.facts["task"] = task
         if out is not None:
@@ -197,18 +203,17 @@ def audit(
     return result
 
 
-def score(
+def _score(
     train: GradientStore,
     queries: GradientStore,
     config: AuditConfig,
     groups: dict[str, list[str]],
-    times: dict[str, float] | None = None,
+    main: tuple[str, str, str],
+    times: dict[str, float],
 ) -> AuditResult:
     """Influence, aggregations and baselines from two stores."""
-    times = {} if times is None else times
     knows = "correct" in queries.columns
-    aggregations = config.aggregations or (["mean", "rank-c", "vote-c"] if knows else ["mean", "rank", "vote"])
-    main = _main(config, groups, aggregations)
+    aggregations = _aggregations(config, knows)
     scores, zeros = {}, {}
     for method in config.methods:
         with _timed(times, method):
@@ -261,7 +266,13 @@ def default_layers(model: nn.Module) -> str | list[str]:
     return trained or "attention,mlp,head"
 
 
-def _main(config: AuditConfig, groups: Mapping[str, Any], aggregations: list[str]) -> tuple[str, str, str]:
+def _aggregations(config: AuditConfig, knows: bool) -> list[str]:
+    """Those asked for, or the paper's; without predictions no query counts as correct."""
+    return config.aggregations or (["mean", "rank-c", "vote-c"] if knows else ["mean", "rank", "vote"])
+
+
+def _main(config: AuditConfig, groups: Mapping[str, Any], knows: bool) -> tuple[str, str, str]:
+    aggregations = _aggregations(config, knows)
     if config.rank_by is None:
         method = "cosine" if "cosine" in config.methods else config.methods[0]
         preferred = [a for a in ("rank-c", "rank") if a in aggregations]

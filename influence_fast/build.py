@@ -81,9 +81,7 @@ def build_store(
         StoreError: ``path`` holds a store of another model, projection or data set.
     """
     projection = Projection.parse(projection) if isinstance(projection, str) else projection
-    rows = Rows(dataset, ids, _max_length(model) if truncate else None)
-    kind = _loss_kind(loss, rows)
-    _check(rows, model, kind)
+    rows, kind = checked_rows(model, dataset, loss, ids, truncate)
     tokens = _token_budget(batch_tokens, model)
     autocast(model, precision)
     capture = GradientCapture(model, layers, projection, bias=bias)
@@ -134,6 +132,20 @@ def build_store(
         if writing is not None:
             writing.result()
     return GradientStore.open(path)
+
+
+def checked_rows(
+    model: nn.Module,
+    dataset: Sequence[Mapping[str, Any]],
+    loss: str | Loss = "auto",
+    ids: Sequence[int | str] | None = None,
+    truncate: bool = False,
+) -> tuple[Rows, str]:
+    """The rows of a data set and the kind of loss that they call for; InputError names the first row that will not do."""
+    rows = Rows(dataset, ids, _max_length(model) if truncate else None)
+    kind = _loss_kind(loss, rows)
+    _check(rows, model, kind)
+    return rows, kind
 
 
 def fingerprint(model: nn.Module) -> str:

@@ -168,7 +168,7 @@ def _draw(width: float, height: float, paint: Callable[[Any, Any], None]) -> str
         figure = Figure(figsize=(width, height), layout="constrained")
         paint(figure, figure.subplots())
         buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+        figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     text = buffer.getvalue()
     # From the drawing alone: the XML prolog names addresses, and this file points nowhere.
     return (
