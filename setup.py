@@ -28,7 +28,7 @@ AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
 ISA_FLAGS = {"avx2": AVX2, "avx512": AVX512, "avx512bf16": [*AVX512, "-mavx512bf16"]}
 NVCC_FLAGS = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
-NVCC_FLAGS += ["-Werror", "all-warnings", "-cudart", "static", "--threads", str(JOBS)]
+NVCC_FLAGS += ["-lineinfo", "-Werror", "all-warnings", "-cudart", "static", "--threads", str(JOBS)]
 
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 
@@ -45,14 +45,19 @@ def cpu_extension() -> Extension:
 def cuda_extension() -> Extension | None:
     """The CUDA module, or None where it is not wanted or, without being demanded, cannot be built."""
     wanted = os.environ.get("INFLUENCE_FAST_CUDA", "")
-    sources = sorted(str(path) for path in Path("csrc/cuda").glob("*.cu"))
+    sources = sorted(str(path) for pattern in ("*.cu", "*.cpp") for path in Path("csrc/cuda").glob(pattern))
     if wanted == "0" or not sources:
         return None
     if nvcc() is None:
         if wanted == "1":
             raise SystemExit("INFLUENCE_FAST_CUDA=1, but no nvcc on PATH, in CUDA_HOME or in /usr/local/cuda")
         return None
-    return Extension("influence_fast_cuda", sources, optional=wanted != "1", language="c++")
+    headers = [
+        str(path)
+        for pattern in ("*.h", "cuda/*.h", "cuda/*.cuh", "cuda/simt/*.h")
+        for path in Path("csrc").glob(pattern)
+    ]
+    return Extension("influence_fast_cuda", sources, depends=headers, optional=wanted != "1", language="c++")
 
 
 def nvcc() -> str | None:

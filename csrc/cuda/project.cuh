@@ -1,0 +1,222 @@
+// The heart of the dense projections: one warp multiplies 32 rows of data with up to 32 rows of an implicit random
+// matrix, whose entries never exist outside registers.
+//
+// A sum over features has no order that matters to its value, so features are dealt to the fragments of the matrix
+// instruction in the order that suits memory: a thread loads 16 bytes (8 sixteen-bit features) of a row, and these are
+// its share of two k16 steps. The matching share of the random matrix is one byte of bits of one row, which becomes
+// four registers of +-1 pairs with about three instructions each.
+//
+// Per 128 features a warp issues 64 matrix instructions, one Philox block per lane (~80 instructions), ~14 instructions
+// for each of 16 groups of signs and as many for its 16 loads, ~400 in all or 100 cycles of a multiprocessor. Two such
+// warps cover k = 64 and 8 KB of sixteen-bit data, which take ~630 cycles to arrive at 3 TB/s over 132 multiprocessors:
+// memory-bound with 3x slack. Larger warp tiles would spare sign expansions but cost the second block its registers.
+#pragma once
+
+#include "params.h"
+#include "portable.cuh"
+
+constexpr int kRowTile = 32, kPanel = 32, kBlock = 128;  // rows, matrix rows, features per step of a warp
+
+// Eight consecutive features of a row as matrix operands: parts x pairs.
+template <typename T>
+struct Eight {
+  uint32_t pair[Parts<T>::count][4];
+};
+
+template <typename T>
+struct Raw {
+  uint4 word[sizeof(T) / 2];
+};
+
+template <typename T>
+DEVICE Raw<T> load_aligned(const T* from) {
+  Raw<T> raw;
+#pragma unroll
+  for (int i = 0; i < static_cast<int>(sizeof(T) / 2); ++i) raw.word[i] = load_vector<uint4>(from + i * 16 / sizeof(T));
+  return raw;
+}
+
+// `valid` of the eight elements may be read; the others are zero whatever memory holds.
+template <typename T>
+DEVICE Raw<T> load_some(const T* from, int valid) {
+  uint32_t bits[2 * sizeof(T)];
+#pragma unroll
+  for (int i = 0; i < static_cast<int>(2 * sizeof(T)); ++i) {
+    if constexpr (sizeof(T) == 4) {
+      bits[i] = i < valid ? __float_as_uint(from[i]) : 0;
+    } else {
+      const uint32_t low = 2 * i < valid ? from[2 * i].bits : 0, high = 2 * i + 1 < valid ? from[2 * i + 1].bits : 0;
+      bits[i] = low | high << 16;
+    }
+  }
+  Raw<T> raw;
+#pragma unroll
+  for (int i = 0; i < static_cast<int>(sizeof(T) / 2); ++i)
+    raw.word[i] = {bits[4 * i], bits[4 * i + 1], bits[4 * i + 2], bits[4 * i + 3]};
+  return raw;
+}
+
+template <typename T>
+DEVICE Eight<T> operands(const Raw<T>& raw) {
+  Eight<T> out;
+  if constexpr (sizeof(T) == 4) {
+    const uint32_t bits[8] = {raw.word[0].x, raw.word[0].y, raw.word[0].z, raw.word[0].w,
+                              raw.word[1].x, raw.word[1].y, raw.word[1].z, raw.word[1].w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      uint16_t low[3], high[3];
+      split(__uint_as_float(bits[2 * i]), low);
+      split(__uint_as_float(bits[2 * i + 1]), high);
+#pragma unroll
+      for (int p = 0; p < 3; ++p) out.pair[p][i] = low[p] | static_cast<uint32_t>(high[p]) << 16;
+    }
+  } else {
+    out.pair[0][0] = raw.word[0].x;
+    out.pair[0][1] = raw.word[0].y;
+    out.pair[0][2] = raw.word[0].z;
+    out.pair[0][3] = raw.word[0].w;
+  }
+  return out;
+}
+
+// The pair (+1, +1) of a matrix operand type; flipping bits 15 and 31 negates.
+template <typename T>
+constexpr uint32_t kOnes = Parts<T>::Type::half ? 0x3C003C00u : 0x3F803F80u;
+
+// +-1 pairs from the low byte of `bits`; 1 is +1.
+template <typename T>
+DEVICE void expand(uint32_t bits, uint32_t (&pairs)[4]) {
+  const uint32_t spread = (bits & 0x55u) | (bits & 0xAAu) << 15;  // even bits from 0 up, odd bits from 16 up
+#pragma unroll
+  for (int i = 0; i < 4; ++i) pairs[i] = ((spread << (15 - 2 * i)) & 0x80008000u) ^ (kOnes<T> | 0x80008000u);
+}
+
+struct Panel {
+  uint32_t column;  // first matrix row
+  int tiles;        // groups of eight matrix rows, 1 to 4
+};
+
+using Accumulator = float[2][4][4];
+constexpr int kAccumulators = 32;
+
+DEVICE void clear(Accumulator& acc) {
+#pragma unroll
+  for (int i = 0; i < kAccumulators; ++i) acc[i / 16][i / 4 % 4][i % 4] = 0;
+}
+
+// Where an SJLT sends eight features from f on, and with which signs. f < 2^32 there.
+struct Targets {
+  uint32_t output[8], ones[4];
+};
+
+template <typename T>
+DEVICE Targets targets(uint32_t f, uint32_t byte, const Side& side) {
+  const philox::Key key{side.key0, side.key1};
+  Targets out;
+  expand<T>(byte, out.ones);
+  const uint32_t k = side.k;
+  uint32_t chunk = f / k, lane = f - chunk * k, turn = rotation_of(chunk, k, key);
+  if (k >= 8) {  // at most one chunk begins among the eight
+    const uint32_t next = lane + 8 > k ? rotation_of(chunk + 1, k, key) - k : 0;
+#pragma unroll
+    for (uint32_t e = 0; e < 8; ++e) {
+      const uint32_t sum = lane + e + (lane + e < k ? turn : next);
+      out.output[e] = sum >= k ? sum - k : sum;
+    }
+    return out;
+  }
+#pragma unroll 1
+  for (int e = 0; e < 8; ++e) {
+    const uint32_t sum = lane + turn;
+#pragma unroll
+    for (int i = 0; i < 8; ++i)
+      if (i == e) out.output[i] = sum >= k ? sum - k : sum;
+    if (++lane == k) {
+      lane = 0;
+      turn = rotation_of(++chunk, k, key);
+    }
+  }
+  return out;
+}
+
+// acc += rows[0 .. live) of data times panel of the matrix, over feature blocks first, first + step, ... below last.
+// Fragment layout of acc[m][j][c]: row 16 m + lane / 4 + c / 2 * 8, column 8 j + lane % 4 * 2 + c % 2.
+template <typename T, bool Sjlt>
+DEVICE void project(Accumulator& acc, const T* rows, int64_t stride, int live, int64_t features, bool aligned,
+                    const Side& side, Panel panel, int64_t first, int64_t last, int64_t step) {
+  using Part = typename Parts<T>::Type;
+  const int lane = static_cast<int>(threadIdx.x % 32), group = lane / 4, quarter = lane % 4;
+  const philox::Key key{side.key0, side.key1};
+
+  const T* from[4];  // in the place of rows that do not count the first is read: their results are not used
+#pragma unroll
+  for (int r = 0; r < 4; ++r) from[r] = rows + (group + 8 * r < live ? group + 8 * r : 0) * stride + 8 * quarter;
+  const T* ahead = rows + (lane < live ? lane : 0) * stride;
+
+  for (int64_t block = first; block < last; block += step) {
+    // A lane per row asks for the next block: by the time it is needed it has come from memory to L2, whatever few
+    // loads registers have room for.
+#pragma unroll
+    for (int e = 0; e < kBlock; e += 128 / static_cast<int>(sizeof(T))) {
+      const int64_t f = (block + step) * kBlock + e;
+      if (lane < live && block + step < last && f < features) prefetch(ahead + f);
+    }
+    philox::Block bits;
+    if constexpr (Sjlt) {
+      bits = philox::sjlt_signs(static_cast<uint64_t>(block), key);
+    } else {
+      // The four lanes of a group need bits of the same four matrix rows: each makes one of them.
+      bits = philox::rademacher(panel.column + 8 * quarter + group, static_cast<uint64_t>(block), key);
+    }
+#pragma unroll 1
+    for (int s = 0; s < 4; ++s) {
+      const uint32_t word = pick(bits, s);
+      const int64_t f = block * kBlock + 32 * s, left = features - f - 8 * quarter;
+      Raw<T> raw[4];  // four loads in flight per thread; other warps fill the wait
+      if (aligned && left >= 8) {
+#pragma unroll
+        for (int r = 0; r < 4; ++r) raw[r] = load_aligned(from[r] + f);
+      } else {
+        const int width = left >= 8 ? 8 : left > 0 ? static_cast<int>(left) : 0;
+#pragma unroll 1
+        for (int r = 0; r < 4; ++r) {
+          const Raw<T> some = load_some((r & 2 ? (r & 1 ? from[3] : from[2]) : (r & 1 ? from[1] : from[0])) + f, width);
+#pragma unroll
+          for (int i = 0; i < 4; ++i)
+            if (i == r) raw[i] = some;
+        }
+      }
+      Eight<T> data[4];
+#pragma unroll
+      for (int r = 0; r < 4; ++r) data[r] = operands<T>(raw[r]);
+
+      Targets target;
+      if constexpr (Sjlt) target = targets<T>(static_cast<uint32_t>(f) + 8 * quarter, word >> (8 * quarter), side);
+      __syncwarp();  // matrix instructions want all lanes together
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        if (j >= panel.tiles) break;
+        uint32_t pairs[4];
+        if constexpr (Sjlt) {
+          const uint32_t column = panel.column + static_cast<uint32_t>(8 * j + group);
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            pairs[i] = (target.output[2 * i] == column ? target.ones[i] & 0xFFFFu : 0) |
+                       (target.output[2 * i + 1] == column ? target.ones[i] & 0xFFFF0000u : 0);
+          }
+        } else {
+          expand<T>(warp_shuffle(word, 4 * group + j) >> (8 * quarter), pairs);
+        }
+#pragma unroll
+        for (int m = 0; m < 2; ++m) {
+#pragma unroll
+          for (int p = 0; p < Parts<T>::count; ++p) {
+            const auto &top = data[2 * m].pair[p], &bottom = data[2 * m + 1].pair[p];
+            mma<Part>(acc[m][j], {top[0], bottom[0], top[1], bottom[1]}, {pairs[0], pairs[1]});
+            mma<Part>(acc[m][j], {top[2], bottom[2], top[3], bottom[3]}, {pairs[2], pairs[3]});
+          }
+        }
+      }
+    }
+  }
+}
