@@ -376,3 +376,63 @@ def doctor(as_json: bool) -> None:
             _table(["operation", "takes", "not"], rows, f"Backends for tensors on {device}")
 
     _print(found, as_json, show)
+
+
+@main.command(epilog=_example("influence-fast bench --op rank --op vote"))
+@click.option("--op", "op_names", multiple=True, help="Operation; all by default.")
+@click.option("--device", default="cpu", type=click.Choice(["cpu", "cuda"]))
+@click.option("--dtype", default="float32", type=click.Choice(["float32", "float16", "bfloat16"]))
+@click.option("--repeats", default=9)
+@_json_option
+def bench(op_names: tuple[str, ...], device: str, dtype: str, repeats: int, as_json: bool) -> None:
+    """Time the kernels on this machine, each verified first, beside plain torch."""
+    import torch
+
+    from influence_fast import bench as room
+
+    unknown = [name for name in op_names if name not in room.OPS]
+    if unknown:
+        raise InputError(f"op: expected some of {', '.join(room.OPS)}, got {unknown[0]!r}")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise InputError("device: this machine has no CUDA device")
+    kind = getattr(torch, dtype)
+    found = [
+        room.measure(case, device, repeats) for op in op_names or room.OPS for case in room.cases(op, device, kind)
+    ]
+    document = {
+        "machine": room.machine(device),
+        "dtype": dtype,
+        "ceilings": room.ceilings(device, kind),
+        "results": found,
+    }
+    _print(document, as_json, lambda: bench_table(document))
+
+
+def bench_table(document: dict[str, Any]) -> None:
+    """Print a document of measurements."""
+    ceilings = document["ceilings"]
+    rows = []
+    for result in document["results"]:
+        share = [
+            f"{result[key] / ceilings[ceiling]:.0%} of {name}"
+            for key, ceiling, name in (
+                ("bytes_per_s", "copy_bytes_per_s", "copy"),
+                ("flops_per_s", "matmul_flops_per_s", "matmul"),
+            )
+            if result[key]
+        ]
+        per_element = "" if result["ns_per_element"] is None else f"{result['ns_per_element']:.2f} ns/element"
+        best = [f"{ratio:.2f}x {name}" for name, ratio in result["ratios"].items()]
+        times = result["times"]["ours"]
+        rows.append(
+            [
+                result["op"],
+                result["case"],
+                f"{times['p50'] * 1e3:.3f} ms",
+                f"{times['p20'] * 1e3:.3f} .. {times['p80'] * 1e3:.3f}",
+                "\n".join([*share, *([per_element] if per_element else [])]),
+                "\n".join(best),
+            ]
+        )
+    title = f"{document['machine']['device']}, {document['dtype']}, {document['machine']['threads']} threads"
+    _table(["operation", "case", "median", "p20 .. p80", "reached", "speed against"], rows, title)

@@ -1,0 +1,111 @@
+"""Kernel benchmarks: ours, plain torch, and peers' packages where they are installed, into a JSON file.
+
+    python -m benchmarks.run --op all
+    python -m benchmarks.run --op rank --json --threads 2
+    python -m benchmarks.run --op sketch --device cuda --dtype bfloat16 --out benchmarks/results
+
+Every kernel is verified against the float64 reference first; a wrong one is not timed. Plots and tables elsewhere are
+made from these files alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+
+from influence_fast import bench
+from influence_fast.cli import bench_table
+from influence_fast.errors import InfluenceError
+
+
+def with_peers(case: bench.Case) -> bench.Case:
+    """Add the peers that are installed to a sketch: each projects vectors of the same size to as many numbers."""
+    if case.op != "sketch":
+        return case
+    n, d, k, kind = bench.SKETCH_SHAPES[case.name]
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    g = torch.randn(n, d, device=device)
+    with contextlib.suppress(ImportError):
+        from trak.projectors import BasicProjector, ProjectionType  # type: ignore[import-not-found]
+
+        if kind == "rademacher":
+            trak = BasicProjector(d, k, 0, ProjectionType.rademacher, device, dtype=torch.float32)
+            case.baselines["TRAK BasicProjector"] = lambda: trak.project(g, model_id=0)
+    with contextlib.suppress(ImportError):
+        import fast_jl  # type: ignore[import-not-found]
+
+        if kind == "rademacher" and device == "cuda" and k % 512 == 0:
+            case.baselines["fast_jl"] = lambda: fast_jl.project_rademacher_8(g, k, 0, 132)
+    with contextlib.suppress(ImportError):
+        from sjlt import SJLTProjection  # type: ignore[import-not-found]
+
+        if kind == "sjlt" and device == "cuda":
+            projection = SJLTProjection(d, k, c=1, device=device)
+            case.baselines["sjlt"] = lambda: projection(g)
+    return case
+
+
+@click.command()
+@click.option("--op", "op_names", multiple=True, default=["all"], type=click.Choice(["all", *bench.OPS]))
+@click.option("--case", "case_pattern", default="", help="Only cases whose name matches this pattern.")
+@click.option("--device", default="cpu", type=click.Choice(["cpu", "cuda"]))
+@click.option("--dtype", default="float32", type=click.Choice(["float32", "float16", "bfloat16"]))
+@click.option("--backend", default="auto")
+@click.option("--threads", default=2, show_default=True)
+@click.option("--repeats", default=15, show_default=True)
+@click.option("--out", type=click.Path(path_type=Path), help="Folder to write <op>-<device>-<date>.json to.")
+@click.option("--json", "as_json", is_flag=True)
+def main(
+    op_names: tuple[str, ...],
+    case_pattern: str,
+    device: str,
+    dtype: str,
+    backend: str,
+    threads: int,
+    repeats: int,
+    out: Path | None,
+    as_json: bool,
+) -> None:
+    """Measure the kernels and their baselines in one run."""
+    torch.set_num_threads(threads)
+    kind = getattr(torch, dtype)
+    document: dict[str, Any] = {
+        "date": datetime.date.today().isoformat(),
+        "machine": bench.machine(device),
+        "dtype": dtype,
+        "ceilings": bench.ceilings(device, kind),
+        "results": [],
+    }
+    failed = False
+    for op in bench.OPS if "all" in op_names else op_names:
+        for case in bench.cases(op, device, kind, backend):
+            if not re.search(case_pattern, case.name):
+                continue
+            try:
+                document["results"].append(bench.measure(with_peers(case), device, repeats))
+            except InfluenceError as error:
+                failed = True
+                click.echo(f"error: {error}", err=True)
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        name = re.sub(
+            r"[^a-z0-9]+", "-", f"{'-'.join(op_names)} {document['machine']['device']} {dtype}".lower()
+        ).strip("-")
+        (out / f"{name}-{document['date']}.json").write_text(json.dumps(document, indent=1) + "\n")
+    if as_json:
+        json.dump(document, sys.stdout, indent=1)
+    else:
+        bench_table(document)
+    sys.exit(1 if failed else 0)
+
+
+if __name__ == "__main__":
+    main()
