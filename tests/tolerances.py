@@ -2,7 +2,8 @@
 
 A float32 sum of L rounded terms is off by about ``sqrt(L) * 2^-24`` times the sum of their absolute values, which is
 the same operation on absolute values. Inputs are exact: the reference sees the same float16 or bfloat16 numbers. What
-does not grow with L: scales rounded to float32, and entries of Gaussian matrices, each within two units in the last place.
+does not grow with L: scales rounded to float32, and entries of Gaussian matrices, each within two units in the last
+place.
 """
 
 from __future__ import annotations
