@@ -239,7 +239,8 @@ class GradientCapture:
             seen = _Tokens(self._rows(x[..., None], 1, name)[..., 0], module.num_embeddings)
         else:
             seen = self._rows(x.detach(), x.shape[-1], name)
-        receivers = [self._record(module, layer, transposed, seen) for layer, transposed in self._uses[module]]
+        with _exactly(output):
+            receivers = [self._record(module, layer, transposed, seen) for layer, transposed in self._uses[module]]
         return _Tap.apply(output, self._anchor, partial(self._receive, module, name, seen, receivers))
 
     def _rows(self, x: Tensor, features: int, name: str) -> Tensor:
@@ -290,7 +291,8 @@ class GradientCapture:
         if isinstance(module, nn.Embedding) and module.padding_idx is not None and isinstance(seen, _Tokens):
             dy = dy.masked_fill((seen.ids == module.padding_idx)[..., None], 0)
         for (layer, _), receive in zip(self._uses[module], receivers, strict=True):
-            gradient = receive(dy)
+            with _exactly(dy):
+                gradient = receive(dy)
             if self._part is not None:
                 rows = gradient.new_zeros(cast(int, self._batch), layer.dim)
                 rows = self._gradients.setdefault(layer.name, rows)
@@ -298,6 +300,13 @@ class GradientCapture:
             else:
                 earlier = self._gradients.get(layer.name)
                 self._gradients[layer.name] = gradient if earlier is None else earlier + gradient
+
+
+@contextmanager
+def _exactly(like: Tensor) -> Iterator[None]:
+    """Our own arithmetic: no graph, and not in the low precision that the model may run in."""
+    with torch.no_grad(), torch.autocast(like.device.type, enabled=False):
+        yield
 
 
 def _layer(name: str, module: nn.Module, projection: Projection, bias: bool) -> _Layer:

@@ -113,6 +113,42 @@ def test_frozen_weights_and_an_early_end_of_the_backward() -> None:
     assert visited == ["False"], "blocks below the lowest selected layer must keep no graph"
 
 
+@pytest.mark.parametrize("inside", [False, True], ids=["backward outside", "backward inside"])
+@pytest.mark.parametrize("projection", ["identity", "rademacher:5x3", "sjlt:5x3", "sjlt:32"])
+def test_autocast_lowers_the_model_alone(projection: str, inside: bool) -> None:
+    model, batch = models.make("llama", "causal"), models.collate(models.rows("causal"))
+    chosen, layers = inf.Projection.parse(projection), inf.select_layers(model, "attention,mlp")
+    truth = models.oracle(model, models.rows("causal"), layers)
+    seen: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def watch(name: str):
+        def hook(module: nn.Module, grad_in: object, grad_out: tuple[Tensor]) -> None:
+            seen[name] = (seen[name][0], grad_out[0].detach())
+
+        return hook
+
+    for name in layers:
+        module = model.get_submodule(name)
+        module.register_forward_hook(lambda m, args, out, name=name: seen.__setitem__(name, (args[0].detach(), out)))
+        module.register_full_backward_hook(watch(name))
+    with inf.GradientCapture(model, layers, chosen) as capture:
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = models.losses(model, batch).sum()
+            if inside:
+                loss.backward()
+        if not inside:
+            loss.backward()
+        got = capture.pop()
+    expected = {name: dy.double().mT @ x.double() for name, (x, dy) in seen.items()}
+    wanted = expected if projection == "identity" else projected(expected, chosen)
+    for name in layers:
+        assert got[name].dtype == torch.float32
+        # Float32 arithmetic on what bfloat16 forward and backward gave: thousands of times closer than bfloat16 is.
+        error = (got[name].double() - wanted[name].flatten(1)).norm() / wanted[name].norm()
+        assert error < 1e-5, name
+        assert (expected[name].flatten() - truth[name].flatten()).norm() < 0.1 * truth[name].norm()
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_gradient_checkpointing(reentrant: bool) -> None:
     model, samples = models.make("llama", "causal"), models.rows("causal")
