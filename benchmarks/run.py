@@ -53,6 +53,14 @@ def with_peers(case: bench.Case) -> bench.Case:
     return case
 
 
+def with_compiled(case: bench.Case) -> bench.Case:
+    """Add what torch.compile makes of each baseline in plain torch; it compiles during the rounds that warm up."""
+    for name, call in list(case.baselines.items()):
+        if name.startswith(("torch", "bmm")) and "our" not in name:
+            case.baselines[f"{name}, compiled"] = torch.compile(call, dynamic=False)
+    return case
+
+
 @click.command()
 @click.option("--op", "op_names", multiple=True, default=["all"], type=click.Choice(["all", *bench.OPS]))
 @click.option("--case", "case_pattern", default="", help="Only cases whose name matches this pattern.")
@@ -61,6 +69,7 @@ def with_peers(case: bench.Case) -> bench.Case:
 @click.option("--backend", default="auto")
 @click.option("--threads", default=2, show_default=True)
 @click.option("--repeats", default=15, show_default=True)
+@click.option("--compile/--no-compile", "compiled", default=True, help="Baselines under torch.compile too (slow start).")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder to write <op>-<device>-<date>.json to.")
 @click.option("--json", "as_json", is_flag=True)
 def main(
@@ -71,6 +80,7 @@ def main(
     backend: str,
     threads: int,
     repeats: int,
+    compiled: bool,
     out: Path | None,
     as_json: bool,
 ) -> None:
@@ -89,8 +99,9 @@ def main(
         for case in bench.cases(op, device, kind, backend):
             if not re.search(case_pattern, case.name):
                 continue
+            case = with_peers(case)
             try:
-                document["results"].append(bench.measure(with_peers(case), device, repeats))
+                document["results"].append(bench.measure(with_compiled(case) if compiled else case, device, repeats))
             except InfluenceError as error:
                 failed = True
                 click.echo(f"error: {error}", err=True)
