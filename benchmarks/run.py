@@ -69,7 +69,9 @@ def with_compiled(case: bench.Case) -> bench.Case:
 @click.option("--backend", default="auto")
 @click.option("--threads", default=2, show_default=True)
 @click.option("--repeats", default=15, show_default=True)
-@click.option("--compile/--no-compile", "compiled", default=True, help="Baselines under torch.compile too (slow start).")
+@click.option(
+    "--compile/--no-compile", "compiled", default=True, help="Baselines under torch.compile too (slow start)."
+)
 @click.option("--out", type=click.Path(path_type=Path), help="Folder to write <op>-<device>-<date>.json to.")
 @click.option("--json", "as_json", is_flag=True)
 def main(
