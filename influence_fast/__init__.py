@@ -35,6 +35,13 @@ if TYPE_CHECKING:
     from influence_fast.influence import InfluenceMatrix as InfluenceMatrix
     from influence_fast.influence import influence as influence
     from influence_fast.layers import select_layers as select_layers
+    from influence_fast.methods import Checkpoints as Checkpoints
+    from influence_fast.methods import label_contrast as label_contrast
+    from influence_fast.methods import outlier as outlier
+    from influence_fast.methods import word_influence as word_influence
+    from influence_fast.observe import hidden_states as hidden_states
+    from influence_fast.observe import kronecker_factors as kronecker_factors
+    from influence_fast.observe import word_gradients as word_gradients
     from influence_fast.projection import Projection as Projection
     from influence_fast.store import GradientStore as GradientStore
 
@@ -62,6 +69,13 @@ _ROOMS = {
     "InfluenceMatrix": "influence",
     "influence": "influence",
     "select_layers": "layers",
+    "Checkpoints": "methods",
+    "label_contrast": "methods",
+    "outlier": "methods",
+    "word_influence": "methods",
+    "hidden_states": "observe",
+    "kronecker_factors": "observe",
+    "word_gradients": "observe",
     "Projection": "projection",
     "GradientStore": "store",
 }

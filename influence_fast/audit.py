@@ -45,7 +45,7 @@ class AuditConfig:
     task: str = "auto"
     layers: str | None = None
     projection: str = "identity"
-    methods: list[str] = field(default_factory=lambda: list(METHODS))
+    methods: list[str] = field(default_factory=lambda: ["dot", "cosine", "datainf"])
     aggregations: list[str] | None = None
     rank_by: str | None = None
     fraction: float = 0.2
