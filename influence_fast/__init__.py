@@ -26,11 +26,15 @@ if TYPE_CHECKING:
     from influence_fast.errors import StoreError as StoreError
     from influence_fast.evaluate import bootstrap as bootstrap
     from influence_fast.evaluate import cancellation as cancellation
+    from influence_fast.evaluate import compare as compare
+    from influence_fast.evaluate import evaluate as evaluate
     from influence_fast.evaluate import ndr as ndr
     from influence_fast.evaluate import ndr_auc as ndr_auc
     from influence_fast.evaluate import ndr_curve as ndr_curve
     from influence_fast.evaluate import precision as precision
+    from influence_fast.evaluate import rank_correlation as rank_correlation
     from influence_fast.evaluate import roc_auc as roc_auc
+    from influence_fast.evaluate import wins as wins
     from influence_fast.index import InfluenceIndex as InfluenceIndex
     from influence_fast.influence import InfluenceMatrix as InfluenceMatrix
     from influence_fast.influence import influence as influence
@@ -60,11 +64,15 @@ _ROOMS = {
     "StoreError": "errors",
     "bootstrap": "evaluate",
     "cancellation": "evaluate",
+    "compare": "evaluate",
+    "evaluate": "evaluate",
     "ndr": "evaluate",
     "ndr_auc": "evaluate",
     "ndr_curve": "evaluate",
     "precision": "evaluate",
+    "rank_correlation": "evaluate",
     "roc_auc": "evaluate",
+    "wins": "evaluate",
     "InfluenceIndex": "index",
     "InfluenceMatrix": "influence",
     "influence": "influence",

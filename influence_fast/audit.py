@@ -18,16 +18,23 @@ import torch
 from torch import Tensor, nn
 
 from influence_fast.aggregate import METHODS as AGGREGATIONS
-from influence_fast.aggregate import aggregate_many, order
+from influence_fast.aggregate import InMemory, Matrix, order
 from influence_fast.build import build_store, checked_rows
-from influence_fast.data import TASKS, Columns, load_model, prepare, read_table, task_of
+from influence_fast.data import TASKS, Columns, Samples, load_model, prepare, read_table, task_of
 from influence_fast.errors import InputError
-from influence_fast.evaluate import bootstrap, ndr, ndr_auc, precision, roc_auc
-from influence_fast.influence import METHODS, influence
+from influence_fast.evaluate import Evaluation, aggregated, baselines, compare
+from influence_fast.influence import METHODS as GRADIENT_METHODS
+from influence_fast.influence import InfluenceMatrix, influence
 from influence_fast.layers import block_of, layer_groups, named_layers, select_layers
+from influence_fast.methods import label_contrast, outlier, word_influence
+from influence_fast.observe import hidden_states, kronecker_factors, word_gradients
 from influence_fast.projection import Projection
 from influence_fast.store import DTYPES, GradientStore
 
+_CONTRAST = tuple(f"contrast-{method}" for method in ("dot", "cosine", "datainf", "trak", "trackstar"))
+METHODS = (*GRADIENT_METHODS, *_CONTRAST, "outlier", "repsim", "we", "we_topk")
+_NEED_CLASSES = (*_CONTRAST, "outlier")
+_TOP_WORDS = 10
 _MOST_BLOCKS = 48
 
 
@@ -115,19 +122,19 @@ class AuditResult:
                 for aggregation, scores in aggregations.items():
                     yield method, group, aggregation, scores
 
-    def evaluate(self, at: float = 0.3) -> list[dict[str, Any]]:
-        """One row of metrics per ranking; needs ``noise``. Rows of the group ``all`` and baselines have an interval."""
+    def compare(self, levels: Sequence[float] = (0.1, 0.2, 0.3)) -> Evaluation:
+        """Every ranking measured against ``noise``, which must be known: :func:`~influence_fast.compare`."""
         if self.noise is None:
             raise InputError("noise: this audit does not know which samples are noisy")
-        rows = []
-        for method, group, aggregation, scores in self.rankings():
-            row: dict[str, Any] = {"method": method, "group": group, "aggregation": aggregation}
-            row |= {"ndr": ndr(scores, self.noise, at), "auc_ndr": ndr_auc(scores, self.noise)}
-            row |= {"roc_auc": roc_auc(scores, self.noise), "precision": precision(scores, self.noise, at)}
-            if group in ("", "all"):
-                row["low"], row["high"] = bootstrap(ndr_auc, scores, self.noise)
-            rows.append(row)
-        return rows
+        return compare({(m, group, a): scores for m, group, a, scores in self.rankings()}, self.noise, levels=levels)
+
+    def evaluate(self, at: float = 0.3) -> list[dict[str, Any]]:
+        """One row of metrics per ranking, as of :meth:`compare`, with ``ndr`` and ``precision`` at one level."""
+        name = f"{100 * at:g}"
+        return [
+            {**row, "ndr": row[f"ndr@{name}"], "precision": row[f"precision@{name}"]}
+            for row in self.compare(sorted({0.1, 0.2, 0.3, at})).rows
+        ]
 
 
 def audit(
@@ -169,6 +176,11 @@ def audit(
         raise InputError(f"train: all {len(samples.rows)} samples have one class; influence needs at least two")
     for part in (samples, trusted):
         checked_rows(network, part.rows, task, part.ids, config.truncate)
+    needy = [method for method in config.methods if method in _NEED_CLASSES]
+    if needy and task != "classification":
+        raise InputError(f"methods: {needy[0]} compares classes, and this model has none")
+    if "ekfac" in config.methods and config.projection != "identity":
+        raise InputError(f"methods: ekfac needs whole gradients, projection identity, got {config.projection}")
     layers = select_layers(network, config.layers or default_layers(network))
     groups = groups_of(network, layers)
     main = _main(config, groups, task == "classification")
@@ -191,7 +203,10 @@ def audit(
                     ids=part.ids,
                     progress=progress,
                 )
-        result = _score(stores["train"], stores["queries"], config, groups, main, times)
+        sources = _Sources(
+            network, samples, trusted, stores["train"], stores["queries"], folder, config, task, progress
+        )
+        result = _score(sources, groups, main, times)
         result.texts, result.labels, result.noise = samples.texts, samples.labels, samples.noise
         result.facts["task"] = task
         if out is not None:
@@ -203,30 +218,94 @@ def audit(
     return result
 
 
+@dataclass
+class _Sources:
+    """What influence is computed from: two stores, and the model and rows for what they do not hold."""
+
+    model: nn.Module
+    samples: Samples
+    trusted: Samples
+    train: GradientStore
+    queries: GradientStore
+    folder: Path
+    config: AuditConfig
+    task: str
+    progress: bool
+
+    @property
+    def correct(self) -> Tensor | None:
+        return self.queries.column("correct") if "correct" in self.queries.columns else None
+
+    def matrix(self, method: str) -> Matrix:
+        """Influence by any of :data:`METHODS`."""
+        if method == "ekfac":
+            layers = self.train.layers
+            factors = kronecker_factors(
+                self.model,
+                self._rows(self.samples),
+                layers,
+                batch_tokens=self.config.batch_tokens,
+                progress=self.progress,
+            )
+            return influence(self.train, self.queries, method, factors=factors)
+        if method.startswith("contrast-"):
+            return influence(self._contrast(), self.queries, method.removeprefix("contrast-"))
+        if method == "outlier":
+            labels = [[row["labels"] for row in part.rows] for part in (self.samples, self.trusted)]
+            return InMemory(outlier(self.train, self.queries, *labels), torch.ones(1, dtype=torch.bool))
+        if method == "repsim":
+            pooling = "mean" if self.task == "classification" else "last"
+            states = self._passed(hidden_states, pooling)
+            matrix = influence(states[0], states[1], "cosine")
+            matrix.query_correct = self.correct
+            return matrix
+        if method in ("we", "we_topk"):
+            words = self._passed(word_gradients)
+            top = _TOP_WORDS if method == "we_topk" else None
+            return InMemory(word_influence(words[0], words[1], top), self.correct)
+        return influence(self.train, self.queries, method)
+
+    def _passed(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+        settings = {"batch_tokens": self.config.batch_tokens, "progress": self.progress}
+        return [function(self.model, self._rows(part), *arguments, **settings) for part in (self.samples, self.trusted)]
+
+    def _rows(self, part: Samples) -> Any:
+        return checked_rows(self.model, part.rows, self.task, part.ids, self.config.truncate)[0]
+
+    def _contrast(self) -> GradientStore:
+        return build_store(
+            self.folder / "stores" / "contrast",
+            self.model,
+            self.samples.rows,
+            self.train.layers,
+            self.config.projection,
+            loss=label_contrast,
+            batch_tokens=self.config.batch_tokens,
+            dtype=self.config.dtype,
+            precision=self.config.precision,
+            truncate=self.config.truncate,
+            ids=self.samples.ids,
+            progress=self.progress,
+        )
+
+
 def _score(
-    train: GradientStore,
-    queries: GradientStore,
-    config: AuditConfig,
-    groups: dict[str, list[str]],
-    main: tuple[str, str, str],
-    times: dict[str, float],
+    sources: _Sources, groups: dict[str, list[str]], main: tuple[str, str, str], times: dict[str, float]
 ) -> AuditResult:
-    """Influence, aggregations and baselines from two stores."""
+    """Influence, aggregations and baselines."""
+    train, queries, config = sources.train, sources.queries, sources.config
     knows = "correct" in queries.columns
     aggregations = _aggregations(config, knows)
-    scores, zeros = {}, {}
+    scores: dict[str, dict[str, dict[str, Tensor]]] = {}
+    zeros: dict[str, tuple[int, int]] = {}
     for method in config.methods:
         with _timed(times, method):
-            matrix = influence(train, queries, method)
-            scores[method] = aggregate_many(matrix, aggregations, groups, fraction=config.fraction)
-            zeros = matrix.zero_norms
-    sqnorm = torch.stack([train.sqnorm(name) for name in train.layers])
-    generator = torch.Generator().manual_seed(config.seed)
-    baselines = {
-        "random": torch.rand(len(train), generator=generator, dtype=torch.float64),
-        "loss": -train.column("loss").double(),
-        "self-influence": -sqnorm.sum(0),
-    }
+            matrix = sources.matrix(method)
+            scores[method] = {}
+            for group, aggregation, values in aggregated(matrix, aggregations, groups, config.fraction):
+                scores[method].setdefault(group, {})[aggregation] = values
+            if isinstance(matrix, InfluenceMatrix) and method in GRADIENT_METHODS:
+                zeros = matrix.zero_norms
     facts: dict[str, Any] = {
         "samples": len(train),
         "queries": len(queries),
@@ -240,7 +319,8 @@ def _score(
         facts["queries_correct"] = int(queries.column("correct").sum())
     if "correct" in train.columns:
         facts["train_accuracy"] = float(train.column("correct").double().mean())
-    return AuditResult(list(train.ids), None, None, None, groups, scores, baselines, main, config.__dict__, facts)
+    found = baselines(train, config.seed)
+    return AuditResult(list(train.ids), None, None, None, groups, scores, found, main, config.__dict__, facts)
 
 
 def groups_of(model: nn.Module, layers: list[str]) -> dict[str, list[str]]:
@@ -312,7 +392,7 @@ def _timed(times: dict[str, float], name: str) -> Iterator[None]:
 
 def _scores_csv(result: AuditResult) -> str:
     method, _, aggregation = result.main
-    groups = {group: result.scores[method][group][aggregation] for group in result.groups}
+    groups = {group: found[aggregation] for group, found in result.scores[method].items()}
     ranking = result.ranking
     place = torch.empty_like(ranking)
     place[ranking] = torch.arange(len(ranking))
