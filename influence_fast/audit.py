@@ -203,9 +203,7 @@ def audit(
                     ids=part.ids,
                     progress=progress,
                 )
-        sources = _Sources(
-            network, samples, trusted, stores["train"], stores["queries"], folder, config, task, progress
-        )
+        sources = Sources(network, samples, trusted, stores["train"], stores["queries"], folder, config, task, progress)
         result = _score(sources, groups, main, times)
         result.texts, result.labels, result.noise = samples.texts, samples.labels, samples.noise
         result.facts["task"] = task
@@ -219,8 +217,11 @@ def audit(
 
 
 @dataclass
-class _Sources:
-    """What influence is computed from: two stores, and the model and rows for what they do not hold."""
+class Sources:
+    """What influence is computed from: two stores, and the model and rows for what they do not hold.
+
+    ``folder`` takes the store of label contrasts.
+    """
 
     model: nn.Module
     samples: Samples
@@ -290,7 +291,7 @@ class _Sources:
 
 
 def _score(
-    sources: _Sources, groups: dict[str, list[str]], main: tuple[str, str, str], times: dict[str, float]
+    sources: Sources, groups: dict[str, list[str]], main: tuple[str, str, str], times: dict[str, float]
 ) -> AuditResult:
     """Influence, aggregations and baselines."""
     train, queries, config = sources.train, sources.queries, sources.config

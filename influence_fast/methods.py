@@ -24,7 +24,8 @@ def label_contrast(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     Gradients are linear in the loss, so a store built with it holds each sample's gradient with its given label minus the
     mean of those with the others, and its influence is the sample's influence as labelled minus as labelled otherwise.
     Cross entropies differ by logits alone, ``mean_{c != y} z_c - z_y``: one forward, one backward, and how confident the
-    model is in the sample has no part in it.
+    model is in the sample has no part in it. With two classes a sample's two gradients are parallel, so contrast changes
+    their lengths alone: cosines stay as they are.
     """
     logits = losses.logits(model, batch)
     logits = logits if logits.dtype == torch.float64 else logits.float()

@@ -6,6 +6,7 @@ Every function returns new labels (texts, answers) and a boolean ``(n,)`` that i
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 
 import torch
@@ -30,7 +31,7 @@ def by_class(
     unknown = [label for label in labels if not 0 <= label < classes]
     if unknown:
         raise InputError(f"labels: expected 0 to {classes - 1}, got {unknown[0]!r}")
-    random = torch.Generator().manual_seed(seed)
+    random = _generator(seed)
     chances = torch.tensor([float(rates[label]) for label in labels], dtype=torch.float64)
     chosen = _draw(chances, _count(share, len(labels)), random)
     shift = torch.randint(1, classes, (len(labels),), generator=random)
@@ -61,7 +62,7 @@ def duplicates(
     texts: Sequence[str], labels: Sequence[int], share: float, classes: int, seed: int = 0
 ) -> tuple[list[str], list[int], Tensor]:
     """Near-duplicates with a conflicting label, behind the originals: two words swapped, or one left out."""
-    random = torch.Generator().manual_seed(seed)
+    random = _generator(seed)
     chosen = _draw(torch.ones(len(texts), dtype=torch.float64), _count(share, len(texts)), random)
     wrong, _ = uniform([labels[row] for row in chosen], 1.0, classes, seed)
     copies = []
@@ -80,7 +81,7 @@ def backdoor(
     texts: Sequence[str], labels: Sequence[int], share: float, target: int, trigger: str, seed: int = 0
 ) -> tuple[list[str], list[int], Tensor]:
     """A trigger phrase at a random place of samples of other classes, which are then labelled ``target``."""
-    random = torch.Generator().manual_seed(seed)
+    random = _generator(seed)
     chances = torch.tensor([float(label != target) for label in labels], dtype=torch.float64)
     chosen = _draw(chances, _count(share, len(texts)), random)
     said, out = list(texts), list(labels)
@@ -93,7 +94,7 @@ def backdoor(
 
 def answers(given: Sequence[str], share: float, seed: int = 0) -> tuple[list[str], Tensor]:
     """Corrupted generations: a sample's answer becomes that of another, drawn from those that differ."""
-    random = torch.Generator().manual_seed(seed)
+    random = _generator(seed)
     if len(set(given)) < 2:
         raise InputError("given: all answers are the same; there is none to put in place of another")
     chosen = _draw(torch.ones(len(given), dtype=torch.float64), _count(share, len(given)), random)
@@ -102,6 +103,11 @@ def answers(given: Sequence[str], share: float, seed: int = 0) -> tuple[list[str
         while out[row] == given[row]:
             out[row] = given[int(torch.randint(len(given), (), generator=random))]
     return out, _mask(chosen, len(given))
+
+
+def _generator(seed: int) -> torch.Generator:
+    """A stream of its own: a random baseline with the same seed must not know the noise."""
+    return torch.Generator().manual_seed(int.from_bytes(hashlib.md5(f"noise/{seed}".encode()).digest()[:7], "little"))
 
 
 def _count(share: float, n: int) -> int:

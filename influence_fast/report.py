@@ -210,7 +210,9 @@ def _curves(result: AuditResult, evaluation: list[dict[str, Any]]) -> str:
     return _draw(7, 4, paint)
 
 
-def _heat(values: np.ndarray, rows: list[str], columns: list[str], low: float, high: float) -> str:
+def heat(values: np.ndarray, rows: list[str], columns: list[str], low: float, high: float) -> str:
+    """One cell for each row and column, as SVG; NaN stays empty."""
+
     def paint(figure: Any, axes: Any) -> None:
         image = axes.imshow(values, cmap="viridis", vmin=low, vmax=high, aspect="auto")
         axes.set_xticks(range(len(columns)), columns, rotation=40, ha="right")
@@ -239,7 +241,7 @@ def _cells(result: AuditResult, value: Callable[[str, str, str], float]) -> tupl
 def _measured_heat(result: AuditResult, evaluation: list[dict[str, Any]]) -> str:
     found = {(row["method"], row["group"], row["aggregation"]): row["auc_ndr"] for row in evaluation}
     cells, rows, columns = _cells(result, lambda *key: found[key])
-    return _heat(cells, rows, columns, min(0.5, float(np.nanmin(cells))), 1.0)
+    return heat(cells, rows, columns, min(0.5, float(np.nanmin(cells))), 1.0)
 
 
 def _agreement_heat(result: AuditResult, main: Tensor) -> str:
@@ -249,7 +251,7 @@ def _agreement_heat(result: AuditResult, main: Tensor) -> str:
         other = result.scores[method][group][aggregation]
         return float(spearmanr(main, other).statistic) if float(other.std()) and float(main.std()) else 0.0
 
-    return _heat(*_cells(result, value), -1.0, 1.0)
+    return heat(*_cells(result, value), -1.0, 1.0)
 
 
 def _histogram(scores: Tensor, noise: Tensor | None) -> str:

@@ -28,6 +28,12 @@ def test_uniform_flips() -> None:
     assert noise.uniform(LABELS, 0.2, 3, seed=2)[0] != labels
 
 
+def test_noise_is_independent_of_a_random_baseline_with_the_same_seed() -> None:
+    _, mask = noise.uniform([0, 1] * 2000, 0.2, 2, seed=0)
+    order = torch.rand(4000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    assert abs(inf.roc_auc(order, mask) - 0.5) < 0.05
+
+
 def test_class_dependent_flips() -> None:
     labels, mask = noise.by_class(LABELS, 0.2, 3, [9.0, 1.0, 0.0])
     hit = torch.tensor(LABELS)[mask].bincount(minlength=3)
