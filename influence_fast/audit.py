@@ -18,23 +18,18 @@ import torch
 from torch import Tensor, nn
 
 from influence_fast.aggregate import METHODS as AGGREGATIONS
-from influence_fast.aggregate import InMemory, Matrix, order
+from influence_fast.aggregate import order
 from influence_fast.build import build_store, checked_rows
-from influence_fast.data import TASKS, Columns, Samples, load_model, prepare, read_table, task_of
+from influence_fast.data import TASKS, Columns, load_model, prepare, read_table, task_of
 from influence_fast.errors import InputError
 from influence_fast.evaluate import Evaluation, aggregated, baselines, compare
 from influence_fast.influence import METHODS as GRADIENT_METHODS
-from influence_fast.influence import InfluenceMatrix, influence
+from influence_fast.influence import InfluenceMatrix
 from influence_fast.layers import block_of, layer_groups, named_layers, select_layers
-from influence_fast.methods import label_contrast, outlier, word_influence
-from influence_fast.observe import hidden_states, kronecker_factors, word_gradients
 from influence_fast.projection import Projection
-from influence_fast.store import DTYPES, GradientStore
+from influence_fast.sources import METHODS, NEED_CLASSES, Sources
+from influence_fast.store import DTYPES
 
-_CONTRAST = tuple(f"contrast-{method}" for method in ("dot", "cosine", "datainf", "trak", "trackstar"))
-METHODS = (*GRADIENT_METHODS, *_CONTRAST, "outlier", "repsim", "we", "we_topk")
-_NEED_CLASSES = (*_CONTRAST, "outlier")
-_TOP_WORDS = 10
 _MOST_BLOCKS = 48
 
 
@@ -176,7 +171,7 @@ def audit(
         raise InputError(f"train: all {len(samples.rows)} samples have one class; influence needs at least two")
     for part in (samples, trusted):
         checked_rows(network, part.rows, task, part.ids, config.truncate)
-    needy = [method for method in config.methods if method in _NEED_CLASSES]
+    needy = [method for method in config.methods if method in NEED_CLASSES]
     if needy and task != "classification":
         raise InputError(f"methods: {needy[0]} compares classes, and this model has none")
     if "ekfac" in config.methods and config.projection != "identity":
@@ -204,7 +199,7 @@ def audit(
                     progress=progress,
                 )
         sources = Sources(network, samples, trusted, stores["train"], stores["queries"], folder, config, task, progress)
-        result = _score(sources, groups, main, times)
+        result = _score(sources, config, groups, main, times)
         result.texts, result.labels, result.noise = samples.texts, samples.labels, samples.noise
         result.facts["task"] = task
         if out is not None:
@@ -216,85 +211,15 @@ def audit(
     return result
 
 
-@dataclass
-class Sources:
-    """What influence is computed from: two stores, and the model and rows for what they do not hold.
-
-    ``folder`` takes the store of label contrasts.
-    """
-
-    model: nn.Module
-    samples: Samples
-    trusted: Samples
-    train: GradientStore
-    queries: GradientStore
-    folder: Path
-    config: AuditConfig
-    task: str
-    progress: bool
-
-    @property
-    def correct(self) -> Tensor | None:
-        return self.queries.column("correct") if "correct" in self.queries.columns else None
-
-    def matrix(self, method: str) -> Matrix:
-        """Influence by any of :data:`METHODS`."""
-        if method == "ekfac":
-            layers = self.train.layers
-            factors = kronecker_factors(
-                self.model,
-                self._rows(self.samples),
-                layers,
-                batch_tokens=self.config.batch_tokens,
-                progress=self.progress,
-            )
-            return influence(self.train, self.queries, method, factors=factors)
-        if method.startswith("contrast-"):
-            return influence(self._contrast(), self.queries, method.removeprefix("contrast-"))
-        if method == "outlier":
-            labels = [[row["labels"] for row in part.rows] for part in (self.samples, self.trusted)]
-            return InMemory(outlier(self.train, self.queries, *labels), torch.ones(1, dtype=torch.bool))
-        if method == "repsim":
-            pooling = "mean" if self.task == "classification" else "last"
-            states = self._passed(hidden_states, pooling)
-            matrix = influence(states[0], states[1], "cosine")
-            matrix.query_correct = self.correct
-            return matrix
-        if method in ("we", "we_topk"):
-            words = self._passed(word_gradients)
-            top = _TOP_WORDS if method == "we_topk" else None
-            return InMemory(word_influence(words[0], words[1], top), self.correct)
-        return influence(self.train, self.queries, method)
-
-    def _passed(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-        settings = {"batch_tokens": self.config.batch_tokens, "progress": self.progress}
-        return [function(self.model, self._rows(part), *arguments, **settings) for part in (self.samples, self.trusted)]
-
-    def _rows(self, part: Samples) -> Any:
-        return checked_rows(self.model, part.rows, self.task, part.ids, self.config.truncate)[0]
-
-    def _contrast(self) -> GradientStore:
-        return build_store(
-            self.folder / "stores" / "contrast",
-            self.model,
-            self.samples.rows,
-            self.train.layers,
-            self.config.projection,
-            loss=label_contrast,
-            batch_tokens=self.config.batch_tokens,
-            dtype=self.config.dtype,
-            precision=self.config.precision,
-            truncate=self.config.truncate,
-            ids=self.samples.ids,
-            progress=self.progress,
-        )
-
-
 def _score(
-    sources: Sources, groups: dict[str, list[str]], main: tuple[str, str, str], times: dict[str, float]
+    sources: Sources,
+    config: AuditConfig,
+    groups: dict[str, list[str]],
+    main: tuple[str, str, str],
+    times: dict[str, float],
 ) -> AuditResult:
     """Influence, aggregations and baselines."""
-    train, queries, config = sources.train, sources.queries, sources.config
+    train, queries, config = sources.train, sources.queries, config
     knows = "correct" in queries.columns
     aggregations = _aggregations(config, knows)
     scores: dict[str, dict[str, dict[str, Tensor]]] = {}
