@@ -27,6 +27,7 @@ from influence_fast.influence import METHODS as GRADIENT_METHODS
 from influence_fast.influence import InfluenceMatrix
 from influence_fast.layers import block_of, layer_groups, named_layers, select_layers
 from influence_fast.projection import Projection
+from influence_fast.selfcheck import ROWS, plant, self_check
 from influence_fast.sources import METHODS, NEED_CLASSES, Sources
 from influence_fast.store import DTYPES
 
@@ -56,6 +57,7 @@ class AuditConfig:
     batch_tokens: int | str = "auto"
     truncate: bool = False
     seed: int = 0
+    self_check: float | None = None
 
     def check(self) -> None:
         """Raise InputError for what can be wrong before anything is read."""
@@ -171,6 +173,8 @@ def audit(
         raise InputError(f"train: all {len(samples.rows)} samples have one class; influence needs at least two")
     for part in (samples, trusted):
         checked_rows(network, part.rows, task, part.ids, config.truncate)
+    if config.self_check is not None:
+        plant(samples.rows[:ROWS], config.self_check, config.seed)
     needy = [method for method in config.methods if method in NEED_CLASSES]
     if needy and task != "classification":
         raise InputError(f"methods: {needy[0]} compares classes, and this model has none")
@@ -202,6 +206,20 @@ def audit(
         result = _score(sources, config, groups, main, times)
         result.texts, result.labels, result.noise = samples.texts, samples.labels, samples.noise
         result.facts["task"] = task
+        if config.self_check is not None:
+            with _timed(times, "self-check"):
+                result.facts["self_check"] = self_check(
+                    sources,
+                    config,
+                    config.methods,
+                    _aggregations(config, "correct" in stores["queries"].columns),
+                    groups,
+                    main,
+                    share=config.self_check,
+                    fraction=config.fraction,
+                    seed=config.seed,
+                    folder=folder / "stores" / "self-check",
+                )
         if out is not None:
             from influence_fast.report import write_report
 

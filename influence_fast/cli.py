@@ -129,7 +129,10 @@ def demo(out: Path, samples: int, seed: int, as_json: bool) -> None:
 @click.option("--aggregations", help="Such as mean,rank-c,vote-c (the default where predictions are known).")
 @click.option("--rank-by", help="METHOD:GROUP:AGGREGATION that orders scores.csv.")
 @click.option("--fraction", default=0.2, help="Share of the samples that a vote goes against.")
-@click.option("--seed", default=0, help="Of the random baseline.")
+@click.option("--seed", default=0, help="Of the random baseline and of planted flips.")
+@click.option(
+    "--self-check", type=float, help="Plant flips in this share of a copy (such as 0.05): how far to trust the ranking."
+)
 @click.option("--config", type=click.Path(path_type=Path), help="Replay this config.json; other options are ignored.")
 @_json_option
 def audit(out: Path, config: Path | None, as_json: bool, **options: Any) -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from influence_fast.evaluate import BASELINES, ndr_curve
+from influence_fast.selfcheck import sentences
 
 if TYPE_CHECKING:
     from influence_fast.audit import AuditResult
@@ -64,6 +65,8 @@ def findings(result: AuditResult, evaluation: list[dict[str, Any]]) -> list[str]
             out.append("The methods disagree widely: read the samples before removing any.")
     if facts["zero_gradients"]:
         out.append(f"{facts['zero_gradients']} gradients of training samples are zero; their cosine counts as 0.")
+    if "self_check" in facts:
+        out += sentences(facts["self_check"])
     return out
 
 
