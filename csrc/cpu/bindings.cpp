@@ -11,7 +11,6 @@
 
 #include "../philox.h"
 #include "kernels.h"
-#include "rank.h"
 
 namespace py = pybind11;
 using namespace influence_fast;
@@ -134,12 +133,12 @@ PYBIND11_MODULE(influence_fast_cpu, m) {
   m.def("rank", [](Address data, int64_t rows, int64_t n, int64_t sm, int64_t sn, Address out, bool wide, int threads) {
     py::gil_scoped_release free;
     const Rows matrix{at<const float>(data), rows, n, sm, sn};
-    return wide ? rank(matrix, at<double>(out), threads) : rank(matrix, at<float>(out), threads);
+    return kernels->rank(matrix, wide ? nullptr : at<float>(out), wide ? at<double>(out) : nullptr, threads);
   });
 
   m.def("vote", [](Address data, int64_t rows, int64_t n, int64_t sm, int64_t sn, int64_t k, Address out, int threads) {
     py::gil_scoped_release free;
-    return vote({at<const float>(data), rows, n, sm, sn}, k, at<double>(out), threads);
+    return kernels->vote({at<const float>(data), rows, n, sm, sn}, k, at<double>(out), threads);
   });
 
   m.def("ghost_norm", [](int type, int64_t n, int64_t t, Address spans, Address x, int64_t in, int64_t xn, int64_t xt,
