@@ -82,7 +82,7 @@ def build_store(
     """
     projection = Projection.parse(projection) if isinstance(projection, str) else projection
     rows, kind = checked_rows(model, dataset, loss, ids, truncate)
-    tokens = _token_budget(batch_tokens, model)
+    tokens = token_budget(batch_tokens, model)
     autocast(model, precision)
     capture = GradientCapture(model, layers, projection, bias=bias)
     if shard_rows == "auto":
@@ -111,7 +111,7 @@ def build_store(
     )
     function = loss if callable(loss) else _loss(kind, capture)
     with (
-        _as_evaluated(model),
+        as_evaluated(model),
         writer,
         tqdm(total=len(rows), unit="sample", delay=2, disable=None if progress else True) as bar,
         ThreadPoolExecutor(1) as background,
@@ -297,20 +297,20 @@ def _max_length(model: nn.Module) -> int | None:
     return min((limit for limit in limits if isinstance(limit, int) and limit > 0), default=None)
 
 
-def _token_budget(batch_tokens: int | str, model: nn.Module) -> int:
+def token_budget(batch_tokens: int | str, model: nn.Module) -> int:
     if batch_tokens == "auto":
-        return _GPU_TOKENS if _device(model).type == "cuda" else _CPU_TOKENS
+        return _GPU_TOKENS if device_of(model).type == "cuda" else _CPU_TOKENS
     if isinstance(batch_tokens, bool) or not isinstance(batch_tokens, int) or batch_tokens < 1:
         raise InputError(f"batch_tokens: expected 'auto' or a positive int, got {batch_tokens!r}")
     return batch_tokens
 
 
-def _device(model: nn.Module) -> torch.device:
+def device_of(model: nn.Module) -> torch.device:
     return next((p.device for p in model.parameters()), torch.device("cpu"))
 
 
 @contextmanager
-def _as_evaluated(model: nn.Module) -> Iterator[None]:
+def as_evaluated(model: nn.Module) -> Iterator[None]:
     """Eval mode, no weight gradients, no key-value cache; everything as it was afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
@@ -385,7 +385,7 @@ def autocast(model: nn.Module, precision: str | None) -> AbstractContextManager[
         return nullcontext()
     if precision not in ("bfloat16", "float16"):
         raise InputError(f"precision: expected None, 'bfloat16' or 'float16', got {precision!r}")
-    return torch.autocast(_device(model).type, getattr(torch, precision))
+    return torch.autocast(device_of(model).type, getattr(torch, precision))
 
 
 def _out_of_memory(error: RuntimeError) -> bool:
@@ -396,7 +396,7 @@ def _step(
     model: nn.Module, capture: GradientCapture, loss: Loss, rows: Rows, chosen: list[int], precision: str | None
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     batch = collate([rows[index] for index in chosen], model)
-    batch = {name: tensor.to(_device(model)) for name, tensor in batch.items()}
+    batch = {name: tensor.to(device_of(model)) for name, tensor in batch.items()}
     columns: dict[str, Tensor] = {}
     with autocast(model, precision):
         if loss is losses.classification:

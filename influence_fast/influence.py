@@ -2,17 +2,20 @@
 
 ``I[layer, query, train]``, positive = helpful: training on the sample lowers the query's loss.
 
-==========  ======================================================================================================
-method      definition per layer, query gradient ``v``, training gradients ``g``
-==========  ======================================================================================================
-``dot``     ``<v, g>``: TracIn with one checkpoint (Pruthi et al. 2020)
-``cosine``  ``<v, g> / (|v| |g|)``; a zero norm gives 0 and is counted
-``datainf`` ``(1/lam) [<v, g_k> - (1/n) sum_i <v, g_i> <g_i, g_k> / (lam + |g_i|^2)]``, ``lam = sum_i |g_i|^2 / (10 n d)``,
-            d weights in the layer (Kwon et al. 2024, eq. 5)
-==========  ======================================================================================================
+=============  ===================================================================================================
+method         definition per layer, query gradient ``v``, training gradients ``g``
+=============  ===================================================================================================
+``dot``        ``<v, g>``: TracIn with one checkpoint (Pruthi et al. 2020)
+``cosine``     ``<v, g> / (|v| |g|)``; a zero norm gives 0 and is counted
+``datainf``    ``(1/lam) [<v, g_k> - (1/n) sum_i <v, g_i> <g_i, g_k> / (lam + |g_i|^2)]``,
+               ``lam = damping sum_i |g_i|^2 / (n d)``, d weights in the layer (Kwon et al. 2024, eq. 5)
+``trak``       ``<v, C^-1 g>``, C the damped second moment of the training gradients: ``curvature.Whitening``
+``trackstar``  ``<v, C^-1 g> / sqrt(<v, C^-1 v> <g, C^-1 g>)``: the cosine after whitening
+``ekfac``      ``<v, H^-1 g>``, H the Kronecker-factored curvature: ``curvature.eigenvalue_corrected``
+=============  ===================================================================================================
 
-DataInf is an inner product with a preconditioned query ``v' = (1/lam) [v - (1/n) sum_i w_i <v, g_i> g_i]``, so all three
-cost one matrix product per layer, and no matrix of n x n is formed.
+DataInf is an inner product with a preconditioned query ``v' = (1/lam) [v - (1/n) sum_i w_i <v, g_i> g_i]``, and so are the
+others: each costs one matrix product per layer. No matrix of n x n is formed, but by whitening where n < d.
 """
 
 from __future__ import annotations
@@ -23,32 +26,48 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from influence_fast.curvature import Whitening, eigenvalue_corrected
 from influence_fast.errors import InputError, StoreError
 from influence_fast.store import GradientStore
 
-METHODS = ("dot", "cosine", "datainf")
+METHODS = ("dot", "cosine", "datainf", "trak", "trackstar", "ekfac")
 Gradients = GradientStore | Mapping[str, Tensor]
 _BLOCK_BYTES = 128 << 20
 
 
 def influence(
-    train: Gradients, queries: Gradients, method: str = "dot", layers: list[str] | None = None
+    train: Gradients,
+    queries: Gradients,
+    method: str = "dot",
+    layers: list[str] | None = None,
+    *,
+    damping: float = 0.1,
+    factors: Mapping[str, tuple[Tensor, Tensor]] | None = None,
 ) -> InfluenceMatrix:
     """Influence of the rows of ``train`` on ``queries``, computed when asked for.
 
     Args:
         train: a store, or ``{layer: (n, dim)}``.
         queries: a store, or ``{layer: (m, dim)}`` with the same layers and projection.
-        method: ``dot``, ``cosine`` or ``datainf``.
+        method: see the table above.
         layers: some of the layers; all by default.
+        damping: share of the curvature's mean eigenvalue that is added to each (all but ``dot`` and ``cosine``).
+        factors: ``{layer: (E[x x^T], E[dy dy^T])}`` of :func:`~influence_fast.kronecker_factors`, for ``ekfac``.
 
     Raises:
-        InputError: unknown method or layer, shapes that do not fit, gradients that are not finite.
+        InputError: unknown method or layer, shapes that do not fit, gradients that are not finite, missing factors.
         StoreError: stores of different models or projections.
     """
     if method not in METHODS:
         raise InputError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
-    return InfluenceMatrix(Source("train", train), Source("queries", queries), method, layers)
+    if not 0 < damping < float("inf"):
+        raise InputError(f"damping: expected a positive share of the mean eigenvalue, got {damping!r}")
+    matrix = InfluenceMatrix(Source("train", train), Source("queries", queries), method, layers)
+    matrix.damping, matrix.factors = damping, factors or {}
+    missing = [name for name in matrix.layers if name not in matrix.factors] if method == "ekfac" else []
+    if missing:
+        raise InputError(f"factors: ekfac needs those of layer {missing[0]!r}; kronecker_factors() finds them")
+    return matrix
 
 
 class InfluenceMatrix:
@@ -60,7 +79,7 @@ class InfluenceMatrix:
     Attributes:
         layers: names, in the training store's order.
         shape: ``(m, n)``, queries by training rows.
-        method: ``dot``, ``cosine`` or ``datainf``.
+        method: name of the method.
         query_correct: boolean ``(m,)`` of the queries that the model predicts correctly, or None if not known.
     """
 
@@ -70,6 +89,8 @@ class InfluenceMatrix:
         self.layers = chosen_layers(train.layers, layers)
         self.shape = (queries.rows, train.rows)
         self.query_correct = queries.correct
+        self.damping = 0.1
+        self.factors: Mapping[str, tuple[Tensor, Tensor]] = {}
         self._train, self._queries = train, queries
         self._ready: dict[str, Tensor] = {}
         self._scale: dict[str, Tensor] = {}
@@ -116,6 +137,13 @@ class InfluenceMatrix:
                 self._scale[name] = _inverse_norm(self._train.sqnorm(name))
             elif self.method == "datainf":
                 values = self._precondition(name, values)
+            elif self.method in ("trak", "trackstar"):
+                values = self._whitened(name, values)
+            elif self.method == "ekfac":
+                n = self.shape[1]
+                values = eigenvalue_corrected(
+                    name, values, lambda: self._train_blocks(name), n, self.factors[name], self.damping
+                )
             self._ready[name] = values
         return self._ready[name]
 
@@ -132,12 +160,25 @@ class InfluenceMatrix:
 
     def _product(self, name: str, queries: slice, train: slice) -> Tensor:
         values = self.query(name)[queries] @ self._train.read(name, train).T
-        return values * self._scale[name][train] if self.method == "cosine" else values
+        return values * self._scale[name][train] if name in self._scale else values
+
+    def _train_blocks(self, name: str) -> Iterator[Tensor]:
+        self._train.sqnorm(name)  # Names the layer and row of a gradient that is not finite.
+        return (self._train.read(name, rows) for rows in self._train.blocks(name))
+
+    def _whitened(self, name: str, values: Tensor) -> Tensor:
+        n, dim = self.shape[1], self._train.dim(name)
+        whitening = Whitening(name, lambda: self._train_blocks(name), n, dim, self.damping)
+        solved = whitening.solve(values)
+        if self.method == "trackstar":
+            solved *= _inverse_norm((solved * values).sum(1))[:, None]
+            self._scale[name] = _inverse_norm(whitening.sqnorm())
+        return solved.float()
 
     def _precondition(self, name: str, values: Tensor) -> Tensor:
         """DataInf's ``v'``. Where every training gradient is zero there is nothing to invert: ``v' = 0``."""
         n, sqnorm = self.shape[1], self._train.sqnorm(name)
-        damping = float(sqnorm.sum()) / (10 * n * self._train.weights(name))
+        damping = self.damping * float(sqnorm.sum()) / (n * self._train.weights(name))
         if damping == 0:
             return torch.zeros_like(values)
         weight = (1 / (n * (damping + sqnorm))).float()
