@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from os import PathLike
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -22,6 +23,7 @@ from tqdm import tqdm
 from influence_fast import losses
 from influence_fast.capture import GradientCapture
 from influence_fast.errors import InfluenceError, InputError
+from influence_fast.layers import uncompiled
 from influence_fast.losses import IGNORED, Loss
 from influence_fast.projection import Projection
 from influence_fast.store import GradientStore, StoreWriter
@@ -32,7 +34,7 @@ LOSSES = ("auto", "classification", "causal-lm", "causal-lm-sum")
 _TOKEN_COLUMNS = ("input_ids", "token_type_ids", "position_ids")
 _SHARD_BYTES = 256 << 20
 _SHARD_ROWS = 1 << 16
-_CPU_TOKENS, _GPU_TOKENS = 4096, 16384
+_CPU_TOKENS, _GPU_TOKENS = 2048, 16384
 
 
 def build_store(
@@ -154,7 +156,7 @@ def fingerprint(model: nn.Module) -> str:
     for name, tensor in model.state_dict().items():
         if not isinstance(tensor, Tensor):
             continue
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(f"{uncompiled(name)} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         if tensor.numel():
             digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
@@ -336,15 +338,26 @@ def _as_evaluated(model: nn.Module) -> Iterator[None]:
 
 
 def batches(rows: Rows, span: Iterable[int], tokens: int) -> list[list[int]]:
-    """Rows of one shard, longest first, in batches of at most ``tokens`` tokens with padding (one row at least)."""
-    out: list[list[int]] = []
-    width = 0
-    for index in sorted(span, key=lambda i: (-rows.lengths[i], i)):
-        if not out or width * (len(out[-1]) + 1) > tokens:
-            out.append([])
-            width = rows.lengths[index]
-        out[-1].append(index)
-    return out
+    """Rows of one shard, longest first, in batches of at most ``tokens`` tokens with padding (one row at least).
+
+    Cut where it costs least, when a batch costs its padded tokens and ``tokens / 16`` for being one.
+    """
+    order = sorted(span, key=lambda i: (-rows.lengths[i], i))
+    lengths = np.array([rows.lengths[i] for i in order])
+    count = len(order)
+    cost, begin = np.zeros(count + 1), np.zeros(count + 1, dtype=np.int64)
+    low = 0
+    for end in range(1, count + 1):
+        while low < end - 1 and lengths[low] * (end - low) > tokens:
+            low += 1
+        choices = cost[low:end] + lengths[low:end] * (end - np.arange(low, end))
+        best = int(choices.argmin())
+        cost[end], begin[end] = choices[best] + tokens / 16, low + best
+    out, end = [], count
+    while end:
+        out.append(order[begin[end] : end])
+        end = int(begin[end])
+    return out[::-1]
 
 
 def run(
