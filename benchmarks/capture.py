@@ -128,7 +128,8 @@ def ours(job: Job) -> Gradients:
     out = {name: torch.empty(len(job.rows), job.projection.output_dim((1, 1))) for name in job.layers}
     with inf.GradientCapture(job.model, job.layers, job.projection) as capture:
         loss = job.loss(part=capture.part)
-        steps = build.run(job.model, capture, loss, job.rows, range(len(job.rows)), job.work.tokens, job.work.precision)
+        budget = build.Budget(job.work.tokens)
+        steps = build.run(job.model, capture, loss, job.rows, range(len(job.rows)), budget, job.work.precision)
         for chosen, (gradients, _) in steps:
             for name, gradient in gradients.items():
                 out[name][chosen] = gradient
