@@ -34,18 +34,18 @@ def with_peers(case: bench.Case) -> bench.Case:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     g = torch.randn(n, d, device=device)
     with contextlib.suppress(ImportError):
-        from trak.projectors import BasicProjector, ProjectionType  # type: ignore[import-not-found]
+        from trak.projectors import BasicProjector, ProjectionType
 
         if kind == "rademacher":
             trak = BasicProjector(d, k, 0, ProjectionType.rademacher, device, dtype=torch.float32)
             case.baselines["TRAK BasicProjector"] = lambda: trak.project(g, model_id=0)
     with contextlib.suppress(ImportError):
-        import fast_jl  # type: ignore[import-not-found]
+        import fast_jl
 
         if kind == "rademacher" and device == "cuda" and k % 512 == 0:
             case.baselines["fast_jl"] = lambda: fast_jl.project_rademacher_8(g, k, 0, 132)
     with contextlib.suppress(ImportError):
-        from sjlt import SJLTProjection  # type: ignore[import-not-found]
+        from sjlt import SJLTProjection
 
         if kind == "sjlt" and device == "cuda":
             projection = SJLTProjection(d, k, c=1, device=device)

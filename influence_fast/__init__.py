@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     from influence_fast.aggregate import aggregate as aggregate
     from influence_fast.aggregate import aggregate_many as aggregate_many
     from influence_fast.audit import audit as audit
+    from influence_fast.build import Estimate as Estimate
     from influence_fast.build import build_store as build_store
+    from influence_fast.build import estimate_build as estimate_build
     from influence_fast.capture import GradientCapture as GradientCapture
     from influence_fast.errors import BackendError as BackendError
     from influence_fast.errors import InfluenceError as InfluenceError
@@ -57,7 +59,9 @@ _ROOMS = {
     "aggregate_many": "aggregate",
     "audit": "audit",
     "GradientCapture": "capture",
+    "Estimate": "build",
     "build_store": "build",
+    "estimate_build": "build",
     "BackendError": "errors",
     "InfluenceError": "errors",
     "InputError": "errors",

@@ -237,7 +237,7 @@ def _score(
     times: dict[str, float],
 ) -> AuditResult:
     """Influence, aggregations and baselines."""
-    train, queries, config = sources.train, sources.queries, config
+    train, queries = sources.train, sources.queries
     knows = "correct" in queries.columns
     aggregations = _aggregations(config, knows)
     scores: dict[str, dict[str, dict[str, Tensor]]] = {}

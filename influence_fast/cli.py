@@ -7,6 +7,7 @@ error that the user can mend, with its message alone; 2 for wrong usage.
 from __future__ import annotations
 
 import csv
+import dataclasses
 import functools
 import json
 import logging
@@ -214,11 +215,17 @@ def _show_evaluation(evaluation: list[dict[str, Any]], at: float = 0.3) -> None:
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder of the store.")
 @_model_options
 @click.option("--loss", default="auto", help="auto, classification, causal-lm or causal-lm-sum.")
+@click.option("--dry-run", is_flag=True, help="Run a few batches and say what the build would take; write nothing.")
 @_json_option
-def build(model: str, data: str, out: Path, as_json: bool, **options: Any) -> None:
-    """Write per-sample gradients of a data set to a store; goes on where it stopped."""
+def build(model: str, data: str, out: Path, dry_run: bool, as_json: bool, **options: Any) -> None:
+    """Write per-sample gradients of a data set to a store; goes on where it stopped.
+
+    Runs on the GPU if there is one. Several processes share the work, on folders that all of them see:
+    torchrun --nproc-per-node 2 -m influence_fast build ...
+    """
+    from influence_fast import ranks
     from influence_fast.audit import default_layers
-    from influence_fast.build import build_store
+    from influence_fast.build import build_store, estimate_build
     from influence_fast.data import Columns, load_model, prepare, read_table, task_of
 
     columns = Columns(options.pop("text_column"), options.pop("label_column"), options.pop("answer_column"))
@@ -229,10 +236,32 @@ def build(model: str, data: str, out: Path, as_json: bool, **options: Any) -> No
     samples = prepare("data", rows, columns, task_of(options.pop("task"), network, rows), network, tokenizer)
     options["layers"] = options["layers"] or default_layers(network)
     options["batch_tokens"] = _tokens(options["batch_tokens"])
-    store = build_store(out, network, samples.rows, ids=samples.ids, **options)
-    size = sum(shard["bytes"] for shard in store.meta["shards"])
-    document = {"path": str(out), "rows": len(store), "layers": store.layers, "dims": store.dims, "bytes": size}
-    _print(document, as_json, lambda: click.echo(f"{store}\n{size / 2**20:.1f} MiB in {out}"))
+    with ranks.joined() as device:
+        rank, world = ranks.here()
+        network.to(device)
+        if dry_run:
+            found = estimate_build(network, samples.rows, ids=samples.ids, **options)
+            if rank == 0:
+                _print(dataclasses.asdict(found), as_json, lambda: _show_estimate(found, world))
+            return
+        store = build_store(out, network, samples.rows, ids=samples.ids, **options)
+    if rank == 0:
+        size = sum(shard["bytes"] for shard in store.meta["shards"])
+        document = {"path": str(out), "rows": len(store), "layers": store.layers, "dims": store.dims, "bytes": size}
+        _print(document, as_json, lambda: click.echo(f"{store}\n{size / 2**20:.1f} MiB in {out}"))
+
+
+def _show_estimate(found: Any, world: int) -> None:
+    rows = [
+        ["rows", f"{found.rows:,} in {found.batches:,} batches"],
+        ["samples/s", f"{found.samples_per_s:,.1f}" + (f" by each of {world} processes" if world > 1 else "")],
+        ["time", f"{found.seconds / world:,.0f} s"],
+        ["disk", f"{found.disk_bytes / 2**20:,.1f} MiB"],
+        ["memory", f"{found.memory_bytes / 2**20:,.0f} MiB" + (" in each process" if world > 1 else "")],
+    ]
+    if found.device_bytes:
+        rows.append(["GPU memory", f"{found.device_bytes / 2**20:,.0f} MiB"])
+    _table(["what", "estimate"], rows)
 
 
 @main.command(epilog=_example("influence-fast index store --metric cosine --out store.index"))
