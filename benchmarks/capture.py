@@ -5,6 +5,7 @@ gradients, no graph below it, the same batches, the same dtype. Everything above
 
     python -m benchmarks.capture                      # every workload
     python -m benchmarks.capture --work minilm-all --repeats 9 --json
+    python -m benchmarks.capture --estimates          # dry runs against builds
 
 Models have random weights in the shapes of the real ones, which cost the same. All methods see the same rows in one
 process, in turn, in both orders; figures are medians, and every method's gradients are compared with ours first.
@@ -13,14 +14,15 @@ process, in turn, in both orders; figures are medians, and every method's gradie
 from __future__ import annotations
 
 import copy
+import datetime
 import importlib.util
 import json
-import platform
+import resource
 import statistics
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -34,7 +36,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import influence_fast as inf
-from influence_fast import build, losses
+from influence_fast import bench, build, losses
 from influence_fast.layers import named_layers
 
 Rows = list[dict[str, Any]]
@@ -76,7 +78,7 @@ def _phrases(count: int = 1024) -> Rows:
     ]
 
 
-def _documents(count: int = 16, length: int = 512) -> Rows:
+def _documents(count: int = 8, length: int = 512) -> Rows:
     random = torch.Generator().manual_seed(0)
     ids = torch.randint(8192, (count, length), generator=random).tolist()
     return [{"input_ids": row, "labels": row} for row in ids]
@@ -293,40 +295,66 @@ def _compare(job: Job, methods: dict[str, Callable[[Job], Any]]) -> None:
                 raise SystemExit(f"{method} disagrees on {name}: relative error {error:.1e}")
 
 
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    yield
-    torch.set_num_threads(before)
+def hold(work: Work) -> dict[str, float]:
+    """What ``estimate_build`` says over what ``build_store`` then takes."""
+    torch.manual_seed(0)
+    model, rows = work.model(), work.rows()
+    settings: dict[str, Any] = {
+        "layers": work.layers,
+        "projection": work.projection,
+        "batch_tokens": work.tokens,
+        "precision": work.precision,
+    }
+    found = inf.estimate_build(model, rows, **settings)
+    with tempfile.TemporaryDirectory() as folder:
+        begin = time.perf_counter()
+        inf.build_store(Path(folder) / "store", model, rows, progress=False, **settings)
+        seconds = time.perf_counter() - begin
+        size = sum(path.stat().st_size for path in (Path(folder) / "store").iterdir())
+    return {
+        "time": found.seconds / seconds,
+        "disk": found.disk_bytes / size,
+        "memory": found.memory_bytes / (1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss),
+    }
 
 
 @click.command()
 @click.option("--work", "names", multiple=True, type=click.Choice(list(WORKS)), help="Workload; all by default.")
 @click.option("--repeats", default=5, show_default=True)
 @click.option("--threads", default=2, show_default=True)
-@click.option("--out", type=click.Path(path_type=Path), help="Write the figures to this JSON file too.")
+@click.option("--out", type=click.Path(path_type=Path), help="Add the figures to this JSON file too.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
-def main(names: tuple[str, ...], repeats: int, threads: int, out: Path | None, as_json: bool) -> None:
+@click.option("--estimates", is_flag=True, help="Hold dry runs against builds instead: estimated / taken.")
+def main(names: tuple[str, ...], repeats: int, threads: int, out: Path | None, as_json: bool, estimates: bool) -> None:
     """Measure gradient capture against its floor and its alternatives."""
-    with _threads(threads):
-        results = {name: measure(WORKS[name], repeats) for name in names or WORKS}
-    document = {
-        "machine": {"cpu": platform.processor() or platform.machine(), "threads": threads, "torch": torch.__version__},
-        "results": results,
-    }
-    if out:
-        out.write_text(json.dumps(document, indent=1) + "\n")
+    document: dict[str, Any] = json.loads(out.read_text()) if out and out.exists() else {}
+    document["date"], document["machine"] = datetime.date.today().isoformat(), bench.machine("cpu")
+    document["machine"]["threads"] = threads
+    part = document.setdefault("estimates" if estimates else "results", {})
+    torch.set_num_threads(threads)
+    for name in names or WORKS:
+        part[name] = hold(WORKS[name]) if estimates else measure(WORKS[name], repeats)
+        if out:
+            out.write_text(json.dumps(document, indent=1) + "\n")
     if as_json:
         json.dump(document, sys.stdout, indent=1)
-        return
+    else:
+        _show(document)
+
+
+def _show(document: dict[str, Any]) -> None:
     table = Table("work", "method", "samples/s", "lowest", "highest", "ours / it")
-    for name, methods in results.items():
+    for name, methods in document.get("results", {}).items():
         for method, row in methods.items():
             figures = [f"{row[key]:.1f}" for key in ("samples_per_s", "low", "high")]
             table.add_row(name, method, *figures, f"{row['ours_over']:.2f}")
         table.add_section()
-    Console().print(table)
+    held = Table("work", "time", "disk", "memory", title="estimated / taken")
+    for name, row in document.get("estimates", {}).items():
+        held.add_row(name, *(f"{row[key]:.2f}" for key in ("time", "disk", "memory")))
+    for found in (table, held):
+        if found.row_count:
+            Console().print(found)
 
 
 if __name__ == "__main__":

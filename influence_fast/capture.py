@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, cast
@@ -500,15 +500,10 @@ class GradientCapture:
                 self._gradients[layer.name] = gradient if earlier is None else earlier + gradient
 
 
-@contextmanager
-def _exactly(like: Tensor) -> Iterator[None]:
-    """Our own arithmetic: no graph, and not in the low precision that the model may run in."""
-    with torch.no_grad():
-        if torch.is_autocast_enabled(like.device.type):
-            with torch.autocast(like.device.type, enabled=False):
-                yield
-        else:
-            yield
+def _exactly(like: Tensor) -> AbstractContextManager[Any]:
+    """Our own arithmetic is not in the low precision that the model may run in. What it works on is detached."""
+    kind = like.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
 def _layer(name: str, module: nn.Module, projection: Projection, bias: bool) -> _Layer:
