@@ -6,6 +6,8 @@
 
 #include <cstdint>
 
+#include "scan.h"
+
 namespace influence_fast {
 
 enum class Type : int { f32 = 0, f16 = 1, bf16 = 2 };
@@ -51,6 +53,7 @@ struct Kernels {
                     const Batch& b, float* out, int threads);
   // -> (N,)
   void (*ghost_norm)(const Tokens& x, const Tokens& dy, const Batch& batch, float* out, int threads);
+  ScanKernels scan;
 };
 
 // Null where this machine cannot run it.
