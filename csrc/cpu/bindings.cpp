@@ -13,7 +13,6 @@
 #include "../philox.h"
 #include "kernels.h"
 #include "parallel.h"
-#include "rank.h"
 #include "scan.h"
 
 namespace py = pybind11;
@@ -156,18 +155,18 @@ PYBIND11_MODULE(influence_fast_cpu, m) {
   m.def("rank", [](Address data, int64_t rows, int64_t n, int64_t sm, int64_t sn, Address out, bool wide, int threads) {
     py::gil_scoped_release free;
     const Rows matrix{at<const float>(data), rows, n, sm, sn};
-    return wide ? rank(matrix, at<double>(out), threads) : rank(matrix, at<float>(out), threads);
+    return kernels->rank(matrix, wide ? nullptr : at<float>(out), wide ? at<double>(out) : nullptr, threads);
   });
 
   m.def("vote", [](Address data, int64_t rows, int64_t n, int64_t sm, int64_t sn, int64_t k, Address out, int threads) {
     py::gil_scoped_release free;
-    return vote({at<const float>(data), rows, n, sm, sn}, k, at<double>(out), threads);
+    return kernels->vote({at<const float>(data), rows, n, sm, sn}, k, at<double>(out), threads);
   });
 
   m.def("tally", [](Address data, int64_t rows, int64_t n, int64_t sm, int64_t sn, int64_t k, Address ranks, Address votes,
                     int threads) {
     py::gil_scoped_release free;
-    return tally({at<const float>(data), rows, n, sm, sn}, k, at<double>(ranks), at<double>(votes), threads);
+    return kernels->tally({at<const float>(data), rows, n, sm, sn}, k, at<double>(ranks), at<double>(votes), threads);
   });
 
   m.attr("block_rows") = kScanBlockRows;

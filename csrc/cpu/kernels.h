@@ -36,6 +36,12 @@ struct Batch {
   const int64_t* spans;
 };
 
+// (m, n) float32, strides in elements.
+struct Rows {
+  const float* data;
+  int64_t m, n, stride_m, stride_n;
+};
+
 struct Kernels {
   const char* isa;
   // Entries [r0, r1) x [c0, c1) of an implicit matrix, not scaled: (r1 - r0, c1 - c0).
@@ -53,6 +59,13 @@ struct Kernels {
                     const Batch& b, float* out, int threads);
   // -> (N,)
   void (*ghost_norm)(const Tokens& x, const Tokens& dy, const Batch& batch, float* out, int threads);
+  // Rank of each element within its row, 0 = lowest, ties averaged: (m, n), contiguous. One of the outputs is null: half
+  // integers are exact in `narrow` for n up to 2^22. Returns the first row that is not finite, or -1.
+  int64_t (*rank)(const Rows& rows, float* narrow, double* wide, int threads);
+  // out (n,): -sum over rows of max(k - rank, 0). Returns as rank does.
+  int64_t (*vote)(const Rows& rows, int64_t k, double* out, int threads);
+  // Both at once with no rank written: ranks (n,) the sum over rows of ranks, votes (n,) as above. Returns as rank does.
+  int64_t (*tally)(const Rows& rows, int64_t k, double* ranks, double* votes, int threads);
   ScanKernels scan;
 };
 

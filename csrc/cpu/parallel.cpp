@@ -4,6 +4,7 @@
 #include <pthread.h>
 #ifdef __linux__
 #include <link.h>
+#include <sys/mman.h>
 #endif
 
 #include <atomic>
@@ -211,6 +212,18 @@ void parallel_for(int threads, int64_t tasks, Task task, void* context) {
 
 Buffer::Buffer(size_t count) : data(allocate(count)) {}
 Buffer::~Buffer() { std::free(data); }
+
+void take_large_pages([[maybe_unused]] void* memory, [[maybe_unused]] size_t bytes, [[maybe_unused]] int threads) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t kLarge = 2 << 20;
+  uintptr_t begin = (reinterpret_cast<uintptr_t>(memory) + kLarge - 1) / kLarge * kLarge;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(memory) + bytes) / kLarge * kLarge;
+  if (begin >= end || madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE) != 0) return;
+  parallel_for(
+      threads, static_cast<int64_t>((end - begin) / kLarge),
+      [](void* first, int64_t i) { *(*static_cast<volatile char**>(first) + i * kLarge) = 0; }, &begin);
+#endif
+}
 
 float* scratch(int slot, size_t count) {
   if (own.count[slot] < count) {

@@ -28,4 +28,8 @@ class Buffer {
 constexpr int kScratchSlots = 8;
 float* scratch(int slot, size_t count);
 
+// For memory that is about to be written whole, perhaps for the first time: where a page of 4 KB costs as much as filling it,
+// takes pages of 2 MB, now, before anything is in cache. Its content is lost.
+void take_large_pages(void* memory, size_t bytes, int threads);
+
 }  // namespace influence_fast
