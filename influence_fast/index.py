@@ -237,6 +237,10 @@ class InfluenceIndex:
         # No -0 where a harmful search turned a zero.
         return sign * scores + 0.0, rows
 
+    def column(self, name: str) -> Tensor:
+        """``loss``, ``correct`` or ``prediction`` of every row of the index, from its stores: ``(rows,)``."""
+        return torch.cat([store.column(name)[rows.start : rows.stop] for store, rows in self._rows.stores])
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the index into a folder; ``index.json`` last."""
         folder = Path(path)
