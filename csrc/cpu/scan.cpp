@@ -144,7 +144,7 @@ class Tile {
       : first(first), used(static_cast<int>(std::min<int64_t>(width, queries.count - first))) {
     view.width = width;
     int64_t size = 0;
-    for (int64_t p = 0; p < count; ++p) size += width > kFew ? round_up(parts[p].dim, 4) : round_up(parts[p].dim, 64);
+    for (int64_t p = 0; p < count; ++p) size += width > kFewQueries ? round_up(parts[p].dim, 4) : round_up(parts[p].dim, 64);
     view.stride = size;
     codes_.assign(size * width + 64, 0);
     shift_.assign(count * width, 0);
@@ -186,9 +186,9 @@ class Tile {
           rounded += value * value;
           rest += (u[i] - value) * (u[i] - value);
           total_codes += code;
-          codes_[width > kFew ? base * width + (i / 4) * width * 4 + q * 4 + i % 4 : q * size + base + i] = code;
+          codes_[width > kFewQueries ? base * width + (i / 4) * width * 4 + q * 4 + i % 4 : q * size + base + i] = code;
         }
-        base += width > kFew ? round_up(dim, 4) : round_up(dim, 64);
+        base += width > kFewQueries ? round_up(dim, 4) : round_up(dim, 64);
         scale_[at] = step;
         shift_[at] = 128 * total_codes;
         along_[at] = static_cast<float>(std::sqrt(rounded) * (1 + room)) + 1e-30f;
@@ -247,7 +247,7 @@ ScanStats scan_search(const ScanKernels& kernels, const ScanSegment* segments, i
   std::vector<std::unique_ptr<Tile>> tiles;
   for (int64_t first = 0; first < queries.count;) {
     const int64_t left = queries.count - first;
-    const int width = left <= kFew ? static_cast<int>(left) : left <= kNarrow ? kNarrow : kWide;
+    const int width = left <= kFewQueries ? static_cast<int>(left) : left <= kNarrowTile ? kNarrowTile : kWideTile;
     tiles.push_back(
         std::make_unique<Tile>(parts, part_count, queries, first, width, unit.data(), layer_begin.data(), total));
     first += width;
@@ -274,8 +274,8 @@ ScanStats scan_search(const ScanKernels& kernels, const ScanSegment* segments, i
     std::vector<Found>& mine = found[worker];
     mine.resize(queries.count);
     for (Found& f : mine) f.full = 2 * static_cast<size_t>(k);
-    std::vector<float> room(2 * kScanBlockRows * kWide), limit(kWide);
-    float *score = room.data(), *slack = score + kScanBlockRows * kWide;
+    std::vector<float> room(2 * kScanBlockRows * kWideTile), limit(kWideTile);
+    float *score = room.data(), *slack = score + kScanBlockRows * kWideTile;
     std::vector<uint64_t> hits(kScanBlockRows);
     int64_t read = 0;
     for (int64_t at; (at = next.fetch_add(kBlocksAtOnce)) < block_count;) {

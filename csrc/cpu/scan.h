@@ -12,7 +12,7 @@
 namespace influence_fast {
 
 // Rows of a block are tiles of this many queries; a query alone (or up to four) is scanned without tiles.
-constexpr int kWide = 64, kNarrow = 16, kFew = 4;
+constexpr int kWideTile = 64, kNarrowTile = 16, kFewQueries = 4;
 
 // Rows of a block: a multiple of the rows of every tile; of 512 bytes they are 96 KB, in second-level cache.
 constexpr int64_t kScanBlockRows = 192;
@@ -32,7 +32,7 @@ struct ScanBlock {
   const float* factor;  // multiplies scores and slacks of a row, or null
 };
 
-// A tile of `width` queries; all else is at p * width + query. Codes of a tile of kWide or kNarrow, part by part: four
+// A tile of `width` queries; all else is at p * width + query. Codes of a tile of kWideTile or kNarrowTile, part by part: four
 // numbers of query 0, of query 1, ..., then the next four numbers; of fewer queries, query by query, each part padded
 // with zeros to 64 numbers.
 struct ScanQueries {
