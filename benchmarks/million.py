@@ -8,8 +8,8 @@ numbers a row), resampled around those rows as clusters, perturbed along a power
 lengths (log-normal, sigma 1), with a seed. Queries are drawn likewise with another seed. Answers are checked against float64
 brute force before anything is timed.
 
-Floors on two cores (20 GB/s read, 300 GFLOP/s float32, 1.4 TOP/s int8): the 8-bit copy of 10^6 x 512 is 0.5 GB, 26 ms to read
-for one query where lengths rule nothing out; 200 queries x 300,000 rows are 61 GFLOP, 44 ms of int8 and 205 ms of float32
+Floors on two cores (20 GB/s read, 300 GFLOP/s float32, 1.4 TOP/s int8): the 8-bit copy of 10^6 x 512 is 0.5 GB, 26 ms to
+read for one query where lengths rule nothing out; 200 queries x 300,000 rows are 61 GFLOP, 44 ms of int8 and 205 ms of float32
 products; 1,000 rows of influence over a million samples are 0.26 TFLOP (1 s) and 10^9 ranks (7 ns each, 7 s).
 """
 
@@ -47,7 +47,9 @@ class Gradients:
         from transformers import BertConfig, BertForSequenceClassification
 
         torch.manual_seed(seed)
-        config = BertConfig(vocab_size=500, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128)
+        config = BertConfig(
+            vocab_size=500, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128
+        )
         model = BertForSequenceClassification(config)
         lengths = torch.randint(4, 24, (BASE_ROWS,)).tolist()
         rows = [{"input_ids": torch.randint(5, 500, (n,)).tolist(), "labels": i % 2} for i, n in enumerate(lengths)]
@@ -94,7 +96,9 @@ def stacked(gradients: dict[str, Tensor]) -> Tensor:
     return torch.cat(list(gradients.values()), 1)
 
 
-def brute_force(store: inf.GradientStore, queries: Tensor, rows: int, dtype: torch.dtype, metric: str = "dot") -> Tensor:
+def brute_force(
+    store: inf.GradientStore, queries: Tensor, rows: int, dtype: torch.dtype, metric: str = "dot"
+) -> Tensor:
     """Ids of the best 10, ties in row order: a stable sort of the best of each block."""
     best, where = torch.empty(len(queries), 0, dtype=dtype), torch.empty(len(queries), 0, dtype=torch.int64)
     for begin in range(0, rows, 20_000):
@@ -258,7 +262,9 @@ def workspace(folder: Path | None) -> Iterator[Path]:
 @click.option("--queries", "query_count", default=200, show_default=True)
 @click.option("--seed", default=0, show_default=True)
 @click.option("--folder", type=click.Path(path_type=Path), help="Keep stores and indexes here; removed otherwise.")
-@click.option("--faiss", "factories", multiple=True, help="Also a FAISS index of this factory string, such as IVF1024,SQ8.")
+@click.option(
+    "--faiss", "factories", multiple=True, help="Also a FAISS index of this factory string, such as IVF1024,SQ8."
+)
 @click.option("--out", type=click.Path(path_type=Path), help="Folder to write million-<machine>-<date>.json to.")
 @click.option("--json", "as_json", is_flag=True)
 @click.option("--job", "job_of", nargs=4, hidden=True)
@@ -288,7 +294,10 @@ def main(
         source = Gradients(place / "model", seed)
         begin = time.perf_counter()
         store = source.write(place / "store", rows, 1000 + seed)
-        document["store"] = {"build_s": time.perf_counter() - begin, "bytes": sum(s["bytes"] for s in store.meta["shards"])}
+        document["store"] = {
+            "build_s": time.perf_counter() - begin,
+            "bytes": sum(s["bytes"] for s in store.meta["shards"]),
+        }
         small = source.write(place / "small", max(1, rows // 10), 1000 + seed)
         queries = source.draw(query_count, 10**6 + seed)
         asked = source.write(place / "queries", 1000 // LAYERS, 2 * 10**6 + seed)
@@ -335,15 +344,15 @@ def table(document: dict[str, Any]) -> str:
         "",
         "| work | goal | measured |",
         "|---|---|---|",
-        f"| exact top-10, {exact['rows']} x {DIM}, {exact['queries']} queries | <= 200 ms | {exact['ours_ms']:.0f} ms, the ids of "
-        f"float64 brute force ({'; '.join(rivals)}; same ids: float32 {exact['torch_float32_same']:.2%}, "
+        f"| exact top-10, {exact['rows']} x {DIM}, {exact['queries']} queries | <= 200 ms | "
+        f"{exact['ours_ms']:.0f} ms, the ids of float64 brute force ({'; '.join(rivals)}; same ids: float32 {exact['torch_float32_same']:.2%}, "
         f"bfloat16 {exact['torch_bfloat16_same']:.2%}) |",
     ]
     for metric in ("dot", "cosine"):
         found = all_rows[metric]
         lines.append(
-            f"| {all_rows['rows']} x {DIM}, {metric}, batches of {exact['queries']} | recall@10 >= 0.95 at <= 3.7 ms a query | "
-            f"recall {found['recall_at_10']:.3f} at {found['batch_ms_per_query']:.2f} ms |"
+            f"| {all_rows['rows']} x {DIM}, {metric}, batches of {exact['queries']} | recall@10 >= 0.95 at <= 3.7 ms "
+            f"a query | recall {found['recall_at_10']:.3f} at {found['batch_ms_per_query']:.2f} ms |"
         )
         lines.append(
             f"| one query, exact, {metric} | <= 40 ms | p50 {found['p50_ms']:.1f}, p95 {found['p95_ms']:.1f}, "
@@ -356,13 +365,13 @@ def table(document: dict[str, Any]) -> str:
     )
     for found in document["faiss"]:
         lines.append(
-            f"| FAISS {found['factory']} in bands | recall@10 >= 0.95 at <= 3.7 ms a query | recall {found['recall_at_10']:.3f} at "
-            f"{found['batch_ms_per_query']:.2f} ms; p50 {found['p50_ms']:.1f}, p95 {found['p95_ms']:.1f}, p99 "
+            f"| FAISS {found['factory']} in bands | recall@10 >= 0.95 at <= 3.7 ms a query | "
+            f"recall {found['recall_at_10']:.3f} at {found['batch_ms_per_query']:.2f} ms; p50 {found['p50_ms']:.1f}, p95 {found['p95_ms']:.1f}, p99 "
             f"{found['p99_ms']:.1f} ms; {found['share_of_float32']:.1%}; built in {found['build_s']:.0f} s |"
         )
     lines.append(
-        f"| rank + vote, {document['rows']} x {rank['rows']} (layer, query) rows | <= 30 s, <= 4 GB | {rank['seconds']:.1f} s, "
-        f"{rank['peak_bytes'] / 1e9:.2f} GB |"
+        f"| rank + vote, {document['rows']} x {rank['rows']} (layer, query) rows | <= 30 s, <= 4 GB | "
+        f"{rank['seconds']:.1f} s, {rank['peak_bytes'] / 1e9:.2f} GB |"
     )
     lines.append(f"| mean of the same | one pass | {document['mean']['seconds']:.1f} s |")
     for kind, runs in document["peak"].items():

@@ -268,7 +268,11 @@ class _Partial:
             if begin <= rows.start:
                 yield layer, rows, read
             elif begin < rows.stop:
-                yield layer, slice(begin, rows.stop), functools.partial(lambda r, skip: r()[skip:], read, begin - rows.start)
+                yield (
+                    layer,
+                    slice(begin, rows.stop),
+                    functools.partial(lambda r, skip: r()[skip:], read, begin - rows.start),
+                )
 
     def save(self, layer: str, rows: slice) -> None:
         self.done = [entry for entry in self.done if entry[0] != layer] + [[layer, rows.stop]]

@@ -325,7 +325,7 @@ def search(
         opened = GradientStore.open(queries, verify)
         asked, names = opened, list(opened.ids)
     else:
-        asked, names = _text_gradient(loaded, str(model), str(text), label, answer), [text]
+        asked, names = _text_gradient(loaded, str(model), str(text), label, answer), [str(text)]
     options = {"layers": _weighted(layers), "only": None if where is None else _rows_where(loaded, where)}
     if world > 1:
         import torch.distributed as dist

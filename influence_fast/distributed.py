@@ -23,7 +23,7 @@ from influence_fast.influence import Gradients
 def search_all(
     index: InfluenceIndex, queries: Gradients, k: int = 10, harmful: bool = False, group: Any = None, **options: Any
 ) -> tuple[Tensor, Any]:
-    """As :meth:`InfluenceIndex.search`, over the indexes of all ranks of ``group``; every rank calls it with the same queries.
+    """As :meth:`InfluenceIndex.search`, over all ranks of ``group``; every rank calls it with the same queries.
 
     ``options`` are those of ``search``; a mask in ``only`` is of this rank's rows. Ids should be unique over all ranks.
 

@@ -13,11 +13,12 @@ All of them are memory-mapped. The exact rows stay in the store, whose folder ``
 
 from __future__ import annotations
 
+import importlib
 import json
 import logging
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from influence_fast import ops
 from influence_fast.errors import BackendError, InfluenceError, InputError, StoreError
 from influence_fast.influence import Gradients, Source, chosen_layers, parse_memory
 from influence_fast.scan import Rows, Scan, parts_of, rescore, segment_name, sha256
@@ -198,8 +200,8 @@ class InfluenceIndex:
             where the store's ids are strings.
 
         Raises:
-            InputError: ``k`` out of range, or what ``Flat`` alone can do. StoreError: another model or projection; a shard of
-                the store that has changed. InfluenceError: an approximate index that finds fewer than ``k`` rows.
+            InputError: ``k`` out of range, or what ``Flat`` alone can do. StoreError: another model or projection; a shard
+                of the store that has changed. InfluenceError: an approximate index that finds fewer than ``k`` rows.
         """
         scores, rows = self.search_rows(queries, k, harmful, layers=layers, only=only)
         ids = self.ids
@@ -231,7 +233,9 @@ class InfluenceIndex:
             scores, rows = self._scan.search(self._rows, sign * values, names, factors, k, cosine, allowed)
         else:
             if layers is not None or allowed is not None:
-                raise InputError(f"layers, only: chosen at query time by a Flat index alone, this one is {self.factory}")
+                raise InputError(
+                    f"layers, only: chosen at query time by a Flat index alone, this one is {self.factory}"
+                )
             _log.info("%s finds %.1f %% of the true best 10", self.factory, 100 * self.recall)
             scores, rows = self._approximately(sign * values, k)
         # No -0 where a harmful search turned a zero.
@@ -265,7 +269,10 @@ class InfluenceIndex:
 
     @classmethod
     def load(
-        cls, path: str | os.PathLike[str], store: GradientStore | Sequence[GradientStore] | None = None, verify: bool = False
+        cls,
+        path: str | os.PathLike[str],
+        store: GradientStore | Sequence[GradientStore] | None = None,
+        verify: bool = False,
     ) -> InfluenceIndex:
         """Map an index that :meth:`save` wrote, and open its store (or stores; ``store`` says where they are now).
 
@@ -305,13 +312,15 @@ class InfluenceIndex:
         counted = scan.rows if scan is not None else sum(len(band.rows) for band in bands)
         if counted != rows.count:
             raise StoreError(f"{folder}: damaged index, {counted} vectors where {rows.count} are named")
-        return cls(rows, {key: meta[key] for key in meta if key not in ("stores", "segments", "files", "bands")}, scan, bands)
+        return cls(
+            rows, {key: meta[key] for key in meta if key not in ("stores", "segments", "files", "bands")}, scan, bands
+        )
 
     def to_gpu(self) -> InfluenceIndex:
         """The same index with its bands cloned to all GPUs, sharded; BackendError without faiss-gpu. ``Flat`` stays."""
         if self._scan is not None:
             return self
-        import faiss
+        faiss = _faiss()
 
         if not hasattr(faiss, "StandardGpuResources") or faiss.get_num_gpus() == 0:
             raise BackendError("to_gpu: needs faiss-gpu and a GPU; search on the CPU instead")
@@ -422,7 +431,7 @@ class _Band:
 
     @property
     def nbytes(self) -> int:
-        import faiss
+        faiss = _faiss()
 
         return faiss.serialize_index(self.index).nbytes + self.rows.nbytes
 
@@ -434,7 +443,7 @@ class _Band:
         return np.where(found >= 0, self.rows[np.maximum(found, 0)], -1)
 
     def save(self, folder: Path, number: int) -> list[str]:
-        import faiss
+        faiss = _faiss()
 
         names = [f"band-{number}.faiss", f"band-{number}.npy"]
         faiss.write_index(self.index, str(folder / f"{names[0]}.part"))
@@ -446,7 +455,7 @@ class _Band:
 
     @classmethod
     def load(cls, folder: Path, number: int, longest: float) -> _Band:
-        import faiss
+        faiss = _faiss()
 
         path = str(folder / f"band-{number}.faiss")
         if not os.path.exists(path):
@@ -466,43 +475,36 @@ def vote_from_index(
 ) -> tuple[Tensor, dict[str, float | int]]:
     """``vote`` from searches: for every layer and query the ``k`` most harmful rows, ``-sum of (k - rank)`` of each.
 
-    No row of influence is formed, so this is for small ``k``; the index must be ``Flat`` to search layer by layer. It differs
-    from ``aggregate(.., "vote")`` only in ties across the k-th place, which count as if no more rows shared them.
+    No row of influence is formed, so this is for small ``k``; the index is a ``Flat`` one of inner products, to search layer by
+    layer. It differs from ``aggregate(.., "vote")`` only in ties: scores are compared in float64, and those across the
+    k-th place count as if no more rows shared them.
 
     Returns:
         Votes float64 ``(n,)`` and ``{"checked": rows of influence computed to compare, "difference": share of their votes
         that went elsewhere}``.
     """
-    from influence_fast import ops
-
-    source = Source("queries", queries)
-    n = len(index)
+    if index.metric != "dot":
+        raise InputError("index: votes from an index are of inner products; build it with metric='dot'")
+    source, n = Source("queries", queries), len(index)
     votes = torch.zeros(n, dtype=torch.float64)
-    rows_of: dict[tuple[str, int], Tensor] = {}
-    picked = np.random.default_rng(0).permutation(len(index.layers) * source.rows)[:check].tolist()
-    for place, name in enumerate(index.layers):
-        scores, rows = index.search_rows({name: source.read(name)}, k, harmful=True, layers=[name])
+    off, total, checked = 0.0, 0.0, 0
+    picked = set(np.random.default_rng(0).permutation(len(index.layers) * source.rows)[:check].tolist())
+    for layer, name in enumerate(index.layers):
+        values = source.read(name)
+        scores, rows = index.search_rows({name: values}, k, harmful=True, layers=[name])
         for query in range(source.rows):
-            same = scores[query][:, None] == scores[query][None, :] if k <= 1024 else None
-            rank = same.double() @ torch.arange(k, dtype=torch.float64) / same.sum(1) if same is not None else (
-                torch.arange(k, dtype=torch.float64)
-            )
+            _, run, size = scores[query].unique_consecutive(return_inverse=True, return_counts=True)
+            rank = (size.cumsum(0) - (size + 1) / 2)[run].double()
             votes[rows[query]] -= k - rank
-            if place * source.rows + query in picked:
+            if layer * source.rows + query in picked:
                 own = torch.zeros(n, dtype=torch.float64)
-                own[rows[query]] -= k - rank
-                rows_of[name, query] = own
-    off, total = 0.0, 0.0
-    for (name, query), own in rows_of.items():
-        value = source.read(name, slice(query, query + 1))
-        step = max(1, _BLOCK_BYTES // (4 * index.meta["dims"][name]))
-        row = torch.cat([(value @ index._rows.read(name, b, min(b + step, n)).T)[0] for b in range(0, n, step)])
-        if index.metric == "cosine":
-            raise InputError("index: votes from an index are of inner products; build it with metric='dot'")
-        exact = ops.vote(row[None], k)
-        off += float((exact - own).abs().sum()) / 2
-        total += float(exact.abs().sum())
-    return votes, {"checked": len(rows_of), "difference": off / total if total else 0.0}
+                own[rows[query]] = rank - k
+                row = torch.cat([values[query] @ block.T for _, _, block in _blocks(index._rows, layers=[name])])
+                exact = ops.vote(row[None], k)
+                off += float((exact - own).abs().sum()) / 2
+                total += float(exact.abs().sum())
+                checked += 1
+    return votes, {"checked": checked, "difference": off / total if total else 0.0}
 
 
 def _auto(rows: Rows, recall: float, memory: int | None) -> str:
@@ -521,7 +523,7 @@ def _auto(rows: Rows, recall: float, memory: int | None) -> str:
 
 
 def _build_bands(rows: Rows, factory: str, metric: str) -> list[_Band]:
-    import faiss
+    faiss = _faiss()
 
     dim = sum(rows.dims.values())
     try:
@@ -550,7 +552,9 @@ def _build_bands(rows: Rows, factory: str, metric: str) -> list[_Band]:
             try:
                 index.train(_unit(sample).numpy())
             except RuntimeError as error:
-                raise InputError(f"factory: {factory!r} cannot be trained on {len(mine)} rows ({_brief(error)})") from None
+                raise InputError(
+                    f"factory: {factory!r} cannot be trained on {len(mine)} rows ({_brief(error)})"
+                ) from None
         bands.append(_Band(index, np.empty(0, np.int64), edge))
     _add_to_bands(bands, rows, 0, metric)
     return bands
@@ -561,7 +565,11 @@ def _add_to_bands(bands: list[_Band], rows: Rows, first: int, metric: str) -> No
     grown: list[list[np.ndarray]] = [[band.rows] for band in bands]
     for begin, _, values in _blocks(rows, first):
         length = values.double().square().sum(1).sqrt().numpy()
-        place = np.minimum(np.searchsorted(edges, length), len(bands) - 1) if metric == "dot" else np.zeros(len(length), int)
+        place = (
+            np.minimum(np.searchsorted(edges, length), len(bands) - 1)
+            if metric == "dot"
+            else np.zeros(len(length), int)
+        )
         unit = _unit(values).numpy()
         for number, band in enumerate(bands):
             mine = np.flatnonzero(place == number)
@@ -585,11 +593,12 @@ def _edges(length: np.ndarray, least: int) -> list[float]:
     return edges[::-1]
 
 
-def _blocks(rows: Rows, first: int = 0) -> Any:
-    step = max(1, _BLOCK_BYTES // (4 * sum(rows.dims.values())))
+def _blocks(rows: Rows, first: int = 0, layers: Sequence[str] | None = None) -> Iterator[tuple[int, int, Tensor]]:
+    names = rows.layers if layers is None else layers
+    step = max(1, _BLOCK_BYTES // (4 * sum(rows.dims[name] for name in names)))
     for begin in range(first, rows.count, step):
         end = min(begin + step, rows.count)
-        yield begin, end, torch.cat([rows.read(name, begin, end) for name in rows.layers], 1)
+        yield begin, end, torch.cat([rows.read(name, begin, end) for name in names], 1)
 
 
 def _best(rows: Rows, queries: Tensor, k: int, metric: str) -> Tensor:
@@ -604,20 +613,28 @@ def _best(rows: Rows, queries: Tensor, k: int, metric: str) -> Tensor:
     return where
 
 
+def _faiss() -> Any:
+    """FAISS, which exact search does without."""
+    try:
+        return importlib.import_module("faiss")
+    except ImportError as error:
+        raise BackendError(f"factory: any but Flat needs FAISS (pip install faiss-cpu): {error}") from None
+
+
 def _unit(values: Tensor) -> Tensor:
     norm = values.double().norm(dim=1, keepdim=True)
     return torch.where(norm > 0, values / norm, 0).float()
 
 
 def _inner(index: Any) -> Any:
-    import faiss
+    faiss = _faiss()
 
     return faiss.downcast_index(index.index if isinstance(index, faiss.IndexPreTransform) else index)
 
 
 def _parameters(index: Any, breadth: int) -> Any:
     """How wide to search, for this call alone: other threads may ask for something else."""
-    import faiss
+    faiss = _faiss()
 
     inner, found = _inner(index), None
     if hasattr(inner, "nlist"):

@@ -115,7 +115,9 @@ class Rows:
             kept = [s for s in range(len(edges) - 1) if edges[s] < rows.stop and edges[s + 1] > rows.start]
             names = [store.addresses(name)[kept] for name in layers]
             int8 = store.meta["dtype"] == "int8"
-            sizes = [(store.addresses(f"@scale/{name}")[kept] if int8 else np.zeros(len(kept), np.int64)) for name in layers]
+            sizes = [
+                (store.addresses(f"@scale/{name}")[kept] if int8 else np.zeros(len(kept), np.int64)) for name in layers
+            ]
             # A shard that the range cuts begins before it: rows below the range are never asked for.
             firsts += [first + int(edges[s]) - rows.start for s in kept]
             data.append(np.stack(names, 1))
@@ -208,17 +210,24 @@ class Scan:
     ) -> tuple[Tensor, Tensor]:
         """The ``k`` best rows: float64 scores ``(m, k)`` and int64 row numbers ``(m, k)``.
 
-        ``queries`` float32 ``(m, dims of layers)``; ``allowed`` a boolean ``(rows,)``. StoreError names a shard whose row does
-        not have the score that the copy allows: it has changed since.
+        ``queries`` float32 ``(m, dims of layers)``; ``allowed`` a boolean ``(rows,)``. StoreError names a shard whose row
+        does not have the score that the copy allows: it has changed since.
         """
         segments = self._numbers(layers, weights, cosine)
         parts = np.array(
-            [(p.offset, p.dim, i, layers.index(p.layer), p.begin) for i, p in enumerate(self.parts) if p.layer in layers],
+            [
+                (p.offset, p.dim, i, layers.index(p.layer), p.begin)
+                for i, p in enumerate(self.parts)
+                if p.layer in layers
+            ],
             np.int64,
         )
         source, weight = rows.native(layers), np.array(weights, np.float64)
         mask = None if allowed is None else allowed.to(torch.uint8).contiguous()
-        scores, found = torch.empty(len(queries), k, dtype=torch.float64), torch.empty(len(queries), k, dtype=torch.int64)
+        scores, found = (
+            torch.empty(len(queries), k, dtype=torch.float64),
+            torch.empty(len(queries), k, dtype=torch.int64),
+        )
         # Each thread may keep a few times k candidates of every query.
         step = max(1, min(1024, (1 << 22) // k))
         for begin in range(0, len(queries), step):
@@ -270,7 +279,12 @@ class Scan:
         padded = np.empty(count * self.stride + 64, np.uint8)
         np.take(codes, order, axis=0, out=padded[:-64].reshape(codes.shape))
         padded[-64:] = 128
-        arrays = [padded, np.ascontiguousarray(scale[:, order]), np.ascontiguousarray(error[:, order]), norm]
+        arrays: list[np.ndarray] = [
+            padded,
+            np.ascontiguousarray(scale[:, order]),
+            np.ascontiguousarray(error[:, order]),
+            norm,
+        ]
         return dict(zip(_NAMES, [*arrays, order.astype(np.int32), bound], strict=True))
 
     def _numbers(self, layers: Sequence[str], weights: Sequence[float], cosine: bool) -> tuple[np.ndarray, Any]:
