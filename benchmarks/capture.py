@@ -12,6 +12,7 @@ process, in turn, in both orders; figures are medians, and every method's gradie
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import json
 import platform
@@ -21,6 +22,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
@@ -33,7 +35,7 @@ from torch import Tensor, nn
 
 import influence_fast as inf
 from influence_fast import build, losses
-from influence_fast.layers import block_of, named_layers
+from influence_fast.layers import named_layers
 
 Rows = list[dict[str, Any]]
 Gradients = dict[str, Tensor]
@@ -64,7 +66,7 @@ def _neox() -> nn.Module:
     return hf.GPTNeoXForCausalLM(config)
 
 
-def _phrases(count: int = 512) -> Rows:
+def _phrases(count: int = 1024) -> Rows:
     """Lengths like those of SST-2's training phrases with their two special tokens: 3 to 60, half of them under 10."""
     random = torch.Generator().manual_seed(0)
     lengths = (torch.randn(count, generator=random) * 0.65 + 2.2).exp().add(2).clamp(3, 60).long().tolist()
@@ -81,8 +83,9 @@ def _documents(count: int = 16, length: int = 512) -> Rows:
 
 
 WORKS = {
-    "minilm-all": Work(_minilm, _phrases, "attention", None, 4096),
-    "minilm-middle": Work(_minilm, _phrases, "attention[2:4]", "bfloat16", 4096),
+    "minilm-all": Work(_minilm, _phrases, "attention", None, 2048),
+    "minilm-middle": Work(_minilm, _phrases, "attention[2:4]", None, 2048),
+    "minilm-middle-bf16": Work(_minilm, _phrases, "attention[2:4]", "bfloat16", 2048),
     "neox-all": Work(_neox, _documents, "attention,mlp", None, 2048, single_rows=4),
     "neox-upper": Work(_neox, _documents, "attention[3:6]", None, 2048, single_rows=4),
     "neox-upper-bf16": Work(_neox, _documents, "attention[3:6]", "bfloat16", 2048, single_rows=4),
@@ -105,8 +108,16 @@ class Job:
             for chosen in build.batches(self.rows, range(len(self.rows)), self.work.tokens)
         ]
 
-    def order(self) -> list[int]:
-        return [i for chosen in build.batches(self.rows, range(len(self.rows)), self.work.tokens) for i in chosen]
+    def in_order(self, found: dict[str, list[Tensor]]) -> Gradients:
+        """What came batch by batch, in the order of the rows."""
+        order = [i for chosen in build.batches(self.rows, range(len(self.rows)), self.work.tokens) for i in chosen]
+        places = torch.tensor(order).argsort()
+        return {name: torch.cat(parts)[places] for name, parts in found.items()}
+
+    @cached_property
+    def lowered(self) -> nn.Module:
+        """The model with bfloat16 weights."""
+        return copy.deepcopy(self.model).to(torch.bfloat16)
 
     def loss(self, **kwargs: Any) -> losses.Loss:
         causal = isinstance(self.rows[0]["labels"], list)
@@ -117,7 +128,8 @@ def ours(job: Job) -> Gradients:
     out = {name: torch.empty(len(job.rows), job.projection.output_dim((1, 1))) for name in job.layers}
     with inf.GradientCapture(job.model, job.layers, job.projection) as capture:
         loss = job.loss(part=capture.part)
-        steps = build.run(job.model, capture, loss, job.rows, range(len(job.rows)), job.work.tokens, job.work.precision)
+        budget = build.Budget(job.work.tokens)
+        steps = build.run(job.model, capture, loss, job.rows, range(len(job.rows)), budget, job.work.precision)
         for chosen, (gradients, _) in steps:
             for name, gradient in gradients.items():
                 out[name][chosen] = gradient
@@ -125,14 +137,13 @@ def ours(job: Job) -> Gradients:
 
 
 def floor(job: Job) -> None:
-    """Forward and shortened backward, nothing captured."""
+    """Forward and shortened backward, down to the output gradients of the lowest selected layers; nothing captured."""
     modules = named_layers(job.model)
-    lowest = min(block_of(name) or 0 for name in job.layers)
-    handles = [
-        modules[name].register_forward_hook(lambda module, args, output: output.detach().requires_grad_())
-        for name in job.layers
-        if block_of(name) == lowest
-    ]
+
+    def join(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        return output if output.requires_grad else output.detach().requires_grad_()
+
+    handles = [modules[name].register_forward_hook(join) for name in job.layers]
     loss = job.loss()
     for batch in job.batches():
         with build.autocast(job.model, job.work.precision):
@@ -172,8 +183,7 @@ def hooks(job: Job) -> Gradients:
     for handle in handles:
         handle.remove()
     job.model.requires_grad_(False)
-    places = torch.tensor(job.order()).argsort()
-    return {name: torch.cat(found)[places] for name, found in out.items()}
+    return job.in_order(out)
 
 
 def one_by_one(job: Job) -> Gradients:
@@ -193,33 +203,40 @@ def one_by_one(job: Job) -> Gradients:
     return {name: torch.stack(found) for name, found in out.items()}
 
 
-def bergson(job: Job) -> None:
-    """Bergson's collector of projected per-sample gradients on the same batches."""
-    from bergson.collector.collector import HookCollectorBase  # type: ignore[import-not-found]
-    from bergson.gradients import GradientProcessor  # type: ignore[import-not-found]
+def bergson(job: Job) -> Gradients:
+    """Bergson's collector, its loss and its way of preparing a model, on the same batches, in float32."""
+    return _bergson(job, job.model)
 
-    class Collector(HookCollectorBase):
-        def setup(self) -> None: ...
 
-        def teardown(self) -> None: ...
+def bergson_bf16(job: Job) -> Gradients:
+    """The same on a model loaded in bfloat16, which is what its ``--precision bf16`` does."""
+    return _bergson(job, job.lowered)
 
-        def forward_hook(self, module: nn.Module, a: Tensor) -> None:
-            module._inputs = self._projected_input(module, a)
 
-        def backward_hook(self, module: nn.Module, g: Tensor) -> None:
-            self.mod_grads[module._name] = self._projected_gradient(module, g)
+def _bergson(job: Job, model: nn.Module) -> Gradients:
+    from bergson.collector.collector import fwd_bwd_factory
+    from bergson.collector.gradient_collectors import StreamingGradientCollector
+    from bergson.config import IndexConfig
+    from bergson.gradients import GradientProcessor
 
-    collector = Collector(
-        model=job.model,
-        target_modules=set(job.layers),
-        processor=GradientProcessor(projection_dim=16, projection_type="rademacher"),
+    embeddings = cast(Any, model).get_input_embeddings().requires_grad_(True)
+    processor = GradientProcessor(projection_dim=16, projection_type="rademacher")
+    collector = StreamingGradientCollector(
+        model=model, target_modules=set(job.layers), processor=processor, dtype=next(model.parameters()).dtype
     )
-    loss = job.loss()
+    causal = fwd_bwd_factory(IndexConfig("", loss_reduction="mean"))
+    out: dict[str, list[Tensor]] = {name: [] for name in job.layers}
     with collector:
         for batch in job.batches():
-            with build.autocast(job.model, job.work.precision):
-                each = loss(job.model, batch)
-            each.sum().backward()
+            if batch["labels"].dim() == 1:
+                losses.classification(model, batch).sum().backward()
+                model.zero_grad()
+            else:
+                causal(model, batch["input_ids"], batch["labels"], batch)
+            for name in job.layers:
+                out[name].append(collector.mod_grads[name])
+    embeddings.requires_grad_(False)
+    return job.in_order(out)
 
 
 def _sides(job: Job) -> dict[str, tuple[Tensor, Tensor]]:
@@ -242,7 +259,9 @@ def measure(work: Work, repeats: int) -> dict[str, dict[str, float]]:
     methods: dict[str, Callable[[Job], Any]] = {"ours": ours, "floor": floor, "hooks": hooks, "one by one": one_by_one}
     if importlib.util.find_spec("bergson"):
         methods["bergson"] = bergson
-    _compare(job)
+        if work.precision:
+            methods["bergson bf16"] = bergson_bf16
+    _compare(job, methods)
     times: dict[str, list[float]] = {name: [] for name in methods}
     for round_ in range(repeats + 1):
         for name in list(methods)[:: 1 if round_ % 2 else -1]:
@@ -263,15 +282,15 @@ def measure(work: Work, repeats: int) -> dict[str, dict[str, float]]:
     }
 
 
-def _compare(job: Job) -> None:
+def _compare(job: Job, methods: dict[str, Callable[[Job], Any]]) -> None:
     """Refuse to time a method that computes something else."""
     tolerance = 1e-4 if job.work.precision is None else 0.1
     expected = ours(job)
-    for method in (hooks, one_by_one):
-        for name, gradient in method(job).items():
+    for method, compute in methods.items():
+        for name, gradient in (compute(job) or {}).items():
             error = (expected[name][: len(gradient)] - gradient).norm() / gradient.norm()
             if not error < tolerance:
-                raise SystemExit(f"{method.__name__} disagrees on {name}: relative error {error:.1e}")
+                raise SystemExit(f"{method} disagrees on {name}: relative error {error:.1e}")
 
 
 @contextmanager

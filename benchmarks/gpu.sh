@@ -37,8 +37,9 @@ if command -v compute-sanitizer >/dev/null; then
     step racecheck 60 compute-sanitizer --tool racecheck --error-exitcode 9 "${small[@]}"
 fi
 for dtype in bfloat16 float32; do
-    step "bench-$dtype" 100 python3 -m benchmarks.run --device cuda --dtype "$dtype" --repeats 11 --out "$OUT"
+    step "bench-$dtype" 100 python3 -m benchmarks.run --no-compile --device cuda --dtype "$dtype" --repeats 11 --out "$OUT"
 done
+step bench-compiled 60 python3 -m benchmarks.run --op project_outer --case 1b --device cuda --dtype bfloat16 --out "$OUT"
 
 if [ ${#failed[@]} -gt 0 ]; then
     echo "failed: ${failed[*]}"

@@ -34,22 +34,30 @@ def with_peers(case: bench.Case) -> bench.Case:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     g = torch.randn(n, d, device=device)
     with contextlib.suppress(ImportError):
-        from trak.projectors import BasicProjector, ProjectionType  # type: ignore[import-not-found]
+        from trak.projectors import BasicProjector, ProjectionType
 
         if kind == "rademacher":
             trak = BasicProjector(d, k, 0, ProjectionType.rademacher, device, dtype=torch.float32)
             case.baselines["TRAK BasicProjector"] = lambda: trak.project(g, model_id=0)
     with contextlib.suppress(ImportError):
-        import fast_jl  # type: ignore[import-not-found]
+        import fast_jl
 
         if kind == "rademacher" and device == "cuda" and k % 512 == 0:
             case.baselines["fast_jl"] = lambda: fast_jl.project_rademacher_8(g, k, 0, 132)
     with contextlib.suppress(ImportError):
-        from sjlt import SJLTProjection  # type: ignore[import-not-found]
+        from sjlt import SJLTProjection
 
         if kind == "sjlt" and device == "cuda":
             projection = SJLTProjection(d, k, c=1, device=device)
             case.baselines["sjlt"] = lambda: projection(g)
+    return case
+
+
+def with_compiled(case: bench.Case) -> bench.Case:
+    """Add what torch.compile makes of each baseline in plain torch; it compiles during the rounds that warm up."""
+    for name, call in list(case.baselines.items()):
+        if name.startswith(("torch", "bmm")) and "our" not in name:
+            case.baselines[f"{name}, compiled"] = torch.compile(call, dynamic=False)
     return case
 
 
@@ -61,6 +69,9 @@ def with_peers(case: bench.Case) -> bench.Case:
 @click.option("--backend", default="auto")
 @click.option("--threads", default=2, show_default=True)
 @click.option("--repeats", default=15, show_default=True)
+@click.option(
+    "--compile/--no-compile", "compiled", default=True, help="Baselines under torch.compile too (slow start)."
+)
 @click.option("--out", type=click.Path(path_type=Path), help="Folder to write <op>-<device>-<date>.json to.")
 @click.option("--json", "as_json", is_flag=True)
 def main(
@@ -71,6 +82,7 @@ def main(
     backend: str,
     threads: int,
     repeats: int,
+    compiled: bool,
     out: Path | None,
     as_json: bool,
 ) -> None:
@@ -89,8 +101,9 @@ def main(
         for case in bench.cases(op, device, kind, backend):
             if not re.search(case_pattern, case.name):
                 continue
+            case = with_peers(case)
             try:
-                document["results"].append(bench.measure(with_peers(case), device, repeats))
+                document["results"].append(bench.measure(with_compiled(case) if compiled else case, device, repeats))
             except InfluenceError as error:
                 failed = True
                 click.echo(f"error: {error}", err=True)

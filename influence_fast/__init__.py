@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     from influence_fast.aggregate import aggregate as aggregate
     from influence_fast.aggregate import aggregate_many as aggregate_many
     from influence_fast.audit import audit as audit
+    from influence_fast.build import Estimate as Estimate
     from influence_fast.build import build_store as build_store
+    from influence_fast.build import estimate_build as estimate_build
     from influence_fast.capture import GradientCapture as GradientCapture
     from influence_fast.errors import BackendError as BackendError
     from influence_fast.errors import InfluenceError as InfluenceError
@@ -26,15 +28,26 @@ if TYPE_CHECKING:
     from influence_fast.errors import StoreError as StoreError
     from influence_fast.evaluate import bootstrap as bootstrap
     from influence_fast.evaluate import cancellation as cancellation
+    from influence_fast.evaluate import compare as compare
+    from influence_fast.evaluate import evaluate as evaluate
     from influence_fast.evaluate import ndr as ndr
     from influence_fast.evaluate import ndr_auc as ndr_auc
     from influence_fast.evaluate import ndr_curve as ndr_curve
     from influence_fast.evaluate import precision as precision
+    from influence_fast.evaluate import rank_correlation as rank_correlation
     from influence_fast.evaluate import roc_auc as roc_auc
+    from influence_fast.evaluate import wins as wins
     from influence_fast.index import InfluenceIndex as InfluenceIndex
     from influence_fast.influence import InfluenceMatrix as InfluenceMatrix
     from influence_fast.influence import influence as influence
     from influence_fast.layers import select_layers as select_layers
+    from influence_fast.methods import Checkpoints as Checkpoints
+    from influence_fast.methods import label_contrast as label_contrast
+    from influence_fast.methods import outlier as outlier
+    from influence_fast.methods import word_influence as word_influence
+    from influence_fast.observe import hidden_states as hidden_states
+    from influence_fast.observe import kronecker_factors as kronecker_factors
+    from influence_fast.observe import word_gradients as word_gradients
     from influence_fast.projection import Projection as Projection
     from influence_fast.store import GradientStore as GradientStore
 
@@ -46,22 +59,35 @@ _ROOMS = {
     "aggregate_many": "aggregate",
     "audit": "audit",
     "GradientCapture": "capture",
+    "Estimate": "build",
     "build_store": "build",
+    "estimate_build": "build",
     "BackendError": "errors",
     "InfluenceError": "errors",
     "InputError": "errors",
     "StoreError": "errors",
     "bootstrap": "evaluate",
     "cancellation": "evaluate",
+    "compare": "evaluate",
+    "evaluate": "evaluate",
     "ndr": "evaluate",
     "ndr_auc": "evaluate",
     "ndr_curve": "evaluate",
     "precision": "evaluate",
+    "rank_correlation": "evaluate",
     "roc_auc": "evaluate",
+    "wins": "evaluate",
     "InfluenceIndex": "index",
     "InfluenceMatrix": "influence",
     "influence": "influence",
     "select_layers": "layers",
+    "Checkpoints": "methods",
+    "label_contrast": "methods",
+    "outlier": "methods",
+    "word_influence": "methods",
+    "hidden_states": "observe",
+    "kronecker_factors": "observe",
+    "word_gradients": "observe",
     "Projection": "projection",
     "GradientStore": "store",
 }

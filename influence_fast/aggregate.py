@@ -380,12 +380,11 @@ def _mask(matrix: Matrix, queries: Tensor | Sequence[bool] | Sequence[int] | Non
     return mask
 
 
-class _InMemory:
+class InMemory:
     """``{layer: (m, n)}`` with the face of an influence matrix."""
 
-    query_correct = None
-
-    def __init__(self, values: Mapping[str, Tensor]) -> None:
+    def __init__(self, values: Mapping[str, Tensor], query_correct: Tensor | None = None) -> None:
+        self.query_correct = query_correct
         self.values = {name: torch.as_tensor(value) for name, value in values.items()}
         self.layers = list(self.values)
         shapes = {name: tuple(value.shape) for name, value in self.values.items()}
@@ -403,4 +402,4 @@ class _InMemory:
 
 
 def _wrapped(matrix: Matrix | Mapping[str, Tensor]) -> Matrix:
-    return _InMemory(matrix) if isinstance(matrix, Mapping) else matrix
+    return InMemory(matrix) if isinstance(matrix, Mapping) else matrix

@@ -18,15 +18,18 @@ import torch
 from torch import Tensor, nn
 
 from influence_fast.aggregate import METHODS as AGGREGATIONS
-from influence_fast.aggregate import aggregate_many, order
+from influence_fast.aggregate import order
 from influence_fast.build import build_store, checked_rows
 from influence_fast.data import TASKS, Columns, load_model, prepare, read_table, task_of
 from influence_fast.errors import InputError
-from influence_fast.evaluate import bootstrap, ndr, ndr_auc, precision, roc_auc
-from influence_fast.influence import METHODS, influence
+from influence_fast.evaluate import Evaluation, aggregated, baselines, compare
+from influence_fast.influence import METHODS as GRADIENT_METHODS
+from influence_fast.influence import InfluenceMatrix
 from influence_fast.layers import block_of, layer_groups, named_layers, select_layers
 from influence_fast.projection import Projection
-from influence_fast.store import DTYPES, GradientStore
+from influence_fast.selfcheck import ROWS, plant, self_check
+from influence_fast.sources import METHODS, NEED_CLASSES, Sources
+from influence_fast.store import DTYPES
 
 _MOST_BLOCKS = 48
 
@@ -45,7 +48,7 @@ class AuditConfig:
     task: str = "auto"
     layers: str | None = None
     projection: str = "identity"
-    methods: list[str] = field(default_factory=lambda: list(METHODS))
+    methods: list[str] = field(default_factory=lambda: ["dot", "cosine", "datainf"])
     aggregations: list[str] | None = None
     rank_by: str | None = None
     fraction: float = 0.2
@@ -54,6 +57,7 @@ class AuditConfig:
     batch_tokens: int | str = "auto"
     truncate: bool = False
     seed: int = 0
+    self_check: float | None = None
 
     def check(self) -> None:
         """Raise InputError for what can be wrong before anything is read."""
@@ -115,19 +119,19 @@ class AuditResult:
                 for aggregation, scores in aggregations.items():
                     yield method, group, aggregation, scores
 
-    def evaluate(self, at: float = 0.3) -> list[dict[str, Any]]:
-        """One row of metrics per ranking; needs ``noise``. Rows of the group ``all`` and baselines have an interval."""
+    def compare(self, levels: Sequence[float] = (0.1, 0.2, 0.3)) -> Evaluation:
+        """Every ranking measured against ``noise``, which must be known: :func:`~influence_fast.compare`."""
         if self.noise is None:
             raise InputError("noise: this audit does not know which samples are noisy")
-        rows = []
-        for method, group, aggregation, scores in self.rankings():
-            row: dict[str, Any] = {"method": method, "group": group, "aggregation": aggregation}
-            row |= {"ndr": ndr(scores, self.noise, at), "auc_ndr": ndr_auc(scores, self.noise)}
-            row |= {"roc_auc": roc_auc(scores, self.noise), "precision": precision(scores, self.noise, at)}
-            if group in ("", "all"):
-                row["low"], row["high"] = bootstrap(ndr_auc, scores, self.noise)
-            rows.append(row)
-        return rows
+        return compare({(m, group, a): scores for m, group, a, scores in self.rankings()}, self.noise, levels=levels)
+
+    def evaluate(self, at: float = 0.3) -> list[dict[str, Any]]:
+        """One row of metrics per ranking, as of :meth:`compare`, with ``ndr`` and ``precision`` at one level."""
+        name = f"{100 * at:g}"
+        return [
+            {**row, "ndr": row[f"ndr@{name}"], "precision": row[f"precision@{name}"]}
+            for row in self.compare(sorted({0.1, 0.2, 0.3, at})).rows
+        ]
 
 
 def audit(
@@ -169,6 +173,13 @@ def audit(
         raise InputError(f"train: all {len(samples.rows)} samples have one class; influence needs at least two")
     for part in (samples, trusted):
         checked_rows(network, part.rows, task, part.ids, config.truncate)
+    if config.self_check is not None:
+        plant(samples.rows[:ROWS], config.self_check, config.seed)
+    needy = [method for method in config.methods if method in NEED_CLASSES]
+    if needy and task != "classification":
+        raise InputError(f"methods: {needy[0]} compares classes, and this model has none")
+    if "ekfac" in config.methods and config.projection != "identity":
+        raise InputError(f"methods: ekfac needs whole gradients, projection identity, got {config.projection}")
     layers = select_layers(network, config.layers or default_layers(network))
     groups = groups_of(network, layers)
     main = _main(config, groups, task == "classification")
@@ -191,9 +202,24 @@ def audit(
                     ids=part.ids,
                     progress=progress,
                 )
-        result = _score(stores["train"], stores["queries"], config, groups, main, times)
+        sources = Sources(network, samples, trusted, stores["train"], stores["queries"], folder, config, task, progress)
+        result = _score(sources, config, groups, main, times)
         result.texts, result.labels, result.noise = samples.texts, samples.labels, samples.noise
         result.facts["task"] = task
+        if config.self_check is not None:
+            with _timed(times, "self-check"):
+                result.facts["self_check"] = self_check(
+                    sources,
+                    config,
+                    config.methods,
+                    _aggregations(config, "correct" in stores["queries"].columns),
+                    groups,
+                    main,
+                    share=config.self_check,
+                    fraction=config.fraction,
+                    seed=config.seed,
+                    folder=folder / "stores" / "self-check",
+                )
         if out is not None:
             from influence_fast.report import write_report
 
@@ -204,29 +230,26 @@ def audit(
 
 
 def _score(
-    train: GradientStore,
-    queries: GradientStore,
+    sources: Sources,
     config: AuditConfig,
     groups: dict[str, list[str]],
     main: tuple[str, str, str],
     times: dict[str, float],
 ) -> AuditResult:
-    """Influence, aggregations and baselines from two stores."""
+    """Influence, aggregations and baselines."""
+    train, queries = sources.train, sources.queries
     knows = "correct" in queries.columns
     aggregations = _aggregations(config, knows)
-    scores, zeros = {}, {}
+    scores: dict[str, dict[str, dict[str, Tensor]]] = {}
+    zeros: dict[str, tuple[int, int]] = {}
     for method in config.methods:
         with _timed(times, method):
-            matrix = influence(train, queries, method)
-            scores[method] = aggregate_many(matrix, aggregations, groups, fraction=config.fraction)
-            zeros = matrix.zero_norms
-    sqnorm = torch.stack([train.sqnorm(name) for name in train.layers])
-    generator = torch.Generator().manual_seed(config.seed)
-    baselines = {
-        "random": torch.rand(len(train), generator=generator, dtype=torch.float64),
-        "loss": -train.column("loss").double(),
-        "self-influence": -sqnorm.sum(0),
-    }
+            matrix = sources.matrix(method)
+            scores[method] = {}
+            for group, aggregation, values in aggregated(matrix, aggregations, groups, config.fraction):
+                scores[method].setdefault(group, {})[aggregation] = values
+            if isinstance(matrix, InfluenceMatrix) and method in GRADIENT_METHODS:
+                zeros = matrix.zero_norms
     facts: dict[str, Any] = {
         "samples": len(train),
         "queries": len(queries),
@@ -240,7 +263,8 @@ def _score(
         facts["queries_correct"] = int(queries.column("correct").sum())
     if "correct" in train.columns:
         facts["train_accuracy"] = float(train.column("correct").double().mean())
-    return AuditResult(list(train.ids), None, None, None, groups, scores, baselines, main, config.__dict__, facts)
+    found = baselines(train, config.seed)
+    return AuditResult(list(train.ids), None, None, None, groups, scores, found, main, config.__dict__, facts)
 
 
 def groups_of(model: nn.Module, layers: list[str]) -> dict[str, list[str]]:
@@ -312,7 +336,7 @@ def _timed(times: dict[str, float], name: str) -> Iterator[None]:
 
 def _scores_csv(result: AuditResult) -> str:
     method, _, aggregation = result.main
-    groups = {group: result.scores[method][group][aggregation] for group in result.groups}
+    groups = {group: found[aggregation] for group, found in result.scores[method].items()}
     ranking = result.ranking
     place = torch.empty_like(ranking)
     place[ranking] = torch.arange(len(ranking))

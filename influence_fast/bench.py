@@ -55,6 +55,7 @@ OUTER_SHAPES = {
         "small": Shape(32, 16, 384, 384),
         "d1024": Shape(16, 128, 1024, 1024),
         "d1024-sjlt": Shape(16, 128, 1024, 1024, kind="sjlt"),
+        "mistral-7b mlp-sjlt": Shape(2, 512, 4096, 14336, k=128, kind="sjlt"),
         "roberta-large mlp": Shape(8, 128, 1024, 4096),
         "llama-1b mlp": Shape(4, 512, 2048, 8192, k=64),
         "qwen-1.5b mlp": Shape(4, 512, 1536, 8960, k=64),

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, cast
@@ -32,6 +32,7 @@ _log = logging.getLogger("influence_fast")
 # The unprojected gradient of an embedding is as large as its table, for every sample.
 _DENSE_EMBEDDING_BYTES = 4 << 30
 _TOKEN_ENTRIES = 1 << 20
+_GROUP_ENTRIES = 1 << 22
 
 
 class _Tap(torch.autograd.Function):
@@ -56,7 +57,39 @@ class _Tokens:
     size: int
 
 
+@dataclass(frozen=True)
+class _Samples:
+    """Whose tokens a layer sees: those of ``count`` samples, of one length, or as ``index (N, T)`` numbers ``tokens``."""
+
+    count: int
+    tokens: int = 0
+    index: Tensor | None = None
+
+    def unfold(self, x: Tensor, features: int, name: str) -> Tensor:
+        """``x`` as ``(N, T, features)``; tokens flattened into the batch are unfolded, packed ones padded with 0."""
+        tokens = x.numel() // features
+        if self.index is not None:
+            if tokens != self.tokens:
+                raise InputError(f"layer {name!r}: expected {self.tokens} packed tokens, got shape {tuple(x.shape)}")
+            return nn.functional.pad(x.reshape(tokens, features), (0, 0, 0, 1))[self.index.to(x.device)]
+        if x.shape[0] != self.count and (x.dim() != 2 or tokens % max(self.count, 1)):
+            raise InputError(
+                f"layer {name!r}: expected {self.count} samples in the first dimension, got shape {tuple(x.shape)}"
+            )
+        return x.reshape(self.count, tokens // self.count if self.count else 0, features)
+
+
 _Operand = Tensor | _Tokens
+# The projected factors (N, T, k_in) and (N, T, k_out) of a gradient that is not formed yet.
+_Factors = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class _Acting:
+    """A side, and whether what it acts on gets a constant 1 as one more feature, for a bias. Told apart by identity."""
+
+    side: Side
+    constant: bool = False
 
 
 @dataclass
@@ -70,20 +103,84 @@ class _Layer:
     left: Side | None = None
     right: Side | None = None
     single: Side | None = None
-    matrices: dict[tuple[str, torch.device, torch.dtype], Tensor] = field(default_factory=dict)
+    acting: tuple[tuple[_Acting, _Acting], ...] = ()
 
-    def project(self, operand: _Operand, side: Side, dtype: torch.dtype) -> Tensor:
-        """``operand P^T`` of one side: ``(N, T, features) -> (N, T, k)``; tokens gather columns of P."""
-        if isinstance(operand, Tensor) and side.kind == "sjlt":
-            flat = operand.flatten(0, 1).to(dtype)
-            return ops.sketch(flat, side).unflatten(0, operand.shape[:2])
-        device = operand.device if isinstance(operand, Tensor) else operand.ids.device
-        key = (side.identifier, device, dtype)
-        if key not in self.matrices:
-            self.matrices[key] = side.matrix(dtype, device)
-        if isinstance(operand, Tensor):
-            return operand.to(dtype) @ self.matrices[key].T
-        return nn.functional.embedding(operand.ids, self.matrices[key].T)
+    def __post_init__(self) -> None:
+        if self.left is not None and self.right is not None:
+            # On the input and on the output gradient of a use; then of a use with the weight transposed.
+            straight = _Acting(self.right, self.bias), _Acting(self.left)
+            self.acting = straight, (straight[1], _Acting(self.right))
+
+
+@dataclass
+class _Shared:
+    """One input of the layers called with it in a row (q, k, v; gate, up), projected for all of them at once.
+
+    ``kept`` has the ``(N, T, k)`` of each of ``sides`` once they are projected; ``taken`` says which layers came.
+    """
+
+    given: Tensor
+    rows: Tensor
+    version: int
+    sides: tuple[_Acting, ...] = ()
+    taken: list[_Acting] = field(default_factory=list)
+    kept: tuple[Tensor, ...] = ()
+
+    def fits(self, x: Tensor, side: _Acting) -> bool:
+        same = self.given is x and self.version == x._version and side not in self.taken
+        return same and (side in self.sides or not self.kept)
+
+    def project(self, matrices: _Matrices) -> None:
+        if not self.kept:
+            if self.given._version != self.version:
+                layer = self.sides[0].side.identifier.rsplit("/", 1)[0]
+                raise InputError(f"layer {layer!r}: its input was changed in place after the layer saw it")
+            self.kept = matrices.project(self.rows, self.sides)
+
+
+class _Matrices:
+    """Dense matrices of sides, made once for each device and dtype; those that act on one input are stacked."""
+
+    def __init__(self) -> None:
+        self._made: dict[tuple[Any, ...], Any] = {}
+
+    def project(self, x: Tensor, sides: tuple[_Acting, ...]) -> tuple[Tensor, ...]:
+        """``x P^T`` for each side: ``(N, T, features) -> (N, T, k)``, float32 (float64 for float64)."""
+        dtype = accumulator(x.dtype)
+        if x.dtype != dtype:
+            x = x.to(dtype)
+        if sides[0].side.kind == "sjlt":
+            return tuple(self._sketch(x, acting) for acting in sides)
+        weight, constant = self._stacked(sides, dtype, x.device, x.shape[-1])
+        product = x @ weight
+        if constant is not None:
+            product += constant
+        return (product,) if len(sides) == 1 else product.split([acting.side.k for acting in sides], dim=-1)
+
+    def gather(self, tokens: _Tokens, acting: _Acting, dtype: torch.dtype) -> Tensor:
+        """The same of one-hot rows: columns of P."""
+        weight, _ = self._stacked((acting,), dtype, tokens.ids.device, tokens.size)
+        return nn.functional.embedding(tokens.ids, weight)
+
+    @staticmethod
+    def _sketch(x: Tensor, acting: _Acting) -> Tensor:
+        # Features that the side has and x lacks are a bias: the constant 1 in its own use, nothing in others.
+        missing = acting.side.features - x.shape[-1]
+        if missing:
+            x = nn.functional.pad(x, (0, missing), value=float(acting.constant))
+        return ops.sketch(x.flatten(0, 1), acting.side).unflatten(0, x.shape[:2])
+
+    def _stacked(
+        self, sides: tuple[_Acting, ...], dtype: torch.dtype, device: torch.device, features: int
+    ) -> tuple[Tensor, Tensor | None]:
+        """``(features, sum of k)``, and the row that a bias adds, if any side has one."""
+        key = (sides, dtype, device)
+        if key not in self._made:
+            whole = [acting.side.matrix(dtype, device) for acting in sides]
+            row = [p[:, -1] if acting.constant else p.new_zeros(len(p)) for p, acting in zip(whole, sides, strict=True)]
+            constant = torch.cat(row) if any(acting.constant for acting in sides) else None
+            self._made[key] = torch.cat([p[:, :features] for p in whole]).T, constant
+        return self._made[key]
 
 
 class GradientCapture:
@@ -104,7 +201,8 @@ class GradientCapture:
 
     The loss must be the **sum** of per-sample losses: with a mean every gradient is divided by the batch size. A weight
     that several modules share (tied embedding and head) has the sum over its uses, as autograd would give it, which
-    takes the backward down to the lowest of them. Call :meth:`pop` after each backward.
+    takes the backward down to the lowest of them. Call :meth:`pop` after each backward. Modules that were compiled by
+    ``torch.compile`` run eagerly inside, because compiled code does not see hooks that come later.
 
     Raises:
         InputError: unknown layers; modules whose per-sample gradient cannot be told from their input and output;
@@ -140,9 +238,15 @@ class GradientCapture:
                     f"layers: {name!r} is a {type(module).__name__} with a forward of its own; leave it out"
                 )
         self._handles: list[Any] = []
+        self._stance = ExitStack()
+        self._matrices = _Matrices()
+        self._shared: _Shared | None = None
+        self._together: dict[_Acting, tuple[_Acting, ...]] = {}
         self._anchor = torch.zeros((), requires_grad=True)
         self._batch: int | None = None
         self._part: tuple[int, int] | None = None
+        self._packed: _Samples | None = None
+        self._factors: dict[str, _Factors] = {}
         self._gradients: dict[str, Tensor] = {}
         self._warned: set[str] = set()
 
@@ -167,7 +271,8 @@ class GradientCapture:
 
     def clear(self) -> None:
         """Forget what has arrived since the last :meth:`pop`, such as part of a backward that failed."""
-        self._gradients = {}
+        self._gradients, self._factors = {}, {}
+        self._shared = None
 
     @contextmanager
     def part(self, begin: int, end: int, total: int) -> Iterator[None]:
@@ -179,18 +284,49 @@ class GradientCapture:
         finally:
             self._part = None
 
+    @contextmanager
+    def packed(self, lengths: Iterable[int]) -> Iterator[None]:
+        """Within, a forward sees several samples packed into each row: its tokens, row after row, are those of the
+        first sample, then those of the second, and so on; :meth:`pop` gives one gradient for each.
+
+        Args:
+            lengths: tokens of each sample, the differences of ``cu_seqlens``. They add up to the batch's tokens:
+                padding at the end counts as one more sample. That samples do not attend to each other is the
+                model's affair (``position_ids`` or ``cu_seqlens``), and so is a loss that is summed over samples.
+
+        Raises:
+            InputError: lengths that are not positive; a layer that sees another number of tokens.
+        """
+        sizes = [int(length) for length in lengths]
+        if not sizes or min(sizes) < 1:
+            raise InputError(f"lengths: expected positive numbers of tokens, got {sizes[:8]}")
+        total, step = sum(sizes), torch.arange(max(sizes))
+        ends = torch.tensor(sizes).cumsum(0)
+        starts = ends - torch.tensor(sizes)
+        # The row behind the last token is zero.
+        index = torch.where(step < torch.tensor(sizes)[:, None], starts[:, None] + step, total)
+        self._packed = _Samples(len(sizes), total, index)
+        try:
+            yield
+        finally:
+            self._packed = None
+
     def __enter__(self) -> GradientCapture:
         if self._handles:
             raise InputError("capture: already active; make another GradientCapture to nest")
+        if any(getattr(m, "_compiled_call_impl", None) or hasattr(m, "_orig_mod") for m in self.model.modules()):
+            self._stance.enter_context(torch.compiler.set_stance("force_eager"))
         self._handles.append(self.model.register_forward_pre_hook(self._begin, with_kwargs=True))
         for module in self._uses:
             self._handles.append(module.register_forward_hook(self._see, with_kwargs=True))
+        self._handles.append(self.model.register_forward_hook(self._end))
         return self
 
     def __exit__(self, *error: object) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self._stance.close()
         self.clear()
         self._batch = None
 
@@ -199,10 +335,11 @@ class GradientCapture:
 
         A selected layer that the loss does not depend on has zeros; that is logged once.
         """
-        if not self._gradients:
+        if not self._gradients and not self._factors:
             raise InputError(
                 "capture: no gradient has arrived; run forward (with gradients enabled) and backward before pop()"
             )
+        self._form()
         sample = next(iter(self._gradients.values()))
         rows = {name: len(gradient) for name, gradient in self._gradients.items()}
         if len(set(rows.values())) > 1:
@@ -217,18 +354,39 @@ class GradientCapture:
         self.clear()
         return out
 
+    def _form(self) -> None:
+        """Gradients from their factors: one call for all layers of one shape, as far as copying them together pays."""
+        groups: dict[Any, list[str]] = {}
+        for name, (x, dy) in self._factors.items():
+            key = (x.shape, dy.shape, x.dtype, x.device)
+            groups.setdefault(key, []).append(name)
+        for names in groups.values():
+            largest = max(factor.numel() for factor in self._factors[names[0]])
+            step = max(1, _GROUP_ENTRIES // max(1, largest))
+            for begin in range(0, len(names), step):
+                chosen = names[begin : begin + step]
+                xs, dys = zip(*(self._factors[name] for name in chosen), strict=True)
+                formed = _product(torch.cat(xs), torch.cat(dys)) if len(chosen) > 1 else _product(xs[0], dys[0])
+                self._gradients.update(zip(chosen, formed.chunk(len(chosen)), strict=True))
+        self._factors = {}
+
     def _begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not torch.is_grad_enabled():
             return
-        if self._gradients:
+        if self._gradients or self._factors:
             raise InputError("capture: pop() the gradients of one batch before the forward of the next")
         self._batch = _batch_size(args, kwargs)
+
+    def _end(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if self._shared is not None:
+            with _exactly(self._shared.rows):
+                self._flush()
 
     def _see(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
         if not torch.is_grad_enabled():
             return None
         x = args[0] if args else next(iter(kwargs.values()))
-        name = self._uses[module][0][0].name
+        name, samples = self._uses[module][0][0].name, self._samples(x)
         seen: _Operand
         if isinstance(module, nn.Embedding):
             if self._batch is not None and x.dim() == 2 and x.shape[0] == 1 < self._batch:
@@ -236,37 +394,68 @@ class GradientCapture:
                 x, output = x.expand(self._batch, -1), output.expand(self._batch, -1, -1)
             if x.dim() != 2:
                 raise InputError(f"layer {name!r}: expected ids of shape (N, T), got {tuple(x.shape)}")
-            seen = _Tokens(self._rows(x[..., None], 1, name)[..., 0], module.num_embeddings)
+            seen = _Tokens(samples.unfold(x[..., None], 1, name)[..., 0], module.num_embeddings)
         else:
-            seen = self._rows(x.detach(), x.shape[-1], name)
+            seen = x
         with _exactly(output):
-            receivers = [self._record(module, layer, transposed, seen) for layer, transposed in self._uses[module]]
-        return _Tap.apply(output, self._anchor, partial(self._receive, module, name, seen, receivers))
+            receivers = [self._record(module, *use, seen, samples) for use in self._uses[module]]
+        return _Tap.apply(output, self._anchor, partial(self._receive, module, name, samples, seen, receivers))
 
-    def _rows(self, x: Tensor, features: int, name: str) -> Tensor:
-        """``x`` as ``(N, T, features)``; tokens flattened into the batch are unfolded again."""
-        count = self._batch if self._batch is not None else x.shape[0]
+    def _share(self, x: Tensor, samples: _Samples, side: _Acting) -> tuple[_Shared, int]:
+        """The input that ``side`` acts on, and its place among those that do.
+
+        Which layers read one tensor is known when another tensor comes along, and from then on at the first of them,
+        while the tensor is in cache. Either way it is the same product, to the bit.
+        """
+        shared = self._shared
+        if shared is None or not shared.fits(x, side):
+            self._flush()
+            rows = samples.unfold(x.detach(), x.shape[-1], side.side.identifier.rsplit("/", 1)[0])
+            shared = self._shared = _Shared(x, rows, x._version, self._together.get(side, ()))
+            if shared.sides:
+                shared.project(self._matrices)
+        shared.taken.append(side)
+        if not shared.kept:
+            shared.sides = tuple(shared.taken)
+        return shared, shared.sides.index(side)
+
+    def _flush(self) -> None:
+        if self._shared is not None:
+            self._shared.project(self._matrices)
+            self._together[self._shared.taken[0]] = tuple(self._shared.taken)
+            del self._shared.given, self._shared.rows
+            self._shared = None
+
+    def _samples(self, x: Tensor) -> _Samples:
+        if self._packed is not None:
+            return self._packed
         if self._part is not None:
-            count = self._part[1] - self._part[0]
-        tokens = x.numel() // features
-        if x.shape[0] != count and (x.dim() != 2 or tokens % max(count, 1)):
-            raise InputError(
-                f"layer {name!r}: expected {count} samples in the first dimension, got shape {tuple(x.shape)}"
-            )
-        return x.reshape(count, tokens // count if count else 0, features)
+            return _Samples(self._part[1] - self._part[0])
+        return _Samples(self._batch if self._batch is not None else x.shape[0])
 
-    def _record(self, module: nn.Module, layer: _Layer, transposed: bool, seen: _Operand) -> Callable[[Tensor], Tensor]:
-        """Keep what ``layer`` needs of a module's input; the result turns an output gradient into ``(N, dim)``."""
-        if layer.bias and not transposed and isinstance(seen, Tensor):
-            seen = nn.functional.pad(seen, (0, 1), value=1.0)
-        near, far = (layer.left, layer.right) if transposed else (layer.right, layer.left)
-        if near is not None and far is not None:
-            dtype = accumulator(_dtype(seen, module))
-            kept = layer.project(seen, near, dtype)
-            return lambda dy: _oriented(kept, layer.project(dy, far, dtype), transposed)
+    def _record(
+        self, module: nn.Module, layer: _Layer, transposed: bool, seen: _Operand, samples: _Samples
+    ) -> Callable[[Tensor], Tensor | _Factors]:
+        """Keep what ``layer`` needs of a module's input; the result turns an output gradient into ``(N, dim)``, or
+        into the factors of it."""
+        if layer.acting:
+            near, far = layer.acting[transposed]
+            outputs = (far,)
+            if isinstance(seen, _Tokens):
+                kept = self._matrices.gather(seen, near, accumulator(_weight(module).dtype))
+                return lambda dy: _oriented(kept, self._matrices.project(dy, outputs)[0], transposed)
+            shared, place = self._share(seen, samples, near)
+
+            def projected(dy: Tensor) -> _Factors:
+                shared.project(self._matrices)
+                return _oriented(shared.kept[place], self._matrices.project(dy, outputs)[0], transposed)
+
+            return projected
         if isinstance(seen, _Tokens):
             return partial(_tokens_gradient, layer, seen, transposed)
-        dense = seen
+        dense = samples.unfold(seen.detach(), seen.shape[-1], layer.name)
+        if layer.bias and not transposed:
+            dense = nn.functional.pad(dense, (0, 1), value=1.0)
         version = dense._version
 
         def gradient(dy: Tensor) -> Tensor:
@@ -283,16 +472,25 @@ class GradientCapture:
         self,
         module: nn.Module,
         name: str,
+        samples: _Samples,
         seen: _Operand,
-        receivers: list[Callable[[Tensor], Tensor]],
+        receivers: list[Callable[[Tensor], Tensor | _Factors]],
         grad: Tensor,
     ) -> None:
-        dy = self._rows(grad, grad.shape[-1], name)
+        dy = samples.unfold(grad, grad.shape[-1], name)
         if isinstance(module, nn.Embedding) and module.padding_idx is not None and isinstance(seen, _Tokens):
             dy = dy.masked_fill((seen.ids == module.padding_idx)[..., None], 0)
         for (layer, _), receive in zip(self._uses[module], receivers, strict=True):
             with _exactly(dy):
                 gradient = receive(dy)
+                first = layer.name not in self._gradients and layer.name not in self._factors
+                if isinstance(gradient, tuple):
+                    if first and self._part is None:
+                        self._factors[layer.name] = gradient
+                        continue
+                    gradient = _product(*gradient)
+                if layer.name in self._factors:
+                    self._gradients[layer.name] = _product(*self._factors.pop(layer.name))
             if self._part is not None:
                 rows = gradient.new_zeros(cast(int, self._batch), layer.dim)
                 rows = self._gradients.setdefault(layer.name, rows)
@@ -305,34 +503,37 @@ class GradientCapture:
 @contextmanager
 def _exactly(like: Tensor) -> Iterator[None]:
     """Our own arithmetic: no graph, and not in the low precision that the model may run in."""
-    with torch.no_grad(), torch.autocast(like.device.type, enabled=False):
-        yield
+    with torch.no_grad():
+        if torch.is_autocast_enabled(like.device.type):
+            with torch.autocast(like.device.type, enabled=False):
+                yield
+        else:
+            yield
 
 
 def _layer(name: str, module: nn.Module, projection: Projection, bias: bool) -> _Layer:
     out, in_ = layer_shape(module)
     bias = bias and getattr(module, "bias", None) is not None
     in_ += bias
-    layer = _Layer(name, (out, in_), projection.output_dim((out, in_)), bias)
+    dim = projection.output_dim((out, in_))
     if projection.two_sided:
-        layer.left, layer.right = projection.side(name, "left", out), projection.side(name, "right", in_)
-    else:
-        layer.single = projection.side(name, "single", out * in_)
-    return layer
+        left, right = projection.side(name, "left", out), projection.side(name, "right", in_)
+        return _Layer(name, (out, in_), dim, bias, left, right)
+    return _Layer(name, (out, in_), dim, bias, single=projection.side(name, "single", out * in_))
 
 
 def _weight(module: nn.Module) -> Any:
     return getattr(module, "weight", None)
 
 
-def _dtype(seen: _Operand, module: nn.Module) -> torch.dtype:
-    return seen.dtype if isinstance(seen, Tensor) else _weight(module).dtype
+def _oriented(near: Tensor, far: Tensor, transposed: bool) -> _Factors:
+    """Projected inputs and output gradients of one use; a transposed one has their places changed."""
+    return (far, near) if transposed else (near, far)
 
 
-def _oriented(near: Tensor, far: Tensor, transposed: bool) -> Tensor:
-    """``(N, k_out * k_in)`` from the projected input (``near``) and output gradient (``far``) of one use."""
-    left, right = (near, far) if transposed else (far, near)
-    return ops.outer(right, left).flatten(1)
+def _product(x: Tensor, dy: Tensor) -> Tensor:
+    """``(N, k_out * k_in)`` from factors a few columns wide, which plain batched products are fastest at."""
+    return torch.bmm(dy.mT, x).flatten(1)
 
 
 def _tokens_gradient(layer: _Layer, tokens: _Tokens, transposed: bool, dy: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ error that the user can mend, with its message alone; 2 for wrong usage.
 from __future__ import annotations
 
 import csv
+import dataclasses
 import functools
 import json
 import logging
@@ -121,11 +122,18 @@ def demo(out: Path, samples: int, seed: int, as_json: bool) -> None:
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder for scores, report and stores.")
 @click.option("--noise-column", help="If known: true for samples with a wrong label. Only used to measure.")
 @_model_options
-@click.option("--methods", default="dot,cosine,datainf")
+@click.option(
+    "--methods",
+    default="dot,cosine,datainf",
+    help="Of dot, cosine, datainf, trak, trackstar, ekfac, contrast-dot, contrast-cosine, outlier, repsim, we, we_topk.",
+)
 @click.option("--aggregations", help="Such as mean,rank-c,vote-c (the default where predictions are known).")
 @click.option("--rank-by", help="METHOD:GROUP:AGGREGATION that orders scores.csv.")
 @click.option("--fraction", default=0.2, help="Share of the samples that a vote goes against.")
-@click.option("--seed", default=0, help="Of the random baseline.")
+@click.option("--seed", default=0, help="Of the random baseline and of planted flips.")
+@click.option(
+    "--self-check", type=float, help="Plant flips in this share of a copy (such as 0.05): how far to trust the ranking."
+)
 @click.option("--config", type=click.Path(path_type=Path), help="Replay this config.json; other options are ignored.")
 @_json_option
 def audit(out: Path, config: Path | None, as_json: bool, **options: Any) -> None:
@@ -177,7 +185,7 @@ def _print_audit(result: Any, out: Path, as_json: bool) -> None:
     _print(document, as_json, show)
 
 
-def _show_evaluation(evaluation: list[dict[str, Any]]) -> None:
+def _show_evaluation(evaluation: list[dict[str, Any]], at: float = 0.3) -> None:
     """The baselines, then a table of layer group x aggregation for each method."""
     cells = {(row["method"], row["group"], row["aggregation"]): row for row in evaluation}
     rows = [
@@ -185,7 +193,8 @@ def _show_evaluation(evaluation: list[dict[str, Any]]) -> None:
         for (method, group, _), row in cells.items()
         if not group
     ]
-    _table(["baseline", "NDR@30", "AUC_NDR", "95 % interval"], rows)
+    level = f"NDR@{100 * at:g}"
+    _table(["baseline", level, "AUC_NDR", "95 % interval"], rows)
     for method in dict.fromkeys(method for method, group, _ in cells if group):
         groups = dict.fromkeys(g for m, g, _ in cells if m == method and g and not g.startswith("block"))
         aggregations = list(dict.fromkeys(a for m, _, a in cells if m == method))
@@ -193,7 +202,7 @@ def _show_evaluation(evaluation: list[dict[str, Any]]) -> None:
             [group, *(cells[method, group, a][metric] for a in aggregations for metric in ("ndr", "auc_ndr"))]
             for group in groups
         ]
-        _table([method, *(f"{a}\n{metric}" for a in aggregations for metric in ("NDR@30", "AUC_NDR"))], rows)
+        _table([method, *(f"{a}\n{metric}" for a in aggregations for metric in (level, "AUC_NDR"))], rows)
 
 
 @main.command(
@@ -206,11 +215,17 @@ def _show_evaluation(evaluation: list[dict[str, Any]]) -> None:
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder of the store.")
 @_model_options
 @click.option("--loss", default="auto", help="auto, classification, causal-lm or causal-lm-sum.")
+@click.option("--dry-run", is_flag=True, help="Run a few batches and say what the build would take; write nothing.")
 @_json_option
-def build(model: str, data: str, out: Path, as_json: bool, **options: Any) -> None:
-    """Write per-sample gradients of a data set to a store; goes on where it stopped."""
+def build(model: str, data: str, out: Path, dry_run: bool, as_json: bool, **options: Any) -> None:
+    """Write per-sample gradients of a data set to a store; goes on where it stopped.
+
+    Runs on the GPU if there is one. Several processes share the work, on folders that all of them see:
+    torchrun --nproc-per-node 2 -m influence_fast build ...
+    """
+    from influence_fast import ranks
     from influence_fast.audit import default_layers
-    from influence_fast.build import build_store
+    from influence_fast.build import build_store, estimate_build
     from influence_fast.data import Columns, load_model, prepare, read_table, task_of
 
     columns = Columns(options.pop("text_column"), options.pop("label_column"), options.pop("answer_column"))
@@ -221,10 +236,32 @@ def build(model: str, data: str, out: Path, as_json: bool, **options: Any) -> No
     samples = prepare("data", rows, columns, task_of(options.pop("task"), network, rows), network, tokenizer)
     options["layers"] = options["layers"] or default_layers(network)
     options["batch_tokens"] = _tokens(options["batch_tokens"])
-    store = build_store(out, network, samples.rows, ids=samples.ids, **options)
-    size = sum(shard["bytes"] for shard in store.meta["shards"])
-    document = {"path": str(out), "rows": len(store), "layers": store.layers, "dims": store.dims, "bytes": size}
-    _print(document, as_json, lambda: click.echo(f"{store}\n{size / 2**20:.1f} MiB in {out}"))
+    with ranks.joined() as device:
+        rank, world = ranks.here()
+        network.to(device)
+        if dry_run:
+            found = estimate_build(network, samples.rows, ids=samples.ids, **options)
+            if rank == 0:
+                _print(dataclasses.asdict(found), as_json, lambda: _show_estimate(found, world))
+            return
+        store = build_store(out, network, samples.rows, ids=samples.ids, **options)
+    if rank == 0:
+        size = sum(shard["bytes"] for shard in store.meta["shards"])
+        document = {"path": str(out), "rows": len(store), "layers": store.layers, "dims": store.dims, "bytes": size}
+        _print(document, as_json, lambda: click.echo(f"{store}\n{size / 2**20:.1f} MiB in {out}"))
+
+
+def _show_estimate(found: Any, world: int) -> None:
+    rows = [
+        ["rows", f"{found.rows:,} in {found.batches:,} batches"],
+        ["samples/s", f"{found.samples_per_s:,.1f}" + (f" by each of {world} processes" if world > 1 else "")],
+        ["time", f"{found.seconds / world:,.0f} s"],
+        ["disk", f"{found.disk_bytes / 2**20:,.1f} MiB"],
+        ["memory", f"{found.memory_bytes / 2**20:,.0f} MiB" + (" in each process" if world > 1 else "")],
+    ]
+    if found.device_bytes:
+        rows.append(["GPU memory", f"{found.device_bytes / 2**20:,.0f} MiB"])
+    _table(["what", "estimate"], rows)
 
 
 _verify_option = click.option("--verify", is_flag=True, help="Hash every shard when it is first read.")
@@ -458,40 +495,116 @@ def score(
     _print(document, as_json, lambda: click.echo(f"wrote {out}; most harmful: {document['most_harmful']}"))
 
 
-@main.command(epilog=_example("influence-fast evaluate audit/scores.csv --noise-column noise --at 0.3"))
+@main.command(
+    epilog=_example(
+        "influence-fast evaluate audit/scores.csv --noise-column noise --at 0.3\n"
+        "influence-fast evaluate audit/scores.csv --train audit/stores/train --queries audit/stores/queries"
+    )
+)
 @click.argument("scores", type=click.Path(path_type=Path))
 @click.option("--score-column", default="score", help="Lowest = most harmful.")
 @click.option("--noise-column", default="noise", help="1 or true where a sample is known to be bad.")
 @click.option("--at", default=0.3, help="Share of the samples that are looked at.")
+@click.option(
+    "--train", type=click.Path(path_type=Path), help="Store of the samples, in the file's order: whole table."
+)
+@click.option("--queries", type=click.Path(path_type=Path), help="Store of the queries, for the whole table.")
+@click.option("--methods", default="dot,cosine,datainf", help="For the whole table; also trak and trackstar.")
+@click.option("--aggregations", help="For the whole table; such as mean,rank-c,vote-c.")
+@click.option("--fraction", default=0.2, help="Share of the samples that a vote goes against.")
 @_json_option
-def evaluate(scores: Path, score_column: str, noise_column: str, at: float, as_json: bool) -> None:
-    """Noise detection rate and its companions of a file of scores."""
-    import torch
+def evaluate(
+    scores: Path,
+    score_column: str,
+    noise_column: str,
+    at: float,
+    train: Path | None,
+    queries: Path | None,
+    methods: str,
+    aggregations: str | None,
+    fraction: float,
+    as_json: bool,
+) -> None:
+    """Noise detection rate and its companions: of a file of scores, or of layer group x method x aggregation.
 
-    from influence_fast.data import read_table
-    from influence_fast.evaluate import bootstrap, ndr, ndr_auc, precision, roc_auc
+    With --train and --queries, stores of gradients, SCORES need only have the noise column.
+    """
+    from influence_fast.evaluate import compare
+    from influence_fast.evaluate import evaluate as whole_table
+    from influence_fast.store import GradientStore
 
-    table = read_table("scores", str(scores))
-    for column in (score_column, noise_column):
-        if column not in table.column_names:
-            raise InputError(f"scores: has no column {column!r}; there are {', '.join(table.column_names)}")
-    try:
-        values = torch.tensor([float(value) for value in table[score_column]], dtype=torch.float64)
-        noise = torch.tensor([{"true": 1, "false": 0}.get(str(v).lower(), v) for v in table[noise_column]])
-    except (TypeError, ValueError) as error:
-        raise InputError(f"scores: {score_column!r} and {noise_column!r} should be numbers ({error})") from None
-    low, high = bootstrap(ndr_auc, values, noise)
+    if (train is None) != (queries is None):
+        raise click.UsageError("--train and --queries go together.")
+    if train is not None and queries is not None:
+        (noise,) = _numbers(scores, [noise_column])
+        stores = GradientStore.open(train), GradientStore.open(queries)
+        found = whole_table(
+            *stores,
+            noise,
+            methods=_list(methods) or [],
+            aggregations=_list(aggregations),
+            fraction=fraction,
+            levels=sorted({0.1, 0.2, 0.3, at}),
+        )
+        name = f"{100 * at:g}"
+        rows = [{**row, "ndr": row[f"ndr@{name}"], "precision": row[f"precision@{name}"]} for row in found.rows]
+        document: dict[str, Any] = {
+            "rows": found.rows,
+            "wins": found.wins.tolist(),
+            "warnings": found.warnings,
+            "best": found.best,
+        }
+
+        def show() -> None:
+            _show_evaluation(rows, at)
+            _show_wins(found)
+            for warning in found.warnings:
+                click.echo(f"- {warning}")
+
+        _print(document, as_json, show)
+        return
+    values, noise = _numbers(scores, [score_column, noise_column])
+    (row,) = compare({("scores", "all", ""): values}, noise, levels=[at]).rows
     document = {
         "rows": len(values),
         "noisy": int(noise.sum()),
-        f"ndr@{at:g}": ndr(values, noise, at),
-        "auc_ndr": ndr_auc(values, noise),
-        "auc_ndr_interval": [low, high],
+        f"ndr@{at:g}": row[f"ndr@{100 * at:g}"],
+        "auc_ndr": row["auc_ndr"],
+        "auc_ndr_interval": [row["low"], row["high"]],
         "auc_ndr_random": (len(values) + 1) / (2 * len(values) - int(noise.sum())),
-        "roc_auc": roc_auc(values, noise),
-        f"precision@{at:g}": precision(values, noise, at),
+        "roc_auc": row["roc_auc"],
+        f"precision@{at:g}": row[f"precision@{100 * at:g}"],
     }
     _print(document, as_json, lambda: _table(["metric", "value"], [[key, value] for key, value in document.items()]))
+
+
+def _numbers(path: Path, columns: list[str]) -> list[Any]:
+    """Columns of numbers, ``true`` and ``false`` among them: float64 ``(n,)`` each."""
+    import torch
+
+    from influence_fast.data import read_table
+
+    table = read_table("scores", str(path))
+    for column in columns:
+        if column not in table.column_names:
+            raise InputError(f"scores: has no column {column!r}; there are {', '.join(table.column_names)}")
+    try:
+        return [
+            torch.tensor([float({"true": 1, "false": 0}.get(str(v).lower(), v)) for v in table[c]], dtype=torch.float64)
+            for c in columns
+        ]
+    except (TypeError, ValueError) as error:
+        raise InputError(f"scores: {' and '.join(map(repr, columns))} should be numbers ({error})") from None
+
+
+def _show_wins(found: Any, most: int = 8) -> None:
+    """How often each of the best rankings, and each baseline, beats the others."""
+    ours = sorted((i for i, row in enumerate(found.rows) if row["group"]), key=lambda i: -found.rows[i]["auc_ndr"])
+    shown = [i for i, row in enumerate(found.rows) if not row["group"]] + ours[:most]
+    names = [" ".join(filter(None, (row["method"], row["group"], row["aggregation"]))) for row in found.rows]
+    rows = [[f"{i}: {names[a]}", *(f"{float(found.wins[a, b]):.2f}" for b in shown)] for i, a in enumerate(shown)]
+    title = "Share of resamples in which the row's AUC_NDR beats the column's"
+    _table(["ranking", *(str(i) for i in range(len(shown)))], rows, title)
 
 
 @main.command(epilog=_example("influence-fast doctor --json"))

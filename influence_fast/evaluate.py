@@ -10,16 +10,21 @@ known to be bad. With ``c_j`` noisy samples among the first j, m noisy of n:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from influence_fast.aggregate import Matrix, aggregate_many
 from influence_fast.errors import InputError
-from influence_fast.influence import Gradients, Source, chosen_layers
+from influence_fast.influence import Gradients, Source, chosen_layers, influence
+from influence_fast.layers import block_of, kind_of
+
+Key = tuple[str, str, str]
+BASELINES = ("random", "loss", "self-influence")
 
 
 def ndr_curve(scores: Tensor, noise: Tensor) -> Tensor:
@@ -86,6 +91,224 @@ def bootstrap(
         found.append(metric(torch.from_numpy(values[rows]), torch.from_numpy(bad[rows])))
     low, high = np.quantile(found, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
+
+
+def rank_correlation(values: Sequence[float], others: Sequence[float], tasks: Sequence[Any] | None = None) -> float:
+    """Spearman's rho within each task, averaged over tasks: how well one figure predicts another, such as NDR the accuracy
+    after filtering. Tasks in which either does not vary are left out; NaN where none is left.
+
+    Raises:
+        InputError: lengths that differ.
+    """
+    from scipy.stats import spearmanr
+
+    x, y = (np.asarray(column, dtype=np.float64) for column in (values, others))
+    task = np.zeros(len(x), dtype=int) if tasks is None else np.unique(np.asarray(tasks), return_inverse=True)[1]
+    if x.ndim != 1 or x.shape != y.shape or x.shape != task.shape:
+        raise InputError(f"values, others, tasks: expected one length, got {x.shape}, {y.shape} and {task.shape}")
+    found = [
+        float(spearmanr(x[task == t], y[task == t]).statistic)
+        for t in np.unique(task)
+        if np.ptp(x[task == t]) and np.ptp(y[task == t])
+    ]
+    return float(np.mean(found)) if found else math.nan
+
+
+def wins(values: Any) -> Tensor:
+    """``(repeats, cells)`` of a metric -> ``(cells, cells)``: share of repeats in which row beats column, ties half."""
+    given = torch.as_tensor(values, dtype=torch.float64)
+    if given.dim() != 2 or 0 in given.shape:
+        raise InputError(f"values: expected (repeats, cells), got {tuple(given.shape)}")
+    return torch.stack([((c[:, None] > given).double() + 0.5 * (c[:, None] == given)).mean(0) for c in given.T])
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A table of rankings, all on the same resamples.
+
+    Attributes:
+        rows: one dict for each ranking, baselines first: ``method``, ``group``, ``aggregation``; ``ndr@10`` and
+            ``precision@10`` for each level; ``auc_ndr`` with its interval ``low`` to ``high``; ``roc_auc``; and, beside
+            ``random`` and ``loss``, the interval of the difference in AUC_NDR: ``over_random``, ``over_loss`` (low, high).
+        wins: ``(rows, rows)``: share of resamples in which a row's AUC_NDR exceeds a column's.
+        warnings: in plain words, which rankings are not better than random or than the loss.
+        correlation: with retrained accuracies given, Spearman's rho of each metric with them.
+    """
+
+    rows: list[dict[str, Any]]
+    wins: Tensor
+    warnings: list[str]
+    correlation: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def best(self) -> dict[str, Any]:
+        """The row with the highest AUC_NDR that is no baseline (chosen after the fact, which flatters it)."""
+        return max((row for row in self.rows if row["group"]), key=lambda row: row["auc_ndr"])
+
+
+def compare(
+    scores: Mapping[Key, Tensor],
+    noise: Tensor,
+    *,
+    levels: Sequence[float] = (0.1, 0.2, 0.3),
+    accuracy: Mapping[Key, float] | None = None,
+    resamples: int = 200,
+    level: float = 0.95,
+    seed: int = 0,
+) -> Evaluation:
+    """Measure rankings ``{(method, group, aggregation): (n,)}`` against known noise; a baseline has two empty strings.
+
+    Intervals are percentile bootstraps that resample noisy and clean samples apart, with the same resamples for every
+    ranking, so that differences are paired. ``accuracy`` gives what retraining without a ranking's lowest share reached.
+    """
+    if not scores:
+        raise InputError("scores: expected at least one ranking")
+    if resamples < 1 or not 0 < level < 1:
+        raise InputError(f"resamples, level: expected at least 1 and a share below 1, got {resamples!r} and {level!r}")
+    ends = [(1 - level) / 2, (1 + level) / 2]
+    first = next(iter(scores.values()))
+    weights = _weights(torch.as_tensor(noise), resamples, seed) if _checked(first, noise) else None
+    rows: list[dict[str, Any]] = []
+    resampled: dict[Key, np.ndarray] = {}
+    for key, values in scores.items():
+        row: dict[str, Any] = dict(zip(("method", "group", "aggregation"), key, strict=True))
+        for at in levels:
+            row |= {
+                f"ndr@{100 * at:g}": ndr(values, noise, at),
+                f"precision@{100 * at:g}": precision(values, noise, at),
+            }
+        resampled[key] = _resampled_auc(*_checked(values, noise), weights)
+        low, high = np.quantile(resampled[key], ends)
+        row |= {"auc_ndr": ndr_auc(values, noise), "low": float(low), "high": float(high)}
+        rows.append(row | {"roc_auc": roc_auc(values, noise)})
+    chance = (len(first) + 1) / (2 * len(first) - int(torch.as_tensor(noise).sum()))
+    loss = resampled.get(("loss", "", ""))
+    for row, repeats in zip(rows, resampled.values(), strict=True):
+        for name, rival in (("over_random", chance), ("over_loss", loss)):
+            if rival is not None:
+                row[name] = [float(end) for end in np.quantile(repeats - rival, ends)]
+    found = Evaluation(rows, wins(np.stack(list(resampled.values()), 1)), _warnings(rows))
+    if accuracy:
+        known = [row for row in rows if (row["method"], row["group"], row["aggregation"]) in accuracy]
+        reached = [accuracy[row["method"], row["group"], row["aggregation"]] for row in known]
+        metrics = [name for name in rows[0] if name in ("auc_ndr", "roc_auc") or name.startswith("ndr@")]
+        found.correlation.update({name: rank_correlation([row[name] for row in known], reached) for name in metrics})
+    return found
+
+
+def evaluate(
+    train: Gradients,
+    queries: Gradients,
+    noise: Tensor,
+    *,
+    methods: Sequence[str] = ("dot", "cosine", "datainf"),
+    aggregations: Sequence[str] | None = None,
+    groups: Mapping[str, Sequence[str]] | None = None,
+    matrices: Mapping[str, Matrix | Mapping[str, Tensor]] | None = None,
+    fraction: float = 0.2,
+    **settings: Any,
+) -> Evaluation:
+    """Layer group x method x aggregation from one capture, measured against known noise, with baselines beside.
+
+    Args:
+        train, queries: stores or ``{layer: (rows, dim)}``.
+        noise: boolean ``(n,)`` of the samples known to be bad.
+        methods, fraction: as of :func:`~influence_fast.influence` and :func:`~influence_fast.aggregate`.
+        aggregations: ``mean``, ``rank-c`` and ``vote-c`` where it is known which queries are predicted correctly,
+            ``mean``, ``rank`` and ``vote`` elsewhere.
+        groups: ``{name: layers}``; by default by the layers' names: embedding, attention, mlp, head, each block, all.
+        matrices: influence by other methods, by name; of their layers, groups keep those that they have.
+        settings: ``levels``, ``accuracy``, ``resamples``, ``level`` and ``seed`` of :func:`compare`.
+    """
+    source = Source("train", train)
+    groups = groups or groups_by_name(source.layers)
+    given: dict[str, Matrix | Mapping[str, Tensor]] = {m: influence(train, queries, m) for m in methods}
+    scores = {(name, "", ""): values for name, values in baselines(train, seed=settings.get("seed", 0)).items()}
+    for method, matrix in {**given, **(matrices or {})}.items():
+        for group, aggregation, values in aggregated(matrix, aggregations, groups, fraction):
+            scores[method, group, aggregation] = values
+    return compare(scores, noise, **settings)
+
+
+def aggregated(
+    matrix: Matrix | Mapping[str, Tensor],
+    aggregations: Sequence[str] | None,
+    groups: Mapping[str, Sequence[str]],
+    fraction: float,
+) -> Iterator[tuple[str, str, Tensor]]:
+    """``(group, aggregation, scores)``. A matrix with layers of its own has groups of its own: each layer, and all."""
+    there = list(matrix) if isinstance(matrix, Mapping) else matrix.layers
+    correct = None if isinstance(matrix, Mapping) else matrix.query_correct
+    own = {name: [layer for layer in layers if layer in there] for name, layers in groups.items()}
+    own = {name: layers for name, layers in own.items() if layers}
+    if not own:
+        own = {name: [name] for name in there} | {"all": there}
+    suffix = "-c" if correct is not None else ""
+    wanted = list(aggregations) if aggregations else ["mean", f"rank{suffix}", f"vote{suffix}"]
+    if correct is None:
+        wanted = list(dict.fromkeys(name.removesuffix("-c") for name in wanted))
+    for group, found in aggregate_many(matrix, wanted, own, fraction=fraction).items():
+        for aggregation, values in found.items():
+            yield group, aggregation, values
+
+
+def baselines(train: Gradients, seed: int = 0) -> dict[str, Tensor]:
+    """``random``, ``loss`` (highest first; where the store has it) and ``self-influence`` (largest ``|g|^2`` first)."""
+    source = Source("train", train)
+    generator = torch.Generator().manual_seed(seed)
+    out = {"random": torch.rand(source.rows, generator=generator, dtype=torch.float64)}
+    if source.store is not None and "loss" in source.store.columns:
+        out["loss"] = -source.store.column("loss").double()
+    exact = source.store.sqnorm if source.store is not None else source.sqnorm
+    out["self-influence"] = -sum((exact(name) for name in source.layers), torch.zeros(source.rows, dtype=torch.float64))
+    return out
+
+
+def groups_by_name(layers: Sequence[str]) -> dict[str, list[str]]:
+    """Groups told by names alone: embedding, attention, mlp, head, each block, and all."""
+    groups: dict[str, list[str]] = {name: [] for name in ("embedding", "attention", "mlp", "head")}
+    for layer in layers:
+        groups[kind_of(layer, torch.nn.Identity())].append(layer)
+    for layer in layers:
+        if (block := block_of(layer)) is not None:
+            groups.setdefault(f"block {block}", []).append(layer)
+    return {name: members for name, members in groups.items() if members} | {"all": list(layers)}
+
+
+def _weights(noise: Tensor, resamples: int, seed: int) -> np.ndarray:
+    """How often each resample draws each sample: ``(resamples, n)``, noisy and clean apart."""
+    random = np.random.default_rng(seed)
+    bad = noise.cpu().numpy().astype(bool)
+    out = np.zeros((resamples, len(bad)))
+    for stratum in (np.flatnonzero(bad), np.flatnonzero(~bad)):
+        out[:, stratum] = random.multinomial(len(stratum), np.full(len(stratum), 1 / len(stratum)), resamples)
+    return out
+
+
+def _resampled_auc(values: np.ndarray, bad: np.ndarray, weights: np.ndarray | None) -> np.ndarray:
+    """AUC_NDR of every resample: a noisy sample at average place r (from 1) adds ``n + 1 - r`` to ``sum_j c_j``."""
+    assert weights is not None
+    order = np.argsort(values, kind="stable")
+    values, drawn = values[order], weights[:, order]
+    first = np.flatnonzero(np.r_[True, values[1:] != values[:-1]])
+    size = np.add.reduceat(drawn, first, axis=1)
+    noisy = np.add.reduceat(drawn * bad[order], first, axis=1)
+    place = np.cumsum(size, axis=1) - size / 2 + 0.5
+    n, m = len(values), bad.sum()
+    return (noisy * (n + 1 - place)).sum(1) / m / (n - m / 2)
+
+
+def _warnings(rows: list[dict[str, Any]]) -> list[str]:
+    ours = [row for row in rows if row["group"]]
+    out = []
+    for rival, key in (("a random order", "over_random"), ("the training loss alone", "over_loss")):
+        worse = [row for row in ours if key in row and row[key][0] <= 0]
+        if worse:
+            names = [" ".join((row["method"], row["group"], row["aggregation"])) for row in worse]
+            some = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+            out.append(f"Not better than {rival} (the interval of the difference reaches 0): {len(worse)} of {len(ours)} "
+                       f"rankings: {some}.")  # fmt: skip
+    return out
 
 
 def cancellation(gradients: Gradients, layers: Sequence[str] | None = None) -> dict[str, float]:

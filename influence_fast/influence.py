@@ -2,17 +2,20 @@
 
 ``I[layer, query, train]``, positive = helpful: training on the sample lowers the query's loss.
 
-==========  ======================================================================================================
-method      definition per layer, query gradient ``v``, training gradients ``g``
-==========  ======================================================================================================
-``dot``     ``<v, g>``: TracIn with one checkpoint (Pruthi et al. 2020)
-``cosine``  ``<v, g> / (|v| |g|)``; a zero norm gives 0 and is counted
-``datainf`` ``(1/lam) [<v, g_k> - (1/n) sum_i <v, g_i> <g_i, g_k> / (lam + |g_i|^2)]``, ``lam = sum_i |g_i|^2 / (10 n d)``,
-            d weights in the layer (Kwon et al. 2024, eq. 5)
-==========  ======================================================================================================
+=============  ===================================================================================================
+method         definition per layer, query gradient ``v``, training gradients ``g``
+=============  ===================================================================================================
+``dot``        ``<v, g>``: TracIn with one checkpoint (Pruthi et al. 2020)
+``cosine``     ``<v, g> / (|v| |g|)``; a zero norm gives 0 and is counted
+``datainf``    ``(1/lam) [<v, g_k> - (1/n) sum_i <v, g_i> <g_i, g_k> / (lam + |g_i|^2)]``,
+               ``lam = damping sum_i |g_i|^2 / (n d)``, d weights in the layer (Kwon et al. 2024, eq. 5)
+``trak``       ``<v, C^-1 g>``, C the damped second moment of the training gradients: ``curvature.Whitening``
+``trackstar``  ``<v, C^-1 g> / sqrt(<v, C^-1 v> <g, C^-1 g>)``: the cosine after whitening
+``ekfac``      ``<v, H^-1 g>``, H the Kronecker-factored curvature: ``curvature.eigenvalue_corrected``
+=============  ===================================================================================================
 
-DataInf is an inner product with a preconditioned query ``v' = (1/lam) [v - (1/n) sum_i w_i <v, g_i> g_i]``, so all three
-cost one matrix product per layer, and no matrix of n x n is formed.
+DataInf is an inner product with a preconditioned query ``v' = (1/lam) [v - (1/n) sum_i w_i <v, g_i> g_i]``, and so are the
+others: each costs one matrix product per layer. No matrix of n x n is formed, but by whitening where n < d.
 """
 
 from __future__ import annotations
@@ -25,10 +28,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from influence_fast.curvature import Whitening, eigenvalue_corrected
 from influence_fast.errors import InputError, StoreError
 from influence_fast.store import GradientStore
 
-METHODS = ("dot", "cosine", "datainf")
+METHODS = ("dot", "cosine", "datainf", "trak", "trackstar", "ekfac")
 Gradients = GradientStore | Mapping[str, Tensor]
 # Gradients read at once: small enough to be found in cache by the product that follows.
 _BLOCK_BYTES = 16 << 20
@@ -42,6 +46,9 @@ def influence(
     queries: Gradients,
     method: str = "dot",
     layers: list[str] | None = None,
+    *,
+    damping: float = 0.1,
+    factors: Mapping[str, tuple[Tensor, Tensor]] | None = None,
     memory: int | str = _MEMORY,
 ) -> InfluenceMatrix:
     """Influence of the rows of ``train`` on ``queries``, computed when asked for.
@@ -49,18 +56,28 @@ def influence(
     Args:
         train: a store, or ``{layer: (n, dim)}``.
         queries: a store, or ``{layer: (m, dim)}`` with the same layers and projection.
-        method: ``dot``, ``cosine`` or ``datainf``.
+        method: see the table above.
         layers: some of the layers; all by default.
+        damping: share of the curvature's mean eigenvalue that is added to each (all but ``dot`` and ``cosine``).
+        factors: ``{layer: (E[x x^T], E[dy dy^T])}`` of :func:`~influence_fast.kronecker_factors`, for ``ekfac``.
         memory: what blocks of influence, and aggregating them, may take, in bytes or as text such as ``2GiB``. More means
             fewer passes over the training store. Queries, scores and one block of gradients come on top.
 
     Raises:
-        InputError: unknown method or layer, shapes that do not fit, gradients that are not finite, too little memory.
+        InputError: unknown method or layer, shapes that do not fit, gradients that are not finite, missing factors, too
+            little memory.
         StoreError: stores of different models or projections.
     """
     if method not in METHODS:
         raise InputError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
-    return InfluenceMatrix(Source("train", train), Source("queries", queries), method, layers, memory)
+    if not 0 < damping < float("inf"):
+        raise InputError(f"damping: expected a positive share of the mean eigenvalue, got {damping!r}")
+    matrix = InfluenceMatrix(Source("train", train), Source("queries", queries), method, layers, memory)
+    matrix.damping, matrix.factors = damping, factors or {}
+    missing = [name for name in matrix.layers if name not in matrix.factors] if method == "ekfac" else []
+    if missing:
+        raise InputError(f"factors: ekfac needs those of layer {missing[0]!r}; kronecker_factors() finds them")
+    return matrix
 
 
 class InfluenceMatrix:
@@ -72,7 +89,7 @@ class InfluenceMatrix:
     Attributes:
         layers: names, in the training store's order.
         shape: ``(m, n)``, queries by training rows.
-        method: ``dot``, ``cosine`` or ``datainf``.
+        method: name of the method.
         query_correct: boolean ``(m,)`` of the queries that the model predicts correctly, or None if not known.
     """
 
@@ -85,6 +102,8 @@ class InfluenceMatrix:
         self.layers = chosen_layers(train.layers, layers)
         self.shape = (queries.rows, train.rows)
         self.query_correct = queries.correct
+        self.damping = 0.1
+        self.factors: Mapping[str, tuple[Tensor, Tensor]] = {}
         self._train, self._queries = train, queries
         self._ready: dict[str, Tensor] = {}
         self._scale: dict[str, Tensor] = {}
@@ -137,7 +156,7 @@ class InfluenceMatrix:
         out = torch.empty(len(keep), self.shape[1], dtype=torch.float64)
         for train in self._train.blocks(name):
             out[:, train] = average @ self._train.read(name, train).double().T
-            if self.method == "cosine":
+            if name in self._scale:
                 out[:, train] *= self._scale[name][train]
         bad = out.isfinite().all(0).logical_not().nonzero()
         if len(bad):
@@ -147,7 +166,9 @@ class InfluenceMatrix:
     @property
     def digest(self) -> str:
         """Tells apart what was computed from what: SHA-256 over both sides, method and layers."""
-        parts = [self._train.digest, self._queries.digest, self.method, *self.layers]
+        parts = [self._train.digest, self._queries.digest, self.method, repr(self.damping), *self.layers]
+        for name, pair in self.factors.items():
+            parts += [name, *(hashlib.sha256(factor.contiguous().cpu().numpy().data).hexdigest() for factor in pair)]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
     def columns(self) -> Iterator[tuple[slice, Tensor]]:
@@ -168,6 +189,13 @@ class InfluenceMatrix:
                 self._scale[name] = _inverse_norm(self._train.sqnorm(name))
             elif self.method == "datainf":
                 values = self._precondition(name, values)
+            elif self.method in ("trak", "trackstar"):
+                values = self._whitened(name, values)
+            elif self.method == "ekfac":
+                n = self.shape[1]
+                values = eigenvalue_corrected(
+                    name, values, lambda: self._train_blocks(name), n, self.factors[name], self.damping
+                )
             self._ready[name] = values
         return self._ready[name]
 
@@ -181,18 +209,31 @@ class InfluenceMatrix:
         self.query(name)
         for train in self._train.blocks(name):
             torch.mm(self.query(name)[queries], self._train.read(name, train).T, out=out[:, train])
-            if self.method == "cosine":
+            if name in self._scale:
                 out[:, train] *= self._scale[name][train]
         return out
 
     def _product(self, name: str, queries: slice, train: slice) -> Tensor:
         values = self.query(name)[queries] @ self._train.read(name, train).T
-        return values * self._scale[name][train] if self.method == "cosine" else values
+        return values * self._scale[name][train] if name in self._scale else values
+
+    def _train_blocks(self, name: str) -> Iterator[Tensor]:
+        self._train.sqnorm(name)  # Names the layer and row of a gradient that is not finite.
+        return (self._train.read(name, rows) for rows in self._train.blocks(name))
+
+    def _whitened(self, name: str, values: Tensor) -> Tensor:
+        n, dim = self.shape[1], self._train.dim(name)
+        whitening = Whitening(name, lambda: self._train_blocks(name), n, dim, self.damping)
+        solved = whitening.solve(values)
+        if self.method == "trackstar":
+            solved *= _inverse_norm((solved * values).sum(1))[:, None]
+            self._scale[name] = _inverse_norm(whitening.sqnorm())
+        return solved.float()
 
     def _precondition(self, name: str, values: Tensor) -> Tensor:
         """DataInf's ``v'``. Where every training gradient is zero there is nothing to invert: ``v' = 0``."""
         n, sqnorm = self.shape[1], self._train.sqnorm(name)
-        damping = float(sqnorm.sum()) / (10 * n * self._train.weights(name))
+        damping = self.damping * float(sqnorm.sum()) / (n * self._train.weights(name))
         if damping == 0:
             return torch.zeros_like(values)
         weight = (1 / (n * (damping + sqnorm))).float()

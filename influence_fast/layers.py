@@ -43,14 +43,20 @@ def layer_shape(module: nn.Module) -> tuple[int, int]:
     raise InputError(f"layer: expected nn.Linear, Conv1D or nn.Embedding, got {type(module).__name__}")
 
 
+def uncompiled(name: str) -> str:
+    """A module's or parameter's name as it was before ``torch.compile`` wrapped some of its parents."""
+    return name.replace("_orig_mod.", "")
+
+
 def named_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Every layer of ``model`` by name, in the model's order.
 
     Left out: the frozen originals that PEFT keeps beside ``modules_to_save``, and the output matrix of
-    ``nn.MultiheadAttention``, which is used without being called.
+    ``nn.MultiheadAttention``, which is used without being called. Names are those before ``torch.compile``.
     """
     found = {}
     for name, module in model.named_modules():
+        name = uncompiled(name)
         if type(module).__name__ == "NonDynamicallyQuantizableLinear" or "original_module" in name.split("."):
             continue
         if isinstance(module, nn.Linear | nn.Embedding) or is_conv1d(module):
@@ -99,7 +105,11 @@ def select_layers(model: nn.Module, spec: str | Iterable[str] = "all") -> list[s
             raise InputError(f"layers: {spec[3:]!r} is no regular expression ({error})") from None
         chosen = {name for name in layers if pattern.fullmatch(name)}
     else:
-        chosen = set().union(*(_select(layers, item.strip()) for item in spec.split(",")))
+        items = [item.strip() for item in spec.split(",")]
+        chosen = set().union(*(_select(layers, item) for item in items))
+        for item in items:
+            if item not in layers and item.partition("[")[0] in ("all", "mlp"):
+                _refuse_fused_experts(model, item)
     if not chosen:
         raise InputError(f"layers: {spec!r} matches nothing; {_overview(layers)}")
     return [name for name in layers if name in chosen]
@@ -128,6 +138,15 @@ def check_supported(layers: Iterable[str]) -> None:
             raise InputError(
                 f"layers: {name!r} is one expert of a mixture and sees routed tokens without their sample; "
                 "select attention, router, embedding or head instead"
+            )
+
+
+def _refuse_fused_experts(model: nn.Module, item: str) -> None:
+    for name, module in model.named_modules():
+        if "expert" in name and any(weight.dim() == 3 for weight in module.parameters(recurse=False)):
+            raise InputError(
+                f"layers: {item!r} takes in {uncompiled(name)!r} ({type(module).__name__}), whose experts share one "
+                "weight and see routed tokens without their sample; select attention, embedding or head instead"
             )
 
 

@@ -35,7 +35,8 @@ def logits(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
 
 def classification(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     """Cross entropy of ``logits (N, classes)``."""
-    return cross_entropy(logits(model, batch), batch["labels"])
+    answers = logits(model, batch)
+    return cross_entropy(answers, batch["labels"].to(answers.device))
 
 
 class CausalLM:
@@ -61,12 +62,9 @@ class CausalLM:
         if self._chunked is None:
             self._chunked = head is not None and self._agree(model, head, batch)
         if head is None or not self._chunked:
-            return self._reduce(cross_entropy(logits(model, batch)[:, :-1], batch["labels"][:, 1:]), batch["labels"])
-        return self._in_chunks(head, _hidden(model, head, batch), batch["labels"])
-
-    def _reduce(self, each: Tensor, labels: Tensor) -> Tensor:
-        total = each.sum(1)
-        return total / (labels[:, 1:] != IGNORED).sum(1) if self.mean else total
+            whole = logits(model, batch)
+            return self._in_chunks(nn.Identity(), whole.shape[-1], whole, batch["labels"])
+        return self._in_chunks(head, layer_shape(head)[0], _hidden(model, head, batch), batch["labels"])
 
     def _agree(self, model: nn.Module, head: nn.Module, batch: dict[str, Tensor]) -> bool:
         """Whether head and hidden states make the model's own logits: some models scale or cap them afterwards."""
@@ -75,7 +73,9 @@ class CausalLM:
             hidden = _hidden(model, head, row)
             return torch.allclose(head(hidden), logits(model, row), rtol=1e-3, atol=1e-3)
 
-    def _in_chunks(self, head: nn.Module, hidden: Tensor, labels: Tensor) -> Tensor:
+    def _in_chunks(self, head: nn.Module, vocabulary: int, hidden: Tensor, labels: Tensor) -> Tensor:
+        """Losses of ``head(hidden)``, in float32 for a chunk at a time."""
+        labels = labels.to(hidden.device)
         # Labelled positions move to the front of each row; position t predicts the token at t + 1.
         targets = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
         count = (targets != IGNORED).sum(1)
@@ -85,7 +85,6 @@ class CausalLM:
         kept = hidden.gather(1, order[..., None].expand(-1, -1, hidden.shape[-1]))
 
         n = len(kept)
-        vocabulary = layer_shape(head)[0]
         tokens = max(1, _CHUNK_ENTRIES // vocabulary)
         rows, columns = max(1, tokens // width), min(tokens, width)
         losses = kept.new_zeros(n, dtype=torch.float64 if kept.dtype == torch.float64 else torch.float32)
@@ -120,6 +119,11 @@ class _Chunked(torch.autograd.Function):
         return gradient * grad[:, None, None].to(gradient.dtype), None, None
 
 
+def is_sharded(parameter: Tensor) -> bool:
+    """Whether this process has a part of the parameter alone (a DTensor, as FSDP2 makes them)."""
+    return hasattr(parameter, "full_tensor")
+
+
 class _Seen(Exception):
     """Ends a forward at the head."""
 
@@ -127,7 +131,8 @@ class _Seen(Exception):
 def _head(model: nn.Module) -> nn.Module | None:
     find = getattr(model, "get_output_embeddings", None)
     head = find() if callable(find) else None
-    return head if isinstance(head, nn.Linear) else None
+    # Sharded over processes (FSDP), its weight is whole within the model's forward alone.
+    return head if isinstance(head, nn.Linear) and not is_sharded(head.weight) else None
 
 
 def _hidden(model: nn.Module, head: nn.Module, batch: dict[str, Tensor]) -> Tensor:

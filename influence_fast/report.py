@@ -12,13 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from influence_fast.evaluate import ndr_curve
+from influence_fast.evaluate import BASELINES, ndr_curve
+from influence_fast.selfcheck import sentences
 
 if TYPE_CHECKING:
     from influence_fast.audit import AuditResult
 
 _SHOWN = 50
-_BASELINES = ("random", "loss", "self-influence")
 _COLOURS = ("#2563eb", "#d97706", "#059669", "#9333ea", "#dc2626", "#64748b")
 
 
@@ -65,12 +65,14 @@ def findings(result: AuditResult, evaluation: list[dict[str, Any]]) -> list[str]
             out.append("The methods disagree widely: read the samples before removing any.")
     if facts["zero_gradients"]:
         out.append(f"{facts['zero_gradients']} gradients of training samples are zero; their cosine counts as 0.")
+    if "self_check" in facts:
+        out += sentences(facts["self_check"])
     return out
 
 
 def _measured(result: AuditResult, evaluation: list[dict[str, Any]]) -> list[str]:
-    baselines = [row for row in evaluation if row["method"] in _BASELINES]
-    ours = [row for row in evaluation if row["method"] not in _BASELINES]
+    baselines = [row for row in evaluation if row["method"] in BASELINES]
+    ours = [row for row in evaluation if row["method"] not in BASELINES]
     best, rival = (max(rows, key=lambda row: row["auc_ndr"]) for rows in (ours, baselines))
     main = next(row for row in ours if (row["method"], row["group"], row["aggregation"]) == result.main)
     out = [
@@ -86,8 +88,13 @@ def _measured(result: AuditResult, evaluation: list[dict[str, Any]]) -> list[str
         out.append(f"The baseline {_name(rival)} ({rival['auc_ndr']:.3f}) beats the ranking shown.")
     else:
         out.append(f"The best baseline, {_name(rival)}, has {rival['auc_ndr']:.3f}.")
-    if "low" in main:
-        out.append(f"95 % bootstrap interval of the ranking shown: {main['low']:.3f} to {main['high']:.3f}.")
+    out.append(f"95 % bootstrap interval of the ranking shown: {main['low']:.3f} to {main['high']:.3f}.")
+    for name, key in (("a random order", "over_random"), ("the loss", "over_loss")):
+        worse = sum(row[key][0] <= 0 for row in ours)
+        if worse:
+            out.append(
+                f"{worse} of {len(ours)} influence rankings are not clearly better than {name} (interval reaches 0)."
+            )
     return out
 
 
@@ -96,7 +103,7 @@ def agreement(result: AuditResult) -> dict[tuple[str, str], float]:
     from scipy.stats import spearmanr
 
     _, group, aggregation = result.main
-    methods = list(result.scores)
+    methods = [method for method, groups in result.scores.items() if aggregation in groups.get(group, {})]
     pairs = [(a, b) for i, a in enumerate(methods) for b in methods[i + 1 :]]
     found = {}
     for a, b in pairs:
@@ -181,13 +188,13 @@ def _draw(width: float, height: float, paint: Callable[[Any, Any], None]) -> str
 def _curves(result: AuditResult, evaluation: list[dict[str, Any]]) -> str:
     noise = result.noise
     assert noise is not None
-    ours = [row for row in evaluation if row["method"] not in _BASELINES]
+    ours = [row for row in evaluation if row["method"] not in BASELINES]
     best = max(ours, key=lambda row: row["auc_ndr"])
     chosen = {result.main, (best["method"], best["group"], best["aggregation"])}
     lines = {
         " ".join(part for part in key if part): scores
         for *key, scores in result.rankings()
-        if key[0] in _BASELINES or tuple(key) in chosen
+        if key[0] in BASELINES or tuple(key) in chosen
     }
     n, m = len(noise), int(noise.sum())
 
@@ -206,12 +213,16 @@ def _curves(result: AuditResult, evaluation: list[dict[str, Any]]) -> str:
     return _draw(7, 4, paint)
 
 
-def _heat(values: np.ndarray, rows: list[str], columns: list[str], low: float, high: float) -> str:
+def heat(values: np.ndarray, rows: list[str], columns: list[str], low: float, high: float) -> str:
+    """One cell for each row and column, as SVG; NaN stays empty."""
+
     def paint(figure: Any, axes: Any) -> None:
         image = axes.imshow(values, cmap="viridis", vmin=low, vmax=high, aspect="auto")
         axes.set_xticks(range(len(columns)), columns, rotation=40, ha="right")
         axes.set_yticks(range(len(rows)), rows)
         for (i, j), value in np.ndenumerate(values):
+            if np.isnan(value):
+                continue
             light = value > (low + high) / 2
             axes.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=7, color="black" if light else "white")
         figure.colorbar(image, ax=axes, fraction=0.03)
@@ -223,15 +234,17 @@ def _heat(values: np.ndarray, rows: list[str], columns: list[str], low: float, h
 
 def _cells(result: AuditResult, value: Callable[[str, str, str], float]) -> tuple[np.ndarray, list[str], list[str]]:
     columns = [(method, a) for method, groups in result.scores.items() for a in next(iter(groups.values()))]
-    rows = list(result.groups)
-    cells = np.array([[value(method, group, a) for method, a in columns] for group in rows])
+    rows = list(dict.fromkeys([*result.groups, *(group for groups in result.scores.values() for group in groups)]))
+    # A method that has its own layers leaves the others' groups empty.
+    there = {(method, group) for method, groups in result.scores.items() for group in groups}
+    cells = np.array([[value(m, group, a) if (m, group) in there else np.nan for m, a in columns] for group in rows])
     return cells, rows, [f"{method} {a}" for method, a in columns]
 
 
 def _measured_heat(result: AuditResult, evaluation: list[dict[str, Any]]) -> str:
     found = {(row["method"], row["group"], row["aggregation"]): row["auc_ndr"] for row in evaluation}
     cells, rows, columns = _cells(result, lambda *key: found[key])
-    return _heat(cells, rows, columns, min(0.5, float(cells.min())), 1.0)
+    return heat(cells, rows, columns, min(0.5, float(np.nanmin(cells))), 1.0)
 
 
 def _agreement_heat(result: AuditResult, main: Tensor) -> str:
@@ -241,7 +254,7 @@ def _agreement_heat(result: AuditResult, main: Tensor) -> str:
         other = result.scores[method][group][aggregation]
         return float(spearmanr(main, other).statistic) if float(other.std()) and float(main.std()) else 0.0
 
-    return _heat(*_cells(result, value), -1.0, 1.0)
+    return heat(*_cells(result, value), -1.0, 1.0)
 
 
 def _histogram(scores: Tensor, noise: Tensor | None) -> str:

@@ -62,7 +62,8 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import IO, Any, cast
@@ -256,11 +257,17 @@ class GradientStore:
 
 
 class StoreWriter:
-    """Writes the shards of one store, in any order and by any number of processes; the manifest follows each."""
+    """Writes the shards of one store, in any order; the manifest follows each.
 
-    def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
+    The ranks of one build write together, each its own shards: rank 0 ``leads``, enters first and leaves last, the
+    others add their shards to the manifest that it has begun.
+    """
+
+    def __init__(self, path: Path, manifest: dict[str, Any], leads: bool = True, together: bool = False) -> None:
         self.path = path
         self.manifest = manifest
+        self._leads = leads
+        self._together = together
         self._lock: IO[str] | None = None
 
     @classmethod
@@ -279,6 +286,8 @@ class StoreWriter:
         shard_rows: int,
         settings: Mapping[str, Any],
         resume: bool = True,
+        leads: bool = True,
+        together: bool = False,
     ) -> StoreWriter:
         """Begin a store, or go on with one that was begun with the same arguments.
 
@@ -302,7 +311,7 @@ class StoreWriter:
             "loss": loss,
             "rows": len(ids),
             "shard_rows": shard_rows,
-            "ids": None if list(ids) == list(range(len(ids))) else list(ids),
+            "ids": None if all(name == row for row, name in enumerate(ids)) else list(ids),
             "settings": dict(settings),
             "shards": [],
         }
@@ -314,9 +323,13 @@ class StoreWriter:
             manifest["shards"] = earlier["shards"]
         elif folder.exists() and any(folder.iterdir()):
             raise InputError(f"{folder}: is not empty and holds no store; choose a new folder")
-        return cls(folder, manifest)
+        elif not leads:
+            raise StoreError(f"{folder}: rank 0 has begun this store, another rank does not see it; share the folder")
+        return cls(folder, manifest, leads, together)
 
     def __enter__(self) -> StoreWriter:
+        if not self._leads:
+            return self
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock = open(self.path / ".lock", "w")
         try:
@@ -334,6 +347,7 @@ class StoreWriter:
     def __exit__(self, *error: object) -> None:
         if self._lock is not None:
             (self.path / ".lock").unlink(missing_ok=True)
+            (self.path / ".manifest.lock").unlink(missing_ok=True)
             self._lock.close()
             self._lock = None
 
@@ -365,8 +379,21 @@ class StoreWriter:
             "bytes": len(data),
             "sha256": hashlib.sha256(data).hexdigest(),
         }
-        self.manifest["shards"] = sorted([*self.manifest["shards"], entry], key=lambda item: item["file"])
-        self._publish()
+        with self._alone():
+            if self._together:
+                self.manifest["shards"] = _read_manifest(self.path)["shards"]
+            self.manifest["shards"] = sorted([*self.manifest["shards"], entry], key=lambda item: item["file"])
+            self._publish()
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """No other rank changes the manifest meanwhile."""
+        if not self._together:
+            yield
+            return
+        with open(self.path / ".manifest.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
 
     def _tensors(
         self, span: range, gradients: Mapping[str, Tensor], columns: Mapping[str, Tensor]
@@ -557,6 +584,13 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     if missing:
         raise StoreError(f"{folder}: manifest.json is damaged, it lacks {', '.join(sorted(missing))}")
     return manifest
+
+
+def recorded(path: str | os.PathLike[str] | None, setting: str) -> Any:
+    """A setting that an earlier build of the store at ``path`` began with, None if there is no store."""
+    if path is None or not (Path(path) / "manifest.json").exists():
+        return None
+    return _read_manifest(Path(path)).get("settings", {}).get(setting)
 
 
 def _check_same(folder: Path, earlier: Mapping[str, Any], now: Mapping[str, Any]) -> None:

@@ -315,3 +315,56 @@ def test_demo(tmp_path: Path) -> None:
     assert document["facts"]["samples"] == 60
     assert {row["group"] for row in document["evaluation"]} >= {"", "all", "embedding", "attention q1", "mlp", "head"}
     assert (tmp_path / "demo" / "report.html").exists()
+
+
+def test_every_method_in_one_audit(folder: Path, tmp_path: Path) -> None:
+    methods = "trak,trackstar,ekfac,contrast-dot,contrast-cosine,outlier,repsim,we,we_topk"
+    given = ["--noise-column", "noise", "--layers", "attention,head", "--methods", methods, "--out", tmp_path / "a"]
+    code, out, err = run("audit", *options(folder), *given, "--json")
+    assert code == 0, err
+    cells = {(row["method"], row["group"], row["aggregation"]): row for row in json.loads(out)["evaluation"]}
+    for method in methods.split(","):
+        assert {a for m, g, a in cells if (m, g) == (method, "all")} == {"mean", "rank-c", "vote-c"}, method
+    assert {g for m, g, _ in cells if m == "repsim"} == {"embedding", *(f"block {b}" for b in range(4)), "all"}
+    assert all(row["low"] <= row["auc_ndr"] <= row["high"] for row in cells.values())
+    stores = [inf.GradientStore.open(tmp_path / "a" / "stores" / name) for name in ("contrast", "queries")]
+    expected = inf.aggregate(inf.influence(*stores, "cosine"), "rank-c")
+    noise = torch.tensor([row["noise"] for row in sentences(20, 1)])
+    assert cells["contrast-cosine", "all", "rank-c"]["auc_ndr"] == inf.ndr_auc(expected, noise)
+
+
+def test_methods_that_do_not_fit(folder: Path, tmp_path: Path) -> None:
+    for given, message in (
+        (["--methods", "ekfac", "--projection", "rademacher:2x2"], "ekfac needs whole gradients"),
+        (["--methods", "outlier", "--model", folder / "causal"], "outlier compares classes"),
+    ):
+        code, _, err = run("audit", *options(folder), *given, "--out", tmp_path / "out")
+        assert (code, message in err) == (1, True), err
+        assert not (tmp_path / "out").exists()
+
+
+def test_the_whole_table_from_stores(folder: Path, tmp_path: Path) -> None:
+    code, out, _ = run("audit", *options(folder), "--noise-column", "noise", "--out", tmp_path / "a", "--json")
+    audited = {(r["method"], r["group"], r["aggregation"]): r for r in json.loads(out)["evaluation"]}
+    given = [
+        tmp_path / "a" / "scores.csv",
+        "--train",
+        tmp_path / "a/stores/train",
+        "--queries",
+        tmp_path / "a/stores/queries",
+    ]
+    code, out, err = run("evaluate", *given, "--json")
+    assert code == 0, err
+    document = json.loads(out)
+    for row in document["rows"]:
+        key = row["method"], row["group"], row["aggregation"]
+        if key in audited:
+            assert {name: row[name] for name in ("auc_ndr", "low", "high", "over_loss")} == {
+                name: audited[key][name] for name in ("auc_ndr", "low", "high", "over_loss")
+            }
+    assert ("datainf", "block 1", "vote-c") in {(r["method"], r["group"], r["aggregation"]) for r in document["rows"]}
+    assert len(document["wins"]) == len(document["rows"])
+    code, out, _ = run("evaluate", *given)
+    assert code == 0
+    assert "Share of resamples" in out
+    assert run("evaluate", given[0], "--train", tmp_path)[0] == 2

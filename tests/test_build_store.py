@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -126,20 +127,23 @@ def test_the_model_is_put_back(tmp_path: Path) -> None:
     assert all(p.grad is None for p in model.parameters())
 
 
-def test_running_out_of_memory_halves_the_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, samples = models.make("bert"), models.rows(count=9)
-    expected = make_store(tmp_path / "a", model, samples, layers="head,attention[0]")
+def test_running_out_of_memory_halves_the_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, samples = models.make("bert"), models.rows(count=30)
+    settings = {"layers": "head,attention[0]", "batch_tokens": 90, "shard_rows": 15}
+    expected = make_store(tmp_path / "a", model, samples, **settings)
     sizes = []
 
     def tight(module: nn.Module, args: tuple, kwargs: dict) -> None:
-        sizes.append(len(kwargs["input_ids"]))
-        if sizes[-1] > 3:
+        sizes.append(kwargs["input_ids"].numel())
+        if sizes[-1] > 40:
             raise torch.OutOfMemoryError
 
     handle = model.register_forward_pre_hook(tight, with_kwargs=True)
-    got = make_store(tmp_path / "b", model, samples, layers="head,attention[0]")
+    got = make_store(tmp_path / "b", model, samples, **settings)
     handle.remove()
-    assert sizes[0] == 9
+    assert sizes[0] > 40
+    assert sum(size > 40 for size in sizes) <= 2, "a budget that did not fit must not be tried again"
+    assert got.meta["settings"]["batch_tokens"] == 90
     for layer in expected.layers:
         torch.testing.assert_close(got.read(layer), expected.read(layer), rtol=1e-4, atol=1e-6)
 
@@ -147,8 +151,84 @@ def test_running_out_of_memory_halves_the_batch(tmp_path: Path, monkeypatch: pyt
         raise torch.OutOfMemoryError
 
     model.register_forward_pre_hook(hopeless, with_kwargs=True)
-    with pytest.raises(inf.InfluenceError, match=r"row \d \(\d tokens\) does not fit in memory alone"):
+    with pytest.raises(inf.InfluenceError, match=r"row \d+ \(\d tokens\) does not fit in memory alone"):
         make_store(tmp_path / "c", model, samples, layers="head")
+
+
+def test_automatic_budget_follows_from_memory_and_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, samples = models.make("bert"), models.rows(count=9)
+    free = [1 << 40]
+    monkeypatch.setattr(build, "_free_memory", lambda device: free[0])
+    plenty = make_store(tmp_path / "a", model, samples, layers="head")
+    assert plenty.meta["settings"]["batch_tokens"] == build._CPU_TOKENS
+    free[0] = 1 << 20
+    scarce = make_store(tmp_path / "b", model, samples, layers="head").meta["settings"]["batch_tokens"]
+    assert 16 <= scarce < build._CPU_TOKENS
+    before = files(tmp_path / "a")
+    make_store(tmp_path / "a", model, samples, layers="head")
+    assert files(tmp_path / "a") == before
+
+
+def test_batches_waste_little_on_padding() -> None:
+    random = torch.Generator().manual_seed(0)
+    lengths = (torch.randn(3000, generator=random) * 0.65 + 2.2).exp().add(2).clamp(3, 60).long().tolist()
+    rows = build.Rows([{"input_ids": [1] * n, "labels": 0} for n in lengths], None)
+    list(rows.scan())
+    batches = build.batches(rows, range(3000), 1000)
+    padded = sum(max(lengths[i] for i in batch) * len(batch) for batch in batches)
+    assert padded < 1.03 * sum(lengths)
+    assert len(batches) < 1.5 * sum(lengths) / 1000
+
+
+def test_estimate(tmp_path: Path) -> None:
+    model, samples = models.make("bert"), models.rows(count=600)
+    settings = {"layers": "attention", "projection": "rademacher:8x8", "shard_rows": 200, "batch_tokens": 200}
+    found = inf.estimate_build(model, samples, **settings)
+    store = make_store(tmp_path / "s", model, samples, **settings)
+    size = sum(path.stat().st_size for path in (tmp_path / "s").iterdir())
+    assert found.rows == 600
+    assert abs(found.disk_bytes - size) < 0.05 * size
+    assert found.samples_per_s == pytest.approx(600 / found.seconds)
+    # What a busy machine makes of the seconds is not this test's business: the benchmark holds them to a quarter.
+    assert 0 < found.seconds < 3600
+    assert len(store) == 600
+    with pytest.raises(inf.InputError, match="at least one row"):
+        inf.estimate_build(model, [])
+
+
+_MEASURED = """
+import json, resource, sys
+sys.path.insert(0, {tests!r})
+import torch, models
+import influence_fast as inf
+torch.set_num_threads(1)
+
+class Lazy:
+    def __init__(self, count): self.count = count
+    def __len__(self): return self.count
+    def __getitem__(self, row): return {{"input_ids": [3 + row % 30, 5, 7, 9], "labels": row % 3}}
+
+model, count = models.make("bert"), int(sys.argv[2])
+settings = {{"layers": "attention[3]", "projection": "identity", "shard_rows": 500}}
+expected = inf.estimate_build(model, Lazy(count), **settings).memory_bytes if len(sys.argv) > 3 else 0
+inf.build_store(sys.argv[1], model, Lazy(count), progress=False, **settings)
+print(json.dumps([expected, 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss]))
+"""
+
+
+def measured(path: Path, *arguments: str) -> list[int]:
+    script = _MEASURED.format(tests=str(Path(__file__).parent))
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(path), *arguments], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_peak_memory_does_not_grow_with_the_rows(tmp_path: Path) -> None:
+    (estimated, small), (_, large) = measured(tmp_path / "a", "1000", "estimate"), measured(tmp_path / "b", "100000")
+    assert large < 1.05 * small
+    assert 0.75 * small < estimated < 1.25 * small
 
 
 _KILLED = """

@@ -8,9 +8,11 @@ import copy
 import models
 import pytest
 import torch
+import transformers as hf
 from torch import Tensor, nn
 
 import influence_fast as inf
+from influence_fast import build
 
 IDENTITY = inf.Projection("identity")
 
@@ -263,3 +265,161 @@ def test_whole_embedding_gradients_that_cannot_fit_are_refused() -> None:
     ):
         model(torch.randint(500_000, (8, 3))).sum().backward()
     assert capture.dims == {"0": 512 * 500_000}
+
+
+def test_layers_that_share_an_input_read_it_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also when they are known only from the second forward on, and when one is called with another input."""
+    from influence_fast import capture as room
+
+    widths: list[int] = []
+    project = room._Matrices.project
+    monkeypatch.setattr(
+        room._Matrices, "project", lambda self, x, sides: (widths.append(len(sides)), project(self, x, sides))[1]
+    )
+
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.k, self.v = (nn.Linear(6, 6) for _ in range(3))
+            self.cross = False
+
+        def forward(self, x: Tensor, other: Tensor) -> Tensor:
+            source = other if self.cross else x
+            return torch.softmax(self.q(x) @ self.k(source).mT, -1) @ self.v(source)
+
+    torch.manual_seed(0)
+    model, x, other = Attention(), torch.randn(3, 5, 6), torch.randn(3, 5, 6)
+    chosen = inf.Projection.parse("rademacher:4x3")
+    with inf.GradientCapture(model, "all", chosen, bias=True) as capture:
+        for cross, expected in [(False, [3]), (False, [3]), (True, [3, 2]), (True, [1, 2])]:
+            model.cross = cross
+            widths.clear()
+            model(x, other).square().sum().backward()
+            assert widths[: len(expected)] == expected
+            got = capture.pop()
+            for row in range(3):
+                loss = model(x[row : row + 1].detach(), other[row : row + 1]).square().sum()
+                for name in "qkv":
+                    layer = getattr(model, name)
+                    weight, bias = torch.autograd.grad(loss, [layer.weight, layer.bias], retain_graph=True)
+                    whole = torch.cat([weight, bias[:, None]], 1)[None].double()
+                    torch.testing.assert_close(
+                        got[name][row].double(), projected({name: whole}, chosen)[name].flatten(), rtol=1e-4, atol=1e-6
+                    )
+                capture.clear()
+
+
+def test_an_input_changed_before_it_was_projected_is_told() -> None:
+    class Careless(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.a(x)
+            x.add_(1)
+            return self.b(y)
+
+    with (
+        inf.GradientCapture(Careless().requires_grad_(False), "all", "rademacher:2x2") as capture,
+        pytest.raises(inf.InputError, match="layer 'a': its input was changed in place"),
+    ):
+        capture.model(torch.randn(3, 5, 4))
+
+
+@pytest.mark.parametrize("projection", ["identity", "rademacher:5x3", "sjlt:5x3", "sjlt:32"])
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_packed_samples(name: str, projection: str) -> None:
+    model, samples = models.make(name, "causal"), models.rows("causal")
+    layers, chosen = inf.select_layers(model), inf.Projection.parse(projection)
+    truth = models.oracle(model, samples, layers)
+    lengths = [len(s["input_ids"]) for s in samples]
+    ids = torch.tensor([[token for s in samples for token in s["input_ids"]]])
+    positions = torch.cat([torch.arange(n) for n in lengths])[None]
+    with inf.GradientCapture(model, layers, chosen) as capture:
+        with capture.packed(lengths):
+            logits = model(input_ids=ids, position_ids=positions, use_cache=False).logits[0]
+        each = [
+            nn.functional.cross_entropy(part[:-1], torch.tensor(s["labels"][1:]), ignore_index=-100)
+            for part, s in zip(logits.split(lengths), samples, strict=True)
+        ]
+        torch.stack(each).sum().backward()
+        got = capture.pop()
+        with pytest.raises(inf.InputError, match="expected 3 packed tokens"), capture.packed([1, 2]):
+            model(input_ids=ids)
+        with pytest.raises(inf.InputError, match="lengths: expected positive"), capture.packed([1, 0]):
+            pass
+    if projection != "identity":
+        truth = projected(truth, chosen)
+    assert_close(got, truth)
+
+
+def test_vision_transformer() -> None:
+    torch.manual_seed(0)
+    config = hf.ViTConfig(
+        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24, image_size=8, patch_size=4
+    )
+    model = hf.ViTForImageClassification(config).eval()
+    pixels, labels = torch.randn(3, 3, 8, 8), torch.tensor([0, 1, 0])
+    layers = inf.select_layers(model)
+    assert len(layers) == 13
+    with inf.GradientCapture(model, layers, IDENTITY) as capture:
+        nn.functional.cross_entropy(model(pixel_values=pixels).logits, labels, reduction="sum").backward()
+        got = capture.pop()
+    model.double()
+    for row in range(3):
+        loss = nn.functional.cross_entropy(
+            model(pixel_values=pixels[row : row + 1].double()).logits, labels[row : row + 1]
+        )
+        grads = torch.autograd.grad(loss, [model.get_submodule(name).weight for name in layers])
+        for name, expected in zip(layers, grads, strict=True):
+            torch.testing.assert_close(got[name][row].double(), expected.flatten(), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("how", ["wrapped", "in place", "a block"])
+def test_compiled_models_run_eagerly_inside(how: str) -> None:
+    model, samples = models.make("bert"), models.rows()
+    layers = inf.select_layers(model, "attention[1:],head")
+    truth = models.oracle(model, samples, layers)
+    whole: nn.Module = model
+    if how == "wrapped":
+        whole = torch.compile(model, backend="eager")
+    elif how == "in place":
+        model.compile(backend="eager")
+    else:
+        model.bert.encoder.layer[2] = torch.compile(model.bert.encoder.layer[2], backend="eager")
+    whole(**{k: v for k, v in models.collate(samples).items() if k != "labels"})
+    assert inf.select_layers(whole, "attention[1:],head") == layers
+    assert_close(captured(whole, models.collate(samples), layers), truth)
+    assert build.fingerprint(whole) == build.fingerprint(models.make("bert"))
+
+
+@pytest.mark.parametrize("layers", ["all", "attention,mlp[1]"])
+def test_fused_experts_are_refused_by_name(layers: str) -> None:
+    config = hf.MixtralConfig(
+        vocab_size=models.VOCAB,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        intermediate_size=24,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        experts_implementation="eager",
+    )
+    torch.manual_seed(0)
+    model, samples = hf.MixtralForCausalLM(config).eval(), models.rows("causal")
+    with pytest.raises(inf.InputError, match=r"model\.layers\.0\.mlp\.experts.*attention"):
+        inf.GradientCapture(model, layers, IDENTITY)
+    chosen = inf.select_layers(model, "embedding,attention,head")
+    assert_close(captured(model, models.collate(samples), chosen), models.oracle(model, samples, chosen))
+
+
+def test_float16_autocast() -> None:
+    model, samples = models.make("llama", "causal"), models.rows("causal")
+    layers = inf.select_layers(model, "attention,mlp")
+    truth = models.oracle(model, samples, layers)
+    with torch.autocast("cpu", torch.float16):
+        got = captured(model, models.collate(samples), layers)
+    assert {g.dtype for g in got.values()} == {torch.float32}
+    assert_close(got, truth, 0.02)

@@ -9,11 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from sklearn.metrics import roc_auc_score
+from scipy.stats import rankdata, spearmanr
+from sklearn.metrics import recall_score, roc_auc_score
 from stores import write_store
 
 import influence_fast as inf
-from influence_fast.evaluate import filter_and_retrain
+from influence_fast.evaluate import baselines, filter_and_retrain, groups_by_name
 
 
 def test_a_perfect_and_a_reversed_order() -> None:
@@ -118,3 +119,116 @@ def test_errors(scores, noise, message: str) -> None:
             metric(scores, noise)
     with pytest.raises(inf.InputError, match="at: expected a share"):
         inf.ndr(torch.zeros(2), torch.tensor([0, 1]), at=1.5)
+
+
+def tied(n: int, seed: int, levels: int = 7) -> tuple[torch.Tensor, torch.Tensor]:
+    random = torch.Generator().manual_seed(seed)
+    noise = torch.rand(n, generator=random) < 0.25
+    return torch.randint(levels, (n,), generator=random).double() - noise.double(), noise
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_metrics_against_scipy_and_scikit_learn_with_ties(seed: int) -> None:
+    scores, noise = tied(90, seed)
+    n, m = 90, int(noise.sum())
+    places = rankdata(scores)
+    assert inf.ndr_auc(scores, noise) == pytest.approx((n + 1 - places[noise]).sum() / m / (n - m / 2))
+    untied = scores + torch.rand(n, generator=torch.Generator().manual_seed(seed)).double() / 9
+    found = torch.zeros(n, dtype=torch.bool)
+    found[untied.argsort()[:27]] = True
+    assert inf.ndr(untied, noise, 0.3) == pytest.approx(recall_score(noise, found))
+    cells = {("a", "all", "mean"): scores, ("loss", "", ""): untied, ("random", "", ""): untied.flip(0)}
+    for row, values in zip(inf.compare(cells, noise).rows, cells.values(), strict=True):
+        assert row["roc_auc"] == pytest.approx(roc_auc_score(noise, -values))
+        assert row["auc_ndr"] == inf.ndr_auc(values, noise)
+        assert row["ndr@30"] == inf.ndr(values, noise, 0.3)
+        assert row["precision@20"] == inf.precision(values, noise, 0.2)
+
+
+def test_intervals_are_those_of_literal_resamples_and_differences_are_paired() -> None:
+    scores, noise = tied(40, 0)
+    other = scores + torch.randn(40, generator=torch.Generator().manual_seed(1)).double().round()
+    found = inf.compare({("a", "all", "mean"): scores, ("loss", "", ""): other}, noise, resamples=50, seed=3)
+    random = np.random.default_rng(3)
+    drawn = np.zeros((50, 40), dtype=int)
+    for stratum in (np.flatnonzero(noise), np.flatnonzero(~noise)):
+        drawn[:, stratum] = random.multinomial(len(stratum), np.full(len(stratum), 1 / len(stratum)), 50)
+    literal = np.array([[inf.ndr_auc(v.repeat_interleave(torch.from_numpy(d)), noise.repeat_interleave(torch.from_numpy(d)))
+                         for v in (scores, other)] for d in drawn])  # fmt: skip
+    row = found.rows[0]
+    np.testing.assert_allclose([row["low"], row["high"]], np.quantile(literal[:, 0], [0.025, 0.975]))
+    np.testing.assert_allclose(row["over_loss"], np.quantile(literal[:, 0] - literal[:, 1], [0.025, 0.975]))
+    np.testing.assert_allclose(
+        found.wins[0, 1], np.mean((literal[:, 0] > literal[:, 1]) + 0.5 * (literal[:, 0] == literal[:, 1]))
+    )
+    assert found.wins.diagonal().tolist() == [0.5, 0.5]
+
+
+def test_correlation_within_tasks() -> None:
+    random = np.random.default_rng(0)
+    x, y, task = random.integers(5, size=30), random.integers(5, size=30), np.repeat(["a", "b", "c"], 10)
+    expected = np.mean([spearmanr(x[task == t], y[task == t]).statistic for t in "abc"])
+    assert inf.rank_correlation(x, y, task) == pytest.approx(expected)
+    assert inf.rank_correlation(x, y) == pytest.approx(spearmanr(x, y).statistic)
+    assert inf.rank_correlation([*x, 1, 1], [*y, 3, 4], [*task, "d", "d"]) == pytest.approx(expected), "d is constant"
+    assert math.isnan(inf.rank_correlation([1, 1], [1, 2]))
+
+
+def test_the_whole_table_in_one_call(tmp_path: Path) -> None:
+    random = torch.Generator().manual_seed(0)
+    noise = torch.arange(60) % 4 == 0
+    layers = ["h.0.attn.q", "h.1.attn.q", "h.1.mlp.up", "wte_embed", "classifier"]
+    sign = 1 - 2 * noise.float()
+    train = {name: torch.randn(60, 3, generator=random) + 2 * sign[:, None] for name in layers}
+    train["classifier"] = torch.randn(60, 3, generator=random)
+    queries = {name: torch.randn(8, 3, generator=random) + 2 for name in layers}
+    stores = (
+        write_store(tmp_path / "t", train, columns={"loss": noise.float() * torch.rand(60, generator=random)}),
+        write_store(tmp_path / "q", queries, columns={"correct": torch.arange(8) > 2}),
+    )
+    keys = [("dot", "all", "mean"), ("cosine", "head", "rank-c"), ("loss", "", "")]
+    found = inf.evaluate(
+        *stores,
+        noise,
+        matrices={"mine": {"x": torch.randn(2, 60, generator=random)}},
+        accuracy=dict(zip(keys, (0.9, 0.5, 0.8), strict=True)),
+    )
+    cells = {(row["method"], row["group"], row["aggregation"]): row for row in found.rows}
+    assert [row["method"] for row in found.rows[:3]] == ["random", "loss", "self-influence"]
+    assert {g for m, g, _ in cells if m == "dot"} == {
+        "embedding",
+        "attention",
+        "mlp",
+        "head",
+        "block 0",
+        "block 1",
+        "all",
+    }
+    assert {a for m, _, a in cells if m == "dot"} == {"mean", "rank-c", "vote-c"}
+    assert {(g, a) for m, g, a in cells if m == "mine"} == {
+        (g, a) for g in ("x", "all") for a in ("mean", "rank", "vote")
+    }
+    expected = inf.aggregate(inf.influence(*stores, "cosine"), "vote-c", layers=groups_by_name(layers)["attention"])
+    assert cells["cosine", "attention", "vote-c"]["auc_ndr"] == inf.ndr_auc(expected, noise)
+    assert found.best["auc_ndr"] == max(row["auc_ndr"] for row in found.rows[3:])
+    assert cells["dot", "attention", "mean"]["over_random"][0] > 0.2
+    assert "Not better than a random order" in found.warnings[0]
+    assert "mine x mean" in found.warnings[0] or "dot head" in found.warnings[0]
+    assert set(found.correlation) == {"ndr@10", "ndr@20", "ndr@30", "auc_ndr", "roc_auc"}
+    reached = [0.9, 0.5, 0.8]
+    assert found.correlation["auc_ndr"] == pytest.approx(
+        spearmanr([cells[k]["auc_ndr"] for k in keys], reached).statistic
+    )
+    assert set(baselines(train)) == {"random", "self-influence"}
+
+
+def test_errors_of_the_table() -> None:
+    scores, noise = tied(20, 0)
+    with pytest.raises(inf.InputError, match="at least one ranking"):
+        inf.compare({}, noise)
+    with pytest.raises(inf.InputError, match="resamples, level"):
+        inf.compare({("a", "", ""): scores}, noise, resamples=0)
+    with pytest.raises(inf.InputError, match="one length"):
+        inf.rank_correlation([1, 2], [1])
+    with pytest.raises(inf.InputError, match=r"\(repeats, cells\)"):
+        inf.wins(torch.zeros(3))

@@ -1,0 +1,247 @@
+"""Tables, plots and verdicts of ``python -m benchmarks.paper``, made from its JSON files alone."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from influence_fast.evaluate import rank_correlation
+
+Run = dict[str, Any]
+PAPER_METHODS, PAPER_AGGREGATIONS = ("dot", "cosine", "datainf"), ("mean", "rank-c", "vote-c")
+# An audit's default; judged beside the baselines, never chosen by the noise.
+DEFAULT = ("cosine", "all", "rank-c")
+_RANDOM, _ORACLE = "random", "oracle"
+
+
+def write_tables(folder: Path) -> list[Path]:
+    """``README.md`` and one SVG for each plot, in ``folder``, from every ``*.json`` there."""
+    runs = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    noisy, generative = [run for run in runs if "rows" in run], [run for run in runs if "relevance" in run]
+    written = []
+    parts = ["# The paper's protocol on real data", "", _lead(runs)]
+    for name, some in _by(noisy, _label).items():
+        parts += ["", f"## {name}", "", *_sizes(some), "", *_rankings(some), "", *_groups(some), "", *_arms(some)]
+        path = folder / f"{name.replace(' ', '-').replace(',', '')}.svg"
+        path.write_text(_heat(some), encoding="utf-8")
+        written.append(path)
+        parts += ["", f"![AUC_NDR by layer group]({path.name})"]
+    for name, some in _by(generative, lambda run: run["task"]).items():
+        parts += ["", f"## {name}", "", *_sizes(some), "", *_relevance(some)]
+    parts += ["", "## Claims", "", *_claims(noisy)]
+    readme = folder / "README.md"
+    readme.write_text("\n".join(parts) + "\n", encoding="utf-8")
+    return [readme, *written]
+
+
+def interval(values: Iterable[float], level: float = 0.95) -> tuple[float, float, float]:
+    """Mean and Student interval of one figure per run; an infinite interval from fewer than two runs."""
+    from scipy import stats
+
+    found = np.asarray([value for value in values if not math.isnan(value)], dtype=np.float64)
+    if len(found) < 2:
+        return (float(found[0]) if len(found) else math.nan), -math.inf, math.inf
+    mean, error = float(found.mean()), float(stats.sem(found))
+    if error == 0:
+        return mean, mean, mean
+    low, high = stats.t.interval(level, len(found) - 1, mean, error)
+    return mean, float(low), float(high)
+
+
+def verdict(low: float, high: float) -> str:
+    """Of the claim that a difference is positive."""
+    return "held" if low > 0 else "not held" if high < 0 else "undecided"
+
+
+def cell(run: Run, method: str, group: str = "", aggregation: str = "", metric: str = "auc_ndr") -> float:
+    """One figure of a run's table; NaN where the run has no such ranking."""
+    for row in run["rows"]:
+        if (row["method"], row["group"], row["aggregation"]) == (method, group, aggregation):
+            return row[metric]
+    return math.nan
+
+
+def _lead(runs: list[Run]) -> str:
+    return (
+        f"{len(runs)} runs; every number below comes from the JSON files beside this one. AUC_NDR: 1 is best, chance is "
+        "about 0.556 at 20 % noise. A claim is *held* or *not held* where the 95 % interval over runs lies on one side of "
+        "0, else *undecided*; it takes at least two runs to decide."
+    )
+
+
+def _by(runs: list[Run], key: Callable[[Run], str]) -> dict[str, list[Run]]:
+    out: dict[str, list[Run]] = {}
+    for run in runs:
+        out.setdefault(key(run), []).append(run)
+    return out
+
+
+def _label(run: Run) -> str:
+    return (
+        f"{run['task']}, {run['settings']['kind']} noise, n {run['sizes']['train']}, {run['settings']['epochs']} epochs"
+    )
+
+
+def _table(head: list[str], rows: Iterable[list[Any]]) -> list[str]:
+    shown = [[f"{value:.3f}" if isinstance(value, float) else str(value) for value in row] for row in rows]
+    return ["| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *shown]]
+
+
+def _sizes(runs: list[Run]) -> list[str]:
+    sizes = ", ".join(f"{name} {count}" for name, count in runs[0]["sizes"].items())
+    return [f"Seeds {', '.join(str(run['seed']) for run in runs)}; {sizes}."]
+
+
+def _mean(runs: list[Run], *key: str) -> float:
+    return float(np.mean([cell(run, *key) for run in runs]))
+
+
+def _keys(runs: list[Run]) -> list[tuple[str, str, str]]:
+    return [(row["method"], row["group"], row["aggregation"]) for row in runs[0]["rows"]]
+
+
+def _rankings(runs: list[Run], most: int = 12) -> list[str]:
+    keys = _keys(runs)
+    ours = sorted((key for key in keys if key[1]), key=lambda key: -_mean(runs, *key))
+    shown = [key for key in keys if not key[1]] + [DEFAULT] + [key for key in ours if key != DEFAULT][:most]
+    rows = []
+    for key in shown:
+        first = next(row for row in runs[0]["rows"] if (row["method"], row["group"], row["aggregation"]) == key)
+        ndr = float(np.mean([cell(run, *key, metric="ndr@30") for run in runs]))
+        low, high = first["over_loss"]
+        name = " ".join(part for part in key if part) + (" (default)" if key == DEFAULT else "")
+        rows.append([name, ndr, _mean(runs, *key), f"{low:+.3f} to {high:+.3f}"])
+    head = ["ranking", "NDR@30", "AUC_NDR", f"over loss, 95 % interval (seed {runs[0]['seed']})"]
+    return [
+        f"Baselines, the default, and the {most} best of {len(ours)} (chosen after the fact, which flatters them):",
+        "",
+        *_table(head, rows),
+    ]
+
+
+def _groups(runs: list[Run]) -> list[str]:
+    groups = list(dict.fromkeys(g for m, g, _ in _keys(runs) if m == "dot"))
+    columns = [(method, a) for method in PAPER_METHODS for a in PAPER_AGGREGATIONS]
+    rows = [[group, *(_mean(runs, method, group, a) for method, a in columns)] for group in groups]
+    return ["AUC_NDR by layer group:", "", *_table(["layers", *(f"{m} {a}" for m, a in columns)], rows)]
+
+
+def _arms(runs: list[Run]) -> list[str]:
+    rows = []
+    for name in runs[0]["arms"]:
+        there = [run["arms"][name] for run in runs if name in run["arms"]]
+        left = [arm["noise_left"] for arm in there if "noise_left" in arm]
+        accuracy = float(np.mean([arm["accuracy"] for arm in there]))
+        rows.append([name, there[0]["rows"], accuracy, float(np.mean(left)) if left else "-"])
+    return [
+        "Retrained without the lowest 30 % (all: nothing dropped); test accuracy at the epoch chosen on another split:",
+        "",
+        *_table(["dropped by", "rows", "accuracy", "noise left"], rows),
+    ]
+
+
+def _relevance(runs: list[Run]) -> list[str]:
+    keys = list(dict.fromkeys((row["method"], row["layer"]) for row in runs[0]["relevance"]))
+    found = {
+        key: [row for run in runs for row in run["relevance"] if (row["method"], row["layer"]) == key] for key in keys
+    }
+    rows = [[*key, *(float(np.mean([row[m] for row in found[key]])) for m in ("roc_auc", "recall@90"))] for key in keys]
+    return _table(["method", "layer", "ROC-AUC", "recall@90"], rows)
+
+
+def _claims(runs: list[Run]) -> list[str]:
+    def over(run: Run, one: Callable[[str, str], float], other: Callable[[str, str], float]) -> float:
+        cells = [one(m, a) - other(m, a) for m in PAPER_METHODS for a in PAPER_AGGREGATIONS]
+        return float(np.nanmean(cells)) if not np.isnan(cells).all() else math.nan
+
+    def groups(run: Run) -> list[str]:
+        return list(dict.fromkeys(row["group"] for row in run["rows"] if row["method"] == "dot"))
+
+    def lift(run: Run, aggregation: str, methods: Iterable[str] = PAPER_METHODS) -> float:
+        return float(
+            np.mean([cell(run, m, g, aggregation) - cell(run, m, g, "mean") for m in methods for g in groups(run)])
+        )
+
+    def weak(run: Run) -> float:
+        pairs = [(cell(run, m, g, "mean"), cell(run, m, g, "vote-c")) for m in ("dot", "datainf") for g in groups(run)]
+        return -rank_correlation([mean for mean, _ in pairs], [vote - mean for mean, vote in pairs])
+
+    def predicts(run: Run) -> float:
+        known = [
+            (cell(run, *key, metric="ndr@30"), run["arms"][name]["accuracy"])
+            for name, key in _arm_keys().items()
+            if name in run["arms"]
+        ]
+        return (
+            rank_correlation([ndr for ndr, _ in known], [reached for _, reached in known])
+            if len(known) > 2
+            else math.nan
+        )
+
+    def arm(run: Run, name: str, rival: str, margin: float = 0.0) -> float:
+        arms = run["arms"]
+        return arms[name]["accuracy"] - arms[rival]["accuracy"] + margin if name in arms and rival in arms else math.nan
+
+    default = " ".join(DEFAULT)
+    claims: list[tuple[str, Callable[[Run], float]]] = [
+        (
+            "Paper: middle attention layers beat the head (AUC_NDR, mean over dot, cosine, datainf and aggregations)",
+            lambda run: over(
+                run, lambda m, a: cell(run, m, "attention middle", a), lambda m, a: cell(run, m, "head", a)
+            ),
+        ),
+        ("Paper: rank-c beats mean (AUC_NDR, mean over methods and layer groups)", lambda run: lift(run, "rank-c")),
+        ("Paper: vote-c beats mean (AUC_NDR, mean over methods and layer groups)", lambda run: lift(run, "vote-c")),
+        ("Paper: vote lifts weak layers most (minus Spearman of a group's mean and its lift; dot, datainf)", weak),
+        ("Paper: vote hurts cosine (AUC_NDR lost)", lambda run: -lift(run, "vote-c", ["cosine"])),
+        ("Paper: NDR@30 predicts accuracy after filtering (Spearman over the arms)", predicts),
+        (
+            f"Ours: {default} beats the training loss (AUC_NDR)",
+            lambda run: cell(run, *DEFAULT) - cell(run, "loss"),
+        ),
+        (
+            "Ours: cosine with the loss as one more voter beats the loss (AUC_NDR)",
+            lambda run: cell(run, "cosine+loss", "all", "rank-c") - cell(run, "loss"),
+        ),
+        (f"Ours: filtering by {default} beats random filtering (accuracy)", lambda run: arm(run, default, _RANDOM)),
+        (
+            f"Ours: filtering by {default} is within 1 point of the oracle (accuracy)",
+            lambda run: arm(run, default, _ORACLE, 0.01),
+        ),
+    ]
+    rows = []
+    for text, figure in claims:
+        values = [figure(run) for run in runs]
+        mean, low, high = interval(values)
+        count = sum(not math.isnan(value) for value in values)
+        between = f"{low:+.3f} to {high:+.3f}" if math.isfinite(low) else "-"
+        shown = "-" if math.isnan(mean) else f"{mean:+.3f}"
+        rows.append([text, count, shown, between, verdict(low, high) if count > 1 else "undecided"])
+    notes = [
+        "",
+        "The embedding is frozen under LoRA, so it is not ranked here; whether cancellation predicts accuracy takes a "
+        "retraining for each layer group and was not measured.",
+    ]
+    return _table(["claim", "runs", "mean", "95 % interval", "verdict"], rows) + notes
+
+
+def _arm_keys() -> dict[str, tuple[str, str, str]]:
+    from benchmarks.paper import ARMS
+
+    return ARMS
+
+
+def _heat(runs: list[Run]) -> str:
+    from influence_fast.report import heat
+
+    methods = list(dict.fromkeys(m for m, g, _ in _keys(runs) if g))
+    groups = list(dict.fromkeys(g for m, g, _ in _keys(runs) if m in ("dot", "repsim") and g))
+    aggregations = list(dict.fromkeys(a for _, g, a in _keys(runs) if g))
+    columns = [(m, a) for m in methods for a in aggregations]
+    values = np.array([[_mean(runs, m, group, a) for m, a in columns] for group in groups])
+    return heat(values, groups, [f"{m} {a}" for m, a in columns], min(0.5, float(np.nanmin(values))), 1.0)

@@ -1,0 +1,121 @@
+"""The self-check: what is planted, how queries are split, and that its figures are those of the definitions."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import models
+import pytest
+import torch
+from test_audit import folder, options, run, write_rows  # noqa: F401 (folder is a fixture)
+from test_audit import sentences as texts
+
+import influence_fast as inf
+from influence_fast.evaluate import groups_by_name
+from influence_fast.selfcheck import Subset, plant, planted, sentences, split, stability
+
+
+def test_planted_labels_and_targets() -> None:
+    rows = models.rows(count=60)
+    copy, mask = plant(rows, 0.2, seed=0)
+    assert [a["labels"] != b["labels"] for a, b in zip(rows, copy, strict=True)] == mask.tolist()
+    assert int(mask.sum()) == 12
+    assert all(a["input_ids"] == b["input_ids"] for a, b in zip(rows, copy, strict=True))
+    rows = models.rows("causal", 60)
+    copy, mask = plant(rows, 0.2, seed=0)
+    for old, new, hit in zip(rows, copy, mask.tolist(), strict=True):
+        assert new["input_ids"][:2] == old["input_ids"][:2]
+        assert new["labels"] == [-100, -100, *new["input_ids"][2:]]
+        assert (new == old) or hit
+    whole = [{**row, "labels": row["input_ids"]} for row in rows]
+    copy, mask = plant(whole, 0.2, seed=0)
+    assert all(sorted(a["input_ids"]) == sorted(b["input_ids"]) for a, b in zip(whole, copy, strict=True))
+    with pytest.raises(inf.InputError, match=r"self_check: 0\.01 of 60 samples plants 1"):
+        plant(rows, 0.01, 0)
+
+
+def test_halves_are_disjoint_and_as_often_correct() -> None:
+    matrix = inf.influence({"a": torch.randn(9, 3)}, {"a": torch.randn(20, 3)})
+    matrix.query_correct = torch.arange(20) % 4 != 0
+    one, other = split(matrix, torch.Generator().manual_seed(0))
+    assert (one ^ other).all()
+    assert abs(int((one & matrix.query_correct).sum()) - int((other & matrix.query_correct).sum())) <= 1
+    part = Subset(matrix, one)
+    for method in ("mean", "rank-c", "vote-c", "median"):
+        keep = one & matrix.query_correct if method.endswith("-c") else one
+        expected = inf.aggregate(matrix, method, queries=keep)
+        torch.testing.assert_close(inf.aggregate(part, method), expected)
+
+
+def test_the_better_method_is_chosen_and_held_out_figures_are_its_own(tmp_path: Path) -> None:
+    from stores import write_store
+
+    random = torch.Generator().manual_seed(0)
+    mask = torch.rand(200, generator=random) < 0.2
+    good = torch.randn(12, 200, generator=random) - 2 * mask.float()
+    matrices = {"good": {"head": good}, "bad": {"head": torch.randn(12, 200, generator=random)}}
+    store = write_store(
+        tmp_path / "s", {"head": torch.randn(200, 2)}, columns={"loss": torch.rand(200, generator=random)}
+    )
+    wrapped = {name: inf.Checkpoints([_wrap(values)]) for name, values in matrices.items()}
+    main = ("bad", "all", "mean")
+    groups = groups_by_name(["head"])
+    found = planted(wrapped, store, mask, ["mean", "rank", "vote"], groups, main, 0.2, random)
+    assert found["chosen"].startswith("good")
+    assert found["rows"]["chosen"]["auc_ndr"] > 0.95 > 0.7 > found["rows"]["default"]["auc_ndr"]
+    assert found["worst"] < found["median"] < found["best_in_hindsight"]
+    assert found["candidates"] == 2 * 2 * 5 * 2
+    sure = stability(_wrap({"head": torch.arange(200.0).repeat(6, 1)}), ("x", "all", "mean"), groups, 0.2, random)
+    assert sure["overlaps"] == [1.0] * 5
+    chance = stability(
+        _wrap({"head": torch.randn(6, 200, generator=random)}), ("x", "all", "mean"), groups, 0.2, random
+    )
+    assert 0.1 < sum(chance["overlaps"]) / 5 < 0.5
+
+
+def _wrap(values: dict[str, torch.Tensor]):
+    from influence_fast.aggregate import InMemory
+
+    return InMemory(values)
+
+
+@pytest.mark.parametrize("projection", ["identity", "rademacher:4x4"])
+def test_in_an_audit(folder: Path, tmp_path: Path, projection: str) -> None:  # noqa: F811
+    data = write_rows(tmp_path / "train.jsonl", texts(60, 1))
+    given = [
+        "--projection",
+        projection,
+        "--layers",
+        "attention,head",
+        "--self-check",
+        0.2,
+        "--methods",
+        "dot,cosine,outlier",
+    ]
+    code, out, err = run("audit", *options(folder, train=data), *given, "--out", tmp_path / "a", "--json")
+    assert code == 0, err
+    found = json.loads(out)["facts"]["self_check"]
+    assert found["planted"]["flips"] == 12
+    exact = found["fidelity"]["correlation"]["as configured"]
+    if projection == "identity":
+        assert exact == {"dot": pytest.approx(1), "cosine": pytest.approx(1)}
+        assert "another seed" not in found["fidelity"]["correlation"]
+    else:
+        assert 0 < exact["dot"] < 1
+    assert found["fidelity"]["correlation"]["int8"]["dot"] > (0.99 if projection == "identity" else 0)
+    html = (tmp_path / "a" / "report.html").read_text()
+    assert "How much the choice matters" in html
+    assert len(sentences(found)) >= 6
+
+
+def test_in_an_audit_of_a_causal_model(folder: Path, tmp_path: Path) -> None:  # noqa: F811
+    data = write_rows(tmp_path / "train.jsonl", texts(40, 1))
+    given = ["--layers", "attention[0]", "--projection", "rademacher:4x4", "--self-check", 0.2]
+    arguments = options(folder, train=data, model=folder / "causal")
+    code, out, err = run("audit", *arguments, *given, "--out", tmp_path / "a", "--json")
+    assert code == 0, err
+    assert json.loads(out)["facts"]["self_check"]["planted"]["flips"] == 8
+    code, _, err = run("audit", *arguments, "--self-check", 0.01, "--out", tmp_path / "b")
+    assert (code, "self_check: 0.01 of 40 samples plants 0" in err) == (1, True)
+    assert not (tmp_path / "b").exists()
