@@ -17,18 +17,28 @@ Vote of arXiv 2511.04715). Votes tie often: :func:`order` breaks their ties by `
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Protocol
+import functools
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from influence_fast import ops
-from influence_fast.errors import InputError
+from influence_fast.errors import InputError, StoreError
+from influence_fast.influence import InfluenceMatrix
 
 BASES = ("mean", "rank", "vote", "min", "median", "trimmed")
 METHODS = (*BASES, *(f"{base}-c" for base in BASES))
 _STREAMED = ("mean", "rank", "vote")
+_SAVE_SECONDS = 10.0
 Layers = Sequence[str] | Mapping[str, float]
 
 
@@ -53,6 +63,7 @@ def aggregate(
     queries: Tensor | Sequence[bool] | Sequence[int] | None = None,
     layers: Layers | None = None,
     trim: float = 0.1,
+    checkpoint: str | os.PathLike[str] | None = None,
 ) -> Tensor:
     """One score per training sample: float64 ``(n,)``, lowest = most harmful.
 
@@ -64,12 +75,17 @@ def aggregate(
             predicted ones, and without it ask ``matrix.query_correct``.
         layers: names of the layers that count, or a weight for each (``mean``, ``rank``, ``vote``).
         trim: share cut off at each end (``trimmed``).
+        checkpoint: a folder for partial sums of ``rank`` and ``vote``: a job that was stopped goes on from them. They are
+            kept until the job is done, and are of no use to another one.
 
     Raises:
         InputError: unknown method or layer, no query left, values out of range; NaN or infinity names layer and query.
     """
     groups = {"scores": layers if layers is not None else _wrapped(matrix).layers}
-    return aggregate_many(matrix, [method], groups, fraction=fraction, queries=queries, trim=trim)["scores"][method]
+    found = aggregate_many(
+        matrix, [method], groups, fraction=fraction, queries=queries, trim=trim, checkpoint=checkpoint
+    )
+    return found["scores"][method]
 
 
 def aggregate_many(
@@ -80,6 +96,7 @@ def aggregate_many(
     fraction: float = 0.2,
     queries: Tensor | Sequence[bool] | Sequence[int] | None = None,
     trim: float = 0.1,
+    checkpoint: str | os.PathLike[str] | None = None,
 ) -> dict[str, dict[str, Tensor]]:
     """``{group: {method: (n,)}}`` for many groups of layers and methods, in one pass over the matrix.
 
@@ -102,7 +119,7 @@ def aggregate_many(
     out = {group: {method: torch.zeros(n, dtype=torch.float64) for method in methods} for group in weights}
     streamed = [method for method in methods if _base(method) in _STREAMED]
     if streamed:
-        _stream(matrix, streamed, weights, chosen, k, out)
+        _stream(matrix, streamed, weights, chosen, k, out, checkpoint)
     if len(streamed) < len(methods):
         _by_columns(matrix, [method for method in methods if method not in streamed], weights, chosen, trim, out)
     return out
@@ -121,36 +138,163 @@ def _stream(
     chosen: dict[bool, Tensor],
     k: int,
     out: dict[str, dict[str, Tensor]],
+    checkpoint: str | os.PathLike[str] | None,
 ) -> None:
-    """``mean``, ``rank`` and ``vote``: sums over blocks of whole rows."""
-    needed = {(_base(method), method.endswith("-c")) for method in methods}
-    for layer, rows, values in matrix:
-        if not any(layer in members for members in weights.values()):
-            continue
-        _check_finite(values, layer, rows)
-        ranks: Tensor | None = None
-        for base, correct in needed:
-            keep = chosen[correct][rows]
-            if not keep.any():
-                continue
-            if base == "mean":
-                part = values[keep].sum(0, dtype=torch.float64)
-            elif base == "vote" and not any(b == "rank" for b, _ in needed):
-                part = ops.vote(values[keep], k)
-            else:
-                ranks = ops.rank(values) if ranks is None else ranks
-                if base == "rank":
-                    part = ranks[keep].sum(0, dtype=torch.float64)
-                else:
-                    part = (ranks[keep].double() - k).clamp_max_(0).sum(0)
-            name = base + ("-c" if correct else "")
-            for group, members in weights.items():
-                if layer in members:
-                    out[group][name] += members[layer] * part
+    """``mean``, ``rank`` and ``vote``: sums over blocks of whole rows; ``mean`` by mean queries where there are some."""
+    used = [layer for layer in matrix.layers if any(layer in members for members in weights.values())]
+    means = [method for method in methods if _base(method) == "mean"] if isinstance(matrix, InfluenceMatrix) else []
+    for layer in used if means else []:
+        found = matrix.mean(layer, torch.stack([chosen[method.endswith("-c")] for method in means]))  # type: ignore
+        for method, values in zip(means, found, strict=True):
+            _add(out, weights, layer, method, values * int(chosen[method.endswith("-c")].sum()))
+    summed = [method for method in methods if method not in means]
+    if summed:
+        _sum_blocks(matrix, summed, weights, chosen, used, k, out, checkpoint)
     for group, members in weights.items():
         for method in methods:
             if _base(method) != "vote":
                 out[group][method] /= sum(members.values()) * int(chosen[method.endswith("-c")].sum())
+
+
+def _add(
+    out: dict[str, dict[str, Tensor]], weights: dict[str, dict[str, float]], layer: str, method: str, values: Tensor
+) -> None:
+    for group, members in weights.items():
+        if layer in members:
+            out[group][method] += members[layer] * values
+
+
+def _sum_blocks(
+    matrix: Matrix,
+    methods: list[str],
+    weights: dict[str, dict[str, float]],
+    chosen: dict[bool, Tensor],
+    used: list[str],
+    k: int,
+    out: dict[str, dict[str, Tensor]],
+    checkpoint: str | os.PathLike[str] | None,
+) -> None:
+    bases = {_base(method) for method in methods}
+    kinds = sorted({method.endswith("-c") for method in methods})
+    partial = _Partial(checkpoint, matrix, out, methods, (methods, weights, k, {c: chosen[c].tolist() for c in kinds}))
+    for layer, rows, read in partial.left(_pieces(matrix), used):
+        # Disjoint sets of rows, each ranked once: those of every method, and those of the plain ones alone.
+        masks = {c: chosen[c][rows] for c in kinds}
+        common = torch.stack(list(masks.values())).all(0)
+        sets = [(kinds, common), *(([c], mask & ~common) for c, mask in masks.items())]
+        values = read()
+        _check_finite(values, layer, rows)
+        for of, keep in sets:
+            if not keep.any():
+                continue
+            some = values if keep.all() else values[keep]
+            found: dict[str, Tensor] = {}
+            if "mean" in bases:
+                found["mean"] = some.sum(0, dtype=torch.float64)
+            if bases >= {"rank", "vote"}:
+                found["rank"], found["vote"] = ops.tally(some, k)
+            elif "vote" in bases:
+                found["vote"] = ops.vote(some, k)
+            elif "rank" in bases:
+                found["rank"] = ops.tally(some, 1)[0]
+            for method in methods:
+                if method.endswith("-c") in of:
+                    _add(out, weights, layer, method, found[_base(method)])
+        partial.save(layer, rows)
+    partial.remove()
+
+
+def _pieces(matrix: Matrix) -> Iterator[tuple[str, slice, Callable[[], Tensor]]]:
+    """Blocks of the matrix, computed when called."""
+    if isinstance(matrix, InfluenceMatrix):
+        for layer, rows in matrix.pieces():
+            yield layer, rows, functools.partial(matrix.piece, layer, rows)
+    else:
+        for layer, rows, values in matrix:
+            yield layer, rows, functools.partial(lambda block: block, values)
+
+
+class _Partial:
+    """Partial sums in a folder: which blocks are in them, and of what job."""
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str] | None,
+        matrix: Matrix,
+        out: dict[str, dict[str, Tensor]],
+        methods: list[str],
+        settings: Any,
+    ) -> None:
+        self.path = None if folder is None else Path(folder) / "partial.safetensors"
+        self.sums = {f"{group}/{method}": out[group][method] for group in out for method in methods}
+        self.done: list[list[Any]] = []
+        self.saved = time.monotonic()
+        if self.path is None:
+            return
+        if not isinstance(matrix, InfluenceMatrix):
+            raise InputError("checkpoint: needs an InfluenceMatrix; influence in memory is summed at once")
+        self.job = hashlib.sha256(json.dumps([matrix.digest, settings]).encode()).hexdigest()
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if self.path.exists():
+            self._load()
+
+    def _load(self) -> None:
+        assert self.path is not None
+        try:
+            with safe_open(self.path, "pt") as file:
+                found = json.loads(file.metadata()["sums"])
+                if found["job"] != self.job:
+                    raise StoreError(f"{self.path}: partial sums of another job; choose another checkpoint folder")
+                tensors = {name: file.get_tensor(name) for name in self.sums}
+        except StoreError:
+            raise
+        except Exception as error:  # safetensors raises a type of its own
+            raise StoreError(f"{self.path}: damaged partial sums ({error}); remove them to begin again") from None
+        digest = _digest(tensors)
+        if digest != found["sha256"]:
+            raise StoreError(f"{self.path}: damaged partial sums; remove them to begin again")
+        for name, tensor in tensors.items():
+            self.sums[name].copy_(tensor)
+        self.done = found["done"]
+
+    def left(
+        self, pieces: Iterator[tuple[str, slice, Callable[[], Tensor]]], used: list[str]
+    ) -> Iterator[tuple[str, slice, Callable[[], Tensor]]]:
+        """Blocks that are not in the sums yet; a block that is partly in them is cut."""
+        for layer, rows, read in pieces:
+            if layer not in used:
+                continue
+            begin = max((stop for name, stop in self.done if name == layer), default=0)
+            if begin <= rows.start:
+                yield layer, rows, read
+            elif begin < rows.stop:
+                yield (
+                    layer,
+                    slice(begin, rows.stop),
+                    functools.partial(lambda r, skip: r()[skip:], read, begin - rows.start),
+                )
+
+    def save(self, layer: str, rows: slice) -> None:
+        self.done = [entry for entry in self.done if entry[0] != layer] + [[layer, rows.stop]]
+        if self.path is None or time.monotonic() - self.saved < _SAVE_SECONDS:
+            return
+        entry = {"job": self.job, "done": self.done, "sha256": _digest(self.sums)}
+        part = self.path.with_name(self.path.name + ".part")
+        save_file(self.sums, part, metadata={"sums": json.dumps(entry)})
+        part.rename(self.path)
+        self.saved = time.monotonic()
+
+    def remove(self) -> None:
+        if self.path is not None:
+            self.path.unlink(missing_ok=True)
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].numpy().data)
+    return digest.hexdigest()
 
 
 def _by_columns(

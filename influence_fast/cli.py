@@ -264,54 +264,183 @@ def _show_estimate(found: Any, world: int) -> None:
     _table(["what", "estimate"], rows)
 
 
+_verify_option = click.option("--verify", is_flag=True, help="Hash every shard when it is first read.")
+
+
 @main.command(epilog=_example("influence-fast index store --metric cosine --out store.index"))
 @click.argument("store", type=click.Path(path_type=Path))
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder of the index.")
-@click.option("--factory", default="auto", help="Flat (exact), or a FAISS factory string such as IVF256,Flat.")
+@click.option("--factory", default="auto", help="Flat (exact), auto, or a FAISS factory string such as IVF256,SQ8.")
 @click.option("--metric", default="dot", help="dot or cosine.")
 @click.option("--layers", help="Names joined by commas; all by default.")
+@click.option("--recall", default=0.95, help="Share of the best 10 that an approximate index is to find.")
+@click.option("--memory", help="What the index may take, such as 512MiB.")
+@click.option("--rows", help="A range such as 0:500000, for one of several machines.")
+@_verify_option
 @_json_option
-def index(store: Path, out: Path, factory: str, metric: str, layers: str | None, as_json: bool) -> None:
-    """Build a FAISS index over a store."""
+def index(
+    store: Path,
+    out: Path,
+    factory: str,
+    metric: str,
+    layers: str | None,
+    recall: float,
+    memory: str | None,
+    rows: str | None,
+    verify: bool,
+    as_json: bool,
+) -> None:
+    """Build an index over a store: exact, or by FAISS."""
     from influence_fast.index import InfluenceIndex
     from influence_fast.store import GradientStore
 
-    built = InfluenceIndex.build(GradientStore.open(store), factory, metric, _list(layers))
-    built.save(out)
+    opened = GradientStore.open(store, verify)
+    share = None
+    if rows is not None:
+        ends = rows.split(":")
+        if len(ends) != 2 or not all(end.isdigit() for end in ends):
+            raise InputError(f"rows: expected a range such as 0:500000, got {rows!r}")
+        share = range(int(ends[0]), int(ends[1]))
+    built = InfluenceIndex.build(
+        opened, factory, metric, _list(layers), recall=recall, memory=memory, rows=share, path=out
+    )
+    size = sum(file.stat().st_size for file in out.iterdir())
     document = {
         "path": str(out),
         "factory": built.factory,
         "metric": metric,
         "rows": len(built),
         "recall": built.recall,
+        "bytes": size,
     }
-    _print(document, as_json, lambda: click.echo(f"{built}\nwrote {out}"))
+    _print(document, as_json, lambda: click.echo(f"{built}\n{size / 2**20:.1f} MiB in {out}"))
 
 
 @main.command(epilog=_example("influence-fast search store.index --queries query-store -k 5 --harmful"))
-@click.argument("index", type=click.Path(path_type=Path))
-@click.option("--queries", required=True, type=click.Path(path_type=Path), help="A store of query gradients.")
+@click.argument("index", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--queries", type=click.Path(path_type=Path), help="A store of query gradients.")
+@click.option("--model", help="With --text: the model of the store.")
+@click.option("--text", help="One query text; with --label its class, with --answer the text to predict.")
+@click.option("--label", help="Class of --text: a number, or a name that the model knows.")
+@click.option("--answer", help="For causal models: what follows --text.")
 @click.option("-k", default=10, help="Rows for each query.")
 @click.option("--harmful", is_flag=True, help="The most harmful rows instead of the most helpful.")
+@click.option("--layers", help="Search by these layers alone, each with a weight if wanted: NAME,NAME=2.")
+@click.option("--where", help="Search among rows whose column has a value, such as prediction=1.")
+@_verify_option
 @_json_option
-def search(index: Path, queries: Path, k: int, harmful: bool, as_json: bool) -> None:
-    """Find the training samples with the most influence on each query."""
+def search(
+    index: tuple[Path, ...],
+    queries: Path | None,
+    model: str | None,
+    text: str | None,
+    label: str | None,
+    answer: str | None,
+    k: int,
+    harmful: bool,
+    layers: str | None,
+    where: str | None,
+    verify: bool,
+    as_json: bool,
+) -> None:
+    """Find the training samples with the most influence on each query.
+
+    Under torchrun each process takes one of as many indexes, and the first prints what all of them found together.
+    """
+    import os
+
     from influence_fast.index import InfluenceIndex
     from influence_fast.store import GradientStore
 
-    asked = GradientStore.open(queries)
-    scores, found = InfluenceIndex.load(index).search(asked, k, harmful)
+    if (queries is None) == (text is None) or (text is not None and model is None):
+        raise click.UsageError("Give --queries, or --text with --model.")
+    world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    if len(index) != world:
+        raise click.UsageError(f"Give one index for each process: {len(index)} for {world}.")
+    loaded = InfluenceIndex.load(index[rank], verify=verify)
+    if queries is not None:
+        opened = GradientStore.open(queries, verify)
+        asked, names = opened, list(opened.ids)
+    else:
+        asked, names = _text_gradient(loaded, str(model), str(text), label, answer), [str(text)]
+    options = {"layers": _weighted(layers), "only": None if where is None else _rows_where(loaded, where)}
+    if world > 1:
+        import torch.distributed as dist
+
+        from influence_fast.distributed import search_all
+
+        dist.init_process_group("gloo")
+        try:
+            scores, found = search_all(loaded, asked, k, harmful, **options)
+        finally:
+            dist.destroy_process_group()
+        if rank:
+            return
+    else:
+        scores, found = loaded.search(asked, k, harmful, **options)
     ids = found if isinstance(found, list) else found.tolist()
     document = [
-        {"query": query, "ids": row, "scores": values}
-        for query, row, values in zip(asked.ids, ids, scores.tolist(), strict=True)
+        {"query": query, "ids": row, "scores": values, "recall": loaded.recall}
+        for query, row, values in zip(names, ids, scores.tolist(), strict=True)
     ]
     rows = [
         [entry["query"], place, entry["ids"][place], f"{entry['scores'][place]:.6g}"]
         for entry in document
         for place in range(k)
     ]
-    _print(document, as_json, lambda: _table(["query", "place", "id", "influence"], rows))
+    how = "exact" if loaded.factory == "Flat" else f"{loaded.factory}: recall@10 {loaded.recall:.3f} when it was built"
+    _print(document, as_json, lambda: _table(["query", "place", "id", "influence"], rows, how))
+
+
+def _weighted(layers: str | None) -> Any:
+    if not layers or "=" not in layers:
+        return _list(layers)
+    try:
+        pairs = [part.rsplit("=", 1) if "=" in part else (part, "1") for part in _list(layers) or []]
+        return {name: float(weight) for name, weight in pairs}
+    except ValueError:
+        raise InputError(f"layers: expected NAME or NAME=WEIGHT, joined by commas, got {layers!r}") from None
+
+
+def _rows_where(index: Any, where: str) -> Any:
+    name, _, value = where.partition("=")
+    values = index.column(name)
+    try:
+        wanted = {"true": 1.0, "false": 0.0}.get(value.lower())
+        return values == (float(value) if wanted is None else wanted)
+    except ValueError:
+        raise InputError(f"where: expected COLUMN=NUMBER, got {where!r}") from None
+
+
+def _text_gradient(index: Any, model: str, text: str, label: str | None, answer: str | None) -> Any:
+    """Gradients of one text in the index's layers and projection."""
+    import torch
+
+    from influence_fast import build as room
+    from influence_fast.capture import GradientCapture
+    from influence_fast.data import Columns, load_model, prepare, task_of
+    from influence_fast.errors import StoreError
+    from influence_fast.losses import CausalLM, classification
+    from influence_fast.projection import Projection
+
+    network, tokenizer = load_model(model, "auto")
+    if room.fingerprint(network) != index.meta["model"]:
+        raise StoreError(f"model: {model} is another than the index was made with")
+    row: dict[str, Any] = {"text": text}
+    if label is not None:
+        row["label"] = int(label) if label.lstrip("-").isdigit() else label
+    if answer is not None:
+        row["answer"] = answer
+    columns = Columns("text", "label", None if answer is None else "answer")
+    samples = prepare("text", [row], columns, task_of("auto", network, [row]), network, tokenizer)
+    rows, kind = room.checked_rows(network, samples.rows)
+    network.eval()
+    with GradientCapture(network, index.layers, Projection.parse(index.meta["projection"])) as capture:
+        loss = classification if kind == "classification" else CausalLM(part=capture.part)
+        found: dict[str, Any] = {}
+        for _, results in room.run(network, capture, loss, rows, range(1), 1 << 20, None):
+            found = dict(results[0])
+    return {name: torch.as_tensor(gradient).cpu() for name, gradient in found.items()}
 
 
 @main.command(
@@ -326,6 +455,9 @@ def search(index: Path, queries: Path, k: int, harmful: bool, as_json: bool) -> 
 @click.option("--fraction", default=0.2, help="Share of the samples that a vote goes against.")
 @click.option("--layers", help="Names joined by commas; all by default.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="CSV: id, score, rank.")
+@click.option("--memory", default="512MiB", help="What blocks of influence may take.")
+@click.option("--checkpoint", type=click.Path(path_type=Path), help="Folder from which a stopped job goes on.")
+@_verify_option
 @_json_option
 def score(
     train: Path,
@@ -335,17 +467,22 @@ def score(
     fraction: float,
     layers: str | None,
     out: Path,
+    memory: str,
+    checkpoint: Path | None,
+    verify: bool,
     as_json: bool,
 ) -> None:
     """One score per training sample from two stores, lowest = most harmful."""
-    from influence_fast.aggregate import aggregate, order
+    from influence_fast.aggregate import aggregate_many, order
     from influence_fast.influence import influence
     from influence_fast.store import GradientStore
 
-    store = GradientStore.open(train)
-    matrix = influence(store, GradientStore.open(queries), method, _list(layers))
-    scores = aggregate(matrix, aggregation, fraction=fraction)
-    tie = aggregate(matrix, aggregation.replace("vote", "rank")) if aggregation.startswith("vote") else None
+    store = GradientStore.open(train, verify)
+    matrix = influence(store, GradientStore.open(queries, verify), method, _list(layers), memory)
+    # Votes tie often; ranks, which break the ties, cost nothing more in the same pass.
+    methods = [aggregation, *([aggregation.replace("vote", "rank")] if aggregation.startswith("vote") else [])]
+    found = aggregate_many(matrix, methods, fraction=fraction, checkpoint=checkpoint)["all"]
+    scores, tie = found[aggregation], found[methods[1]] if len(methods) > 1 else None
     ranking = order(scores, tie).tolist()
     part = out.with_name(out.name + ".part")
     with open(part, "w", newline="") as file:

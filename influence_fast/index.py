@@ -1,63 +1,88 @@
-"""Nearest training samples by influence: a FAISS index over a gradient store.
+"""Nearest training samples by influence: an index over a gradient store.
 
-An index holds, for each row, its layers' gradients side by side, so an inner product is the sum of the layers' inner
-products. ``cosine`` divides by the length of that whole vector. The candidates of a ``Flat`` index are scored again in
-float64, so it returns what brute force returns, ties in row order. Anything else is approximate: it carries the recall
-that was measured when it was built.
+An index is over its layers' gradients side by side, so an inner product is the sum of the layers' inner products.
+``cosine`` divides by the length of that whole vector. ``Flat`` is exact: :mod:`influence_fast.scan`, which needs no FAISS,
+reads an 8-bit copy and proves its answer. Any other factory string makes FAISS indexes over directions ``g / |g|``: rows of
+similar length share one (a *band*), since inner products with lengths of a heavy tail follow no direction, and candidates
+of all bands are scored again from the store, exactly. What they miss is measured on held-out queries when the index is
+built, and is said by every search.
+
+On disk: ``index.json`` beside ``scan-00000.bin``, ... (``Flat``) or ``band-0.faiss``, ``band-0.npy`` (rows of the band), ...
+All of them are memory-mapped. The exact rows stay in the store, whose folder ``index.json`` names.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
+import logging
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import faiss
 import numpy as np
 import torch
 from torch import Tensor
 
-from influence_fast.errors import InfluenceError, InputError, StoreError
-from influence_fast.influence import Gradients, Source, chosen_layers
+from influence_fast import ops
+from influence_fast.errors import BackendError, InfluenceError, InputError, StoreError
+from influence_fast.influence import Gradients, Source, chosen_layers, parse_memory
+from influence_fast.scan import Rows, Scan, parts_of, rescore, segment_name, sha256
 from influence_fast.store import GradientStore
 
 METRICS = ("dot", "cosine")
-_BLOCK_BYTES = 128 << 20
-_FLAT_ROWS = 200_000
+_BLOCK_BYTES = 32 << 20
 _TRAIN_ROWS = 50_000
 _HELD_OUT = 64
+_SLOW_SCAN = 1 << 32
+_BAND_RATIO = 1.5
+_BAND_ROWS = 2_000
+_SPREAD = 8
+
+_log = logging.getLogger("influence_fast")
 
 
 class InfluenceIndex:
-    """Searches the rows of a store. Made by :meth:`build` or :meth:`load`.
-
-    For one index per layer build one with each of ``layers=[name]``.
+    """Searches the rows of a store. Made by :meth:`build` or :meth:`load`; searches may run in any number of threads.
 
     Attributes:
-        factory: the FAISS factory string, ``Flat`` for exact search.
+        factory: ``Flat`` for exact search, or the FAISS factory string.
         metric: ``dot`` or ``cosine``.
         layers: what the vectors are made of, in this order.
         ids: names of the rows.
         recall: share of the true best 10 that the index finds, measured on held-out queries; 1.0 for ``Flat``.
     """
 
-    def __init__(self, index: Any, meta: dict[str, Any]) -> None:
-        self._index = index
+    def __init__(self, rows: Rows, meta: dict[str, Any], scan: Scan | None, bands: list[_Band]) -> None:
         self.meta = meta
         self.factory: str = meta["factory"]
         self.metric: str = meta["metric"]
         self.layers: list[str] = meta["layers"]
         self.recall: float = meta["recall"]
-        self.ids: Sequence[int | str] = range(meta["rows"]) if meta["ids"] is None else meta["ids"]
+        self._rows, self._scan, self._bands = rows, scan, bands
+
+    @property
+    def ids(self) -> Sequence[int | str]:
+        stores = self._rows.stores
+        if len(stores) == 1 and isinstance(stores[0][0].ids, range):
+            return stores[0][0].ids[stores[0][1].start : stores[0][1].stop]
+        if all(isinstance(store.ids, range) for store, _ in stores):
+            return range(len(self))
+        return [store.ids[row] for store, rows in stores for row in rows]
 
     def __len__(self) -> int:
-        return self.meta["rows"]
+        return self._rows.count
 
     def __repr__(self) -> str:
         how = "exact" if self.factory == "Flat" else f"recall@10 {self.recall:.3f}"
         return f"InfluenceIndex({self.factory}, {self.metric}: {len(self)} rows, {len(self.layers)} layers, {how})"
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the index itself: mapped where it was loaded or built in a folder, else in memory."""
+        return self._scan.nbytes if self._scan is not None else sum(band.nbytes for band in self._bands)
 
     @classmethod
     def build(
@@ -68,108 +93,272 @@ class InfluenceIndex:
         layers: Sequence[str] | None = None,
         *,
         queries: Gradients | None = None,
+        recall: float = 0.95,
+        memory: int | str | None = None,
+        rows: range | None = None,
+        path: str | os.PathLike[str] | None = None,
     ) -> InfluenceIndex:
-        """Index a store.
+        """Index a store, in one or two passes over it that hold one block of rows at a time.
 
         Args:
             store: what to search.
-            factory: ``Flat``, any FAISS factory string such as ``IVF256,Flat`` or ``HNSW32``, or ``auto``: ``Flat`` up to
-                200,000 rows, an inverted file above, which is approximate.
+            factory: ``Flat``, any FAISS factory string such as ``IVF256,SQ8`` or ``HNSW32``, or ``auto``: ``Flat`` while its
+                copy of one byte a number fits ``memory`` and is scanned in a fraction of a second (up to 4 GiB), else an
+                inverted file with the finest codes that fit.
             metric: ``dot`` or ``cosine``.
-            layers: some of the layers, such as one alone; all by default.
+            layers: some of the layers; all by default. A ``Flat`` index of all can search any of them.
             queries: held-out queries to measure recall on; rows of the store drawn by a seed by default.
+            recall: what to reach by searching an approximate index wider; 1 makes ``auto`` choose ``Flat``.
+            memory: bytes, or text such as ``2GiB``, that the finished index may take.
+            rows: a range of the store's rows, such as the share of one machine.
+            path: write the index into this folder while it is built, so that it is never in memory as a whole.
 
         Raises:
-            InputError: unknown metric, layer or factory string; too few rows to train the index.
+            InputError: unknown metric, layer or factory string; too few rows to train the index; nothing fits ``memory``.
         """
         if metric not in METRICS:
             raise InputError(f"metric: expected one of {', '.join(METRICS)}, got {metric!r}")
+        if not 0 < recall <= 1:
+            raise InputError(f"recall: expected a share above 0 and up to 1, got {recall!r}")
         names = chosen_layers(store.layers, layers)
-        dim, rows = sum(store.dims[name] for name in names), len(store)
+        part = range(len(store)) if rows is None else rows
+        if part.step != 1 or not 0 <= part.start < part.stop <= len(store):
+            raise InputError(f"rows: expected a range within the {len(store)} rows of the store, got {rows!r}")
+        source = Rows([(store, part)], names)
         if factory == "auto":
-            factory = "Flat" if rows <= _FLAT_ROWS else f"IVF{int(4 * rows**0.5)},Flat"
-        try:
-            index = faiss.index_factory(dim, factory, faiss.METRIC_INNER_PRODUCT)
-        except RuntimeError as error:
-            raise InputError(f"factory: FAISS does not know {factory!r} for {dim} numbers ({_brief(error)})") from None
-        vectors = _Vectors(store, names, metric)
-        if not index.is_trained:
-            sample = np.sort(np.random.default_rng(0).permutation(rows)[: min(rows, _TRAIN_ROWS)])
-            try:
-                index.train(vectors.read(sample))
-            except RuntimeError as error:
-                raise InputError(f"factory: {factory!r} cannot be trained on {rows} rows ({_brief(error)})") from None
-        for begin in range(0, rows, vectors.step):
-            index.add(vectors.read(slice(begin, begin + vectors.step)))
+            factory = _auto(source, recall, None if memory is None else parse_memory(memory))
         meta = {
+            "version": 2,
             "factory": factory,
             "metric": metric,
             "layers": names,
-            "dims": {name: store.dims[name] for name in names},
-            "rows": rows,
-            "ids": None if isinstance(store.ids, range) else list(store.ids),
+            "dims": source.dims,
             "projection": store.meta["projection"],
             "model": store.meta["model"],
             "recall": 1.0,
+            "breadth": 1,
         }
-        built = cls(index, meta)
-        if factory != "Flat":
-            built.recall = meta["recall"] = built._measure(vectors, queries)
+        folder = None
+        if path is not None:
+            folder = Path(path)
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "index.json").unlink(missing_ok=True)
+        if factory == "Flat":
+            scan = Scan(source.dims)
+            scan.add(source, folder)
+            built = cls(source, meta, scan, [])
+        else:
+            built = cls(source, meta, None, _build_bands(source, factory, metric))
+            built._tune(queries, recall)
+        if folder is not None:
+            built.save(folder)
         return built
 
-    def search(self, queries: Gradients, k: int = 10, harmful: bool = False) -> tuple[Tensor, Any]:
+    def add(self, store: GradientStore) -> None:
+        """Take in the rows of another store of the same model, projection and layers, behind those that are there.
+
+        Bands keep what they learnt from the first store. An index that was loaded is added to in memory; save it again.
+        """
+        for key in ("model", "projection"):
+            if store.meta[key] != self.meta[key]:
+                raise StoreError(f"store: another {key} than the index ({store.meta[key]}, {self.meta[key]})")
+        for name in self.layers:
+            if store.dims.get(name) != self.meta["dims"][name]:
+                raise StoreError(
+                    f"store: layer {name!r} has {store.dims.get(name)} numbers per row, the index {self.meta['dims'][name]}"
+                )
+        before = len(self)
+        rows = Rows([*self._rows.stores, (store, range(len(store)))], self.layers)
+        rows.native(self.layers)
+        if self._scan is not None:
+            self._scan.add(rows)
+        else:
+            _add_to_bands(self._bands, rows, before, self.metric)
+        self._rows = rows
+
+    def search(
+        self,
+        queries: Gradients,
+        k: int = 10,
+        harmful: bool = False,
+        *,
+        layers: Sequence[str] | Mapping[str, float] | None = None,
+        only: Tensor | Sequence[bool] | Sequence[int | str] | None = None,
+    ) -> tuple[Tensor, Any]:
         """The ``k`` most helpful rows for each query, or the most harmful.
 
         Args:
             queries: a store or ``{layer: (m, dim)}`` of the same layers and projection.
             k: rows to return, at most the number of rows.
             harmful: lowest scores first instead of highest first.
+            layers: search by some of the layers, or by a weight for each (``Flat`` alone).
+            only: a boolean mask ``(rows,)``, such as ``store.column("prediction") == 1``, or ids: rows to search among
+                (``Flat`` alone).
 
         Returns:
-            ``scores`` float32 ``(m, k)``, best first, and ``ids``: an int64 tensor ``(m, k)``, or lists where the
-            store's ids are strings.
+            ``scores`` float32 ``(m, k)``, best first, ties in row order, and ``ids``: an int64 tensor ``(m, k)``, or lists
+            where the store's ids are strings.
 
         Raises:
-            InputError: ``k`` out of range. StoreError: another model or projection.
-            InfluenceError: an approximate index that finds fewer than ``k`` rows however far it looks.
+            InputError: ``k`` out of range, or what ``Flat`` alone can do. StoreError: another model or projection; a shard
+                of the store that has changed. InfluenceError: an approximate index that finds fewer than ``k`` rows.
         """
-        vectors = self._queries(queries)
-        if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= len(self):
-            raise InputError(f"k: expected an int from 1 to the {len(self)} rows of the index, got {k!r}")
+        scores, rows = self.search_rows(queries, k, harmful, layers=layers, only=only)
+        ids = self.ids
+        if isinstance(ids, range):
+            return scores.float(), rows + ids.start
+        return scores.float(), [[ids[row] for row in found] for found in rows.tolist()]
+
+    def search_rows(
+        self,
+        queries: Gradients,
+        k: int = 10,
+        harmful: bool = False,
+        *,
+        layers: Sequence[str] | Mapping[str, float] | None = None,
+        only: Tensor | Sequence[bool] | Sequence[int | str] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """As :meth:`search`, with float64 scores and numbers of rows."""
+        weights = self._weights(layers)
+        values = self._queries(queries, list(weights))
+        allowed = None if only is None else self._mask(only)
+        most = len(self) if allowed is None else int(allowed.sum())
+        if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= most:
+            left = "" if allowed is None else " that are left"
+            raise InputError(f"k: expected an int from 1 to the {most} rows of the index{left}, got {k!r}")
         sign = -1 if harmful else 1
-        scores, rows = self._nearest(sign * vectors, k)
-        if isinstance(self.ids, range):
-            return sign * scores.float(), rows
-        return sign * scores.float(), [[self.ids[row] for row in found] for found in rows.tolist()]
+        if self._scan is not None:
+            names, factors = list(weights), list(weights.values())
+            cosine = self.metric == "cosine"
+            scores, rows = self._scan.search(self._rows, sign * values, names, factors, k, cosine, allowed)
+        else:
+            if layers is not None or allowed is not None:
+                raise InputError(
+                    f"layers, only: chosen at query time by a Flat index alone, this one is {self.factory}"
+                )
+            _log.info("%s finds %.1f %% of the true best 10", self.factory, 100 * self.recall)
+            scores, rows = self._approximately(sign * values, k)
+        # No -0 where a harmful search turned a zero.
+        return sign * scores + 0.0, rows
+
+    def column(self, name: str) -> Tensor:
+        """``loss``, ``correct`` or ``prediction`` of every row of the index, from its stores: ``(rows,)``."""
+        return torch.cat([store.column(name)[rows.start : rows.stop] for store, rows in self._rows.stores])
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the index into a folder: ``index.faiss`` and ``index.json``."""
+        """Write the index into a folder; ``index.json`` last."""
         folder = Path(path)
         folder.mkdir(parents=True, exist_ok=True)
-        faiss.write_index(self._index, str(folder / "index.faiss.part"))
-        (folder / "index.json.part").write_text(json.dumps(self.meta, indent=1) + "\n")
-        for name in ("index.faiss", "index.json"):
-            (folder / f"{name}.part").rename(folder / name)
+        files = []
+        if self._scan is not None:
+            self._scan.save(folder)
+            files = [segment_name(i) for i in range(len(self._scan.segments))]
+        for number, band in enumerate(self._bands):
+            files += band.save(folder, number)
+        stores = []
+        for store, rows in self._rows.stores:
+            where = os.path.relpath(store.path.resolve(), folder.resolve())
+            stores.append({"path": where, "digest": store.digest, "rows": [rows.start, rows.stop]})
+        hashes = {name: sha256(folder / name) for name in files}
+        sizes = [segment.rows for segment in self._scan.segments] if self._scan is not None else []
+        document = {**self.meta, "stores": stores, "segments": sizes, "files": hashes}
+        document["bands"] = [band.longest for band in self._bands]
+        part = folder / "index.json.part"
+        part.write_text(json.dumps(document, indent=1) + "\n")
+        part.rename(folder / "index.json")
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> InfluenceIndex:
-        """Read an index that :meth:`save` wrote. StoreError when there is none or it is damaged."""
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        store: GradientStore | Sequence[GradientStore] | None = None,
+        verify: bool = False,
+    ) -> InfluenceIndex:
+        """Map an index that :meth:`save` wrote, and open its store (or stores; ``store`` says where they are now).
+
+        ``verify`` hashes every file of the index first, and each shard of the store when it is first read.
+
+        Raises:
+            StoreError: there is none, it is damaged, or the store is another than was indexed.
+        """
         folder = Path(path)
         try:
             meta = json.loads((folder / "index.json").read_text())
-            index = faiss.read_index(str(folder / "index.faiss"))
-            built = cls(index, meta)
-        except FileNotFoundError:
-            raise StoreError(f"{folder}: no index (no index.json)") from None
-        except (ValueError, KeyError, RuntimeError) as error:
+            if meta["version"] != 2:
+                raise StoreError(f"{folder}: index version {meta['version']}, this library reads 2; build it again")
+            if verify:
+                for name, expected in meta["files"].items():
+                    if sha256(folder / name) != expected:
+                        raise StoreError(f"{folder / name}: damaged index, its SHA-256 is not that in index.json")
+            entries = meta["stores"]
+            given = [store] if isinstance(store, GradientStore) else list(store or [])
+            if store is not None and len(given) != len(entries):
+                raise InputError(f"store: the index is of {len(entries)} stores, got {len(given)}")
+            found = given or [GradientStore.open(folder / entry["path"], verify) for entry in entries]
+            for entry, one in zip(entries, found, strict=True):
+                if one.digest != entry["digest"]:
+                    raise StoreError(f"{one.path}: another store than was indexed; build the index again")
+            pairs = [(one, range(*entry["rows"])) for entry, one in zip(entries, found, strict=True)]
+            rows = Rows(pairs, meta["layers"])
+            scan = Scan.open(folder, meta["dims"], meta["segments"]) if meta["factory"] == "Flat" else None
+            bands = [_Band.load(folder, number, longest) for number, longest in enumerate(meta["bands"])]
+        except FileNotFoundError as error:
+            missing = Path(error.filename or "index.json").name
+            raise StoreError(f"{folder}: no index (no {missing})") from None
+        except (ValueError, KeyError, TypeError, RuntimeError) as error:
+            if isinstance(error, InfluenceError):
+                raise
             raise StoreError(f"{folder}: damaged index ({_brief(error)})") from None
-        if index.ntotal != meta["rows"]:
-            raise StoreError(f"{folder}: damaged index, {index.ntotal} vectors where {meta['rows']} are named")
-        return built
+        counted = scan.rows if scan is not None else sum(len(band.rows) for band in bands)
+        if counted != rows.count:
+            raise StoreError(f"{folder}: damaged index, {counted} vectors where {rows.count} are named")
+        return cls(
+            rows, {key: meta[key] for key in meta if key not in ("stores", "segments", "files", "bands")}, scan, bands
+        )
 
-    def _queries(self, queries: Gradients) -> np.ndarray:
+    def to_gpu(self) -> InfluenceIndex:
+        """The same index with its bands cloned to all GPUs, sharded; BackendError without faiss-gpu. ``Flat`` stays."""
+        if self._scan is not None:
+            return self
+        faiss = _faiss()
+
+        if not hasattr(faiss, "StandardGpuResources") or faiss.get_num_gpus() == 0:
+            raise BackendError("to_gpu: needs faiss-gpu and a GPU; search on the CPU instead")
+        options = faiss.GpuMultipleClonerOptions()
+        options.shard = True
+        bands = [_Band(faiss.index_cpu_to_all_gpus(b.index, co=options), b.rows, b.longest) for b in self._bands]
+        return InfluenceIndex(self._rows, self.meta, None, bands)
+
+    def _weights(self, layers: Sequence[str] | Mapping[str, float] | None) -> dict[str, float]:
+        if not isinstance(layers, Mapping):
+            return dict.fromkeys(chosen_layers(self.layers, layers), 1.0)
+        names = chosen_layers(self.layers, list(layers))
+        weights = {name: float(layers[name]) for name in names}
+        if not all(0 <= weight < float("inf") for weight in weights.values()) or not any(weights.values()):
+            raise InputError(f"layers: expected weights that are not negative, one of them positive, got {layers!r}")
+        return {name: weight for name, weight in weights.items() if weight}
+
+    def _mask(self, only: Any) -> Tensor:
+        n = len(self)
+        if isinstance(only, Tensor | np.ndarray) or (len(only) and isinstance(only[0], bool)):
+            given = torch.as_tensor(only)
+            if given.dtype == torch.bool:
+                if given.shape != (n,):
+                    raise InputError(f"only: expected a mask of the {n} rows, got shape {tuple(given.shape)}")
+                return given
+            only = given.tolist()
+        ids = self.ids
+        place = ids if isinstance(ids, range) else {name: row for row, name in enumerate(ids)}
+        mask = torch.zeros(n, dtype=torch.bool)
+        for name in only:
+            if name not in place:
+                raise InputError(f"only: no row has the id {name!r}")
+            mask[place.index(name) if isinstance(place, range) else place[name]] = True
+        return mask
+
+    def _queries(self, queries: Gradients, layers: list[str]) -> Tensor:
         found = Source("queries", queries)
-        for name in self.layers:
+        for name in layers:
             if name not in found.layers:
                 raise StoreError(f"queries: lack layer {name!r} of the index; they have {', '.join(found.layers)}")
             if found.dim(name) != self.meta["dims"][name]:
@@ -182,93 +371,280 @@ class InfluenceIndex:
                     raise StoreError(
                         f"queries: another {key} than the index ({found.store.meta[key]}, {self.meta[key]})"
                     )
-        values = torch.cat([found.read(name) for name in self.layers], 1)
+        values = torch.cat([found.read(name) for name in layers], 1)
         if not values.isfinite().all():
             row = int(values.isfinite().all(1).logical_not().nonzero()[0])
             raise InputError(f"queries: row {row} has NaN or infinity")
-        return _normalised(values).numpy() if self.metric == "cosine" else values.numpy()
+        return values
 
-    def _nearest(self, vectors: np.ndarray, k: int) -> tuple[Tensor, Tensor]:
-        """Scores and rows, highest first, ties in row order."""
-        values, rows = self._exactly(vectors, k) if self.factory == "Flat" else self._search(vectors, k)
-        order = np.lexsort((rows, -values), axis=1)[:, :k]
-        return tuple(torch.from_numpy(np.take_along_axis(found, order, 1)) for found in (values, rows))  # type: ignore
-
-    def _exactly(self, vectors: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """Candidates scored in float64, enough of them that none outside can belong to the best ``k``."""
-        width = min(len(self), k + 16)
+    def _approximately(self, values: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """Candidates of every band by direction, scored exactly; searched wider until every query has k rows."""
+        breadth, cosine = self.meta["breadth"], self.metric == "cosine"
+        unit = _unit(values).numpy()
+        weights = [1.0] * len(self.layers)
         while True:
-            values, rows = self._index.search(vectors, width)
-            # FAISS computes in float32: what lies this close to the k-th value may be above it.
-            doubt = 1e-5 * np.abs(values).max(1)
-            undecided = values[:, -1] >= values[:, k - 1] - doubt
-            if width == len(self) or not undecided.any():
+            numbers = torch.from_numpy(
+                np.concatenate([band.search(unit, _SPREAD * k, breadth) for band in self._bands], axis=1)
+            )
+            if int((numbers >= 0).sum(1).min()) >= k:
                 break
-            width = min(len(self), 4 * width)
-        exact = np.empty(values.shape)
-        for query, candidates in enumerate(rows):
-            found = self._index.reconstruct_batch(candidates).astype(np.float64)
-            exact[query] = found @ vectors[query].astype(np.float64)
-        return exact, rows
-
-    def _search(self, vectors: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """FAISS's answer, searched wider until every query has k rows: FAISS fills up with -1, which is no row."""
-        values, found = self._index.search(vectors, k)
-        name, limit = _breadth(self._index)
-        breadth = 1
-        while (found < 0).any():
             breadth *= 4
-            if name is None or breadth >= 4 * limit:
+            if breadth >= 4 * max(band.limit for band in self._bands):
                 raise InfluenceError(
                     f"index {self.factory!r} finds fewer than k={k} rows for some query; build a Flat one"
                 )
-            faiss.ParameterSpace().set_index_parameter(self._index, name, min(breadth, limit))
-            values, found = self._index.search(vectors, k)
-        return values, found
+        scores = rescore(self._rows, values, self.layers, weights, numbers, cosine)
+        order = np.lexsort((numbers.numpy(), -scores.numpy()), axis=1)[:, :k]  # NaN comes last
+        place = torch.from_numpy(order)
+        return scores.gather(1, place), numbers.gather(1, place)
 
-    def _measure(self, vectors: _Vectors, queries: Gradients | None) -> float:
+    def _tune(self, queries: Gradients | None, recall: float) -> None:
+        """Search wider until held-out queries find ``recall`` of their best 10, and note what was reached."""
         k = min(10, len(self))
         if queries is None:
-            rows = np.sort(np.random.default_rng(1).permutation(len(self))[:_HELD_OUT])
-            asked = vectors.read(rows)
+            numbers = torch.from_numpy(np.sort(np.random.default_rng(1).permutation(len(self))[:_HELD_OUT]))
+            asked = torch.cat([self._rows.take(name, numbers) for name in self.layers], 1)
         else:
-            asked = self._queries(queries)[:_HELD_OUT]
-        true = vectors.brute_force(asked, k).tolist()
-        found = self._index.search(asked, k)[1].tolist()
-        return float(np.mean([len(set(a) & set(b)) / k for a, b in zip(true, found, strict=True)]))
+            asked = self._queries(queries, self.layers)[:_HELD_OUT]
+        true = _best(self._rows, asked, k, self.metric)
+        limit = max(band.limit for band in self._bands)
+        while True:
+            found = self._approximately(asked, k)[1].tolist()
+            reached = float(np.mean([len(set(a) & set(b)) / k for a, b in zip(true.tolist(), found, strict=True)]))
+            self.recall = self.meta["recall"] = reached
+            if reached >= recall or self.meta["breadth"] >= limit:
+                return
+            self.meta["breadth"] = min(2 * self.meta["breadth"], limit)
 
 
-class _Vectors:
-    """Rows of a store as the vectors of an index, read in blocks."""
+class _Band:
+    """A FAISS index over the directions of rows of similar length."""
 
-    def __init__(self, store: GradientStore, layers: list[str], metric: str) -> None:
-        self.store, self.layers, self.metric = store, layers, metric
-        self.step = max(1, _BLOCK_BYTES // (4 * sum(store.dims[name] for name in layers)))
+    def __init__(self, index: Any, rows: np.ndarray, longest: float) -> None:
+        self.index, self.rows, self.longest = index, rows, longest
 
-    def read(self, rows: slice | np.ndarray) -> np.ndarray:
-        wanted = rows if isinstance(rows, slice) else rows.tolist()
-        values = torch.cat([self.store.read(name, wanted) for name in self.layers], 1)
-        return (_normalised(values) if self.metric == "cosine" else values).numpy()
+    @property
+    def limit(self) -> int:
+        """How wide a search can be."""
+        inner = _inner(self.index)
+        return getattr(inner, "nlist", None) or (inner.ntotal if hasattr(inner, "hnsw") else 1)
 
-    def brute_force(self, queries: np.ndarray, k: int) -> np.ndarray:
-        blocks = [self.read(slice(b, b + self.step)) @ queries.T for b in range(0, len(self.store), self.step)]
-        return np.argsort(-np.concatenate(blocks).T, axis=1, kind="stable")[:, :k]
+    @property
+    def nbytes(self) -> int:
+        faiss = _faiss()
+
+        return faiss.serialize_index(self.index).nbytes + self.rows.nbytes
+
+    def search(self, unit: np.ndarray, k: int, breadth: int) -> np.ndarray:
+        """Numbers of the rows nearest by direction, ``(m, k)``; -1 fills up."""
+        if not len(self.rows):
+            return np.full((len(unit), k), -1)
+        found = self.index.search(unit, min(k, len(self.rows)), params=_parameters(self.index, breadth))[1]
+        return np.where(found >= 0, self.rows[np.maximum(found, 0)], -1)
+
+    def save(self, folder: Path, number: int) -> list[str]:
+        faiss = _faiss()
+
+        names = [f"band-{number}.faiss", f"band-{number}.npy"]
+        faiss.write_index(self.index, str(folder / f"{names[0]}.part"))
+        with open(folder / f"{names[1]}.part", "wb") as file:
+            np.save(file, self.rows, allow_pickle=False)
+        for name in names:
+            (folder / f"{name}.part").rename(folder / name)
+        return names
+
+    @classmethod
+    def load(cls, folder: Path, number: int, longest: float) -> _Band:
+        faiss = _faiss()
+
+        path = str(folder / f"band-{number}.faiss")
+        if not os.path.exists(path):
+            raise FileNotFoundError(2, "missing", path)
+        try:
+            index = faiss.read_index(path, faiss.IO_FLAG_MMAP_IFC)
+        except (RuntimeError, AttributeError):  # not every kind of index can be mapped
+            index = faiss.read_index(path)
+        rows = np.load(folder / f"band-{number}.npy", allow_pickle=False)
+        if index.ntotal != len(rows):
+            raise StoreError(f"{path}: damaged index, {index.ntotal} vectors where {len(rows)} are named")
+        return cls(index, rows, longest)
 
 
-def _normalised(values: Tensor) -> Tensor:
+def vote_from_index(
+    index: InfluenceIndex, queries: Gradients, k: int, *, check: int = 8
+) -> tuple[Tensor, dict[str, float | int]]:
+    """``vote`` from searches: for every layer and query the ``k`` most harmful rows, ``-sum of (k - rank)`` of each.
+
+    No row of influence is formed, so this is for small ``k``; the index is a ``Flat`` one of inner products, to search layer by
+    layer. It differs from ``aggregate(.., "vote")`` only in ties: scores are compared in float64, and those across the
+    k-th place count as if no more rows shared them.
+
+    Returns:
+        Votes float64 ``(n,)`` and ``{"checked": rows of influence computed to compare, "difference": share of their votes
+        that went elsewhere}``.
+    """
+    if index.metric != "dot":
+        raise InputError("index: votes from an index are of inner products; build it with metric='dot'")
+    source, n = Source("queries", queries), len(index)
+    votes = torch.zeros(n, dtype=torch.float64)
+    off, total, checked = 0.0, 0.0, 0
+    picked = set(np.random.default_rng(0).permutation(len(index.layers) * source.rows)[:check].tolist())
+    for layer, name in enumerate(index.layers):
+        values = source.read(name)
+        scores, rows = index.search_rows({name: values}, k, harmful=True, layers=[name])
+        for query in range(source.rows):
+            _, run, size = scores[query].unique_consecutive(return_inverse=True, return_counts=True)
+            rank = (size.cumsum(0) - (size + 1) / 2)[run].double()
+            votes[rows[query]] -= k - rank
+            if layer * source.rows + query in picked:
+                own = torch.zeros(n, dtype=torch.float64)
+                own[rows[query]] = rank - k
+                row = torch.cat([values[query] @ block.T for _, _, block in _blocks(index._rows, layers=[name])])
+                exact = ops.vote(row[None], k)
+                off += float((exact - own).abs().sum()) / 2
+                total += float(exact.abs().sum())
+                checked += 1
+    return votes, {"checked": checked, "difference": off / total if total else 0.0}
+
+
+def _auto(rows: Rows, recall: float, memory: int | None) -> str:
+    """A factory string by rows, numbers per row, memory and recall."""
+    n, dim = rows.count, sum(rows.dims.values())
+    _, stride = parts_of(rows.dims)
+    if (memory is None or n * (stride + 16 * len(rows.dims)) <= memory) and (recall == 1 or n * stride <= _SLOW_SCAN):
+        return "Flat"
+    lists = int(2 ** np.clip(np.round(np.log2(4 * n**0.5)), 4, 16))
+    centres = 4 * dim * lists
+    codes = [("SQ8", dim), ("SQ4", dim / 2), *((f"PQ{dim // d}", dim / d) for d in (4, 8, 16) if dim % d == 0)]
+    for name, size in codes:
+        if recall < 1 and (memory is None or n * (size + 16) + centres <= memory):
+            return f"IVF{lists},{name}"
+    raise InputError(f"memory: no index of {n} rows of {dim} numbers fits {memory} bytes at recall {recall:g}")
+
+
+def _build_bands(rows: Rows, factory: str, metric: str) -> list[_Band]:
+    faiss = _faiss()
+
+    dim = sum(rows.dims.values())
+    try:
+        faiss.index_factory(dim, factory, faiss.METRIC_INNER_PRODUCT)
+    except RuntimeError as error:
+        raise InputError(f"factory: FAISS does not know {factory!r} for {dim} numbers ({_brief(error)})") from None
+    square = torch.zeros(rows.count, dtype=torch.float64)
+    for begin, end, values in _blocks(rows):
+        square[begin:end] = values.double().square().sum(1)
+    length = square.sqrt().numpy()
+    lists = re.search(r"IVF(\d+)", factory)
+    least = max(_BAND_ROWS, 40 * int(lists[1])) if lists else _BAND_ROWS
+    edges = [float(length.max())] if metric == "cosine" else _edges(length, least)
+    # A band takes rows up to its edge; rows longer than all, which come later, go to the last.
+    place = np.minimum(np.searchsorted(edges, length), len(edges) - 1)
+    bands = []
+    for number, edge in enumerate(edges):
+        index = faiss.index_factory(dim, factory, faiss.METRIC_INNER_PRODUCT)
+        inner = _inner(index)
+        if hasattr(inner, "cp"):
+            inner.cp.spherical = True
+        mine = np.flatnonzero(place == number)
+        if not index.is_trained:
+            chosen = np.sort(np.random.default_rng(number).permutation(mine)[:_TRAIN_ROWS])
+            sample = torch.cat([rows.take(name, torch.from_numpy(chosen)) for name in rows.layers], 1)
+            try:
+                index.train(_unit(sample).numpy())
+            except RuntimeError as error:
+                raise InputError(
+                    f"factory: {factory!r} cannot be trained on {len(mine)} rows ({_brief(error)})"
+                ) from None
+        bands.append(_Band(index, np.empty(0, np.int64), edge))
+    _add_to_bands(bands, rows, 0, metric)
+    return bands
+
+
+def _add_to_bands(bands: list[_Band], rows: Rows, first: int, metric: str) -> None:
+    edges = [band.longest for band in bands]
+    grown: list[list[np.ndarray]] = [[band.rows] for band in bands]
+    for begin, _, values in _blocks(rows, first):
+        length = values.double().square().sum(1).sqrt().numpy()
+        place = (
+            np.minimum(np.searchsorted(edges, length), len(bands) - 1)
+            if metric == "dot"
+            else np.zeros(len(length), int)
+        )
+        unit = _unit(values).numpy()
+        for number, band in enumerate(bands):
+            mine = np.flatnonzero(place == number)
+            if len(mine):
+                band.index.add(np.ascontiguousarray(unit[mine]))
+                grown[number].append(begin + mine)
+    for band, parts in zip(bands, grown, strict=True):
+        band.rows = np.concatenate(parts)
+
+
+def _edges(length: np.ndarray, least: int) -> list[float]:
+    """Upper lengths of the bands, ascending: a factor of 1.5 apart, wider where a band would have few rows."""
+    ordered = np.sort(length)
+    edges, end = [float(ordered[-1])], len(ordered)
+    while end > 0:
+        begin = min(int(np.searchsorted(ordered, edges[-1] / _BAND_RATIO, "right")), end - least)
+        if begin < least:
+            break
+        edges.append(float(ordered[begin - 1]))
+        end = int(np.searchsorted(ordered, edges[-1], "right"))
+    return edges[::-1]
+
+
+def _blocks(rows: Rows, first: int = 0, layers: Sequence[str] | None = None) -> Iterator[tuple[int, int, Tensor]]:
+    names = rows.layers if layers is None else layers
+    step = max(1, _BLOCK_BYTES // (4 * sum(rows.dims[name] for name in names)))
+    for begin in range(first, rows.count, step):
+        end = min(begin + step, rows.count)
+        yield begin, end, torch.cat([rows.read(name, begin, end) for name in names], 1)
+
+
+def _best(rows: Rows, queries: Tensor, k: int, metric: str) -> Tensor:
+    """Row numbers of the best k by brute force in float32."""
+    best, where = torch.empty(len(queries), 0), torch.empty(len(queries), 0, dtype=torch.int64)
+    for begin, end, values in _blocks(rows):
+        scores = queries @ (_unit(values) if metric == "cosine" else values).T
+        best = torch.cat([best, scores], 1)
+        where = torch.cat([where, torch.arange(begin, end).expand(len(queries), -1)], 1)
+        best, place = best.topk(min(k, best.shape[1]))
+        where = where.gather(1, place)
+    return where
+
+
+def _faiss() -> Any:
+    """FAISS, which exact search does without."""
+    try:
+        return importlib.import_module("faiss")
+    except ImportError as error:
+        raise BackendError(f"factory: any but Flat needs FAISS (pip install faiss-cpu): {error}") from None
+
+
+def _unit(values: Tensor) -> Tensor:
     norm = values.double().norm(dim=1, keepdim=True)
     return torch.where(norm > 0, values / norm, 0).float()
 
 
-def _breadth(index: Any) -> tuple[str | None, int]:
-    """The FAISS parameter that widens a search, and its largest useful value."""
-    inner = faiss.downcast_index(index.index if isinstance(index, faiss.IndexPreTransform) else index)
+def _inner(index: Any) -> Any:
+    faiss = _faiss()
+
+    return faiss.downcast_index(index.index if isinstance(index, faiss.IndexPreTransform) else index)
+
+
+def _parameters(index: Any, breadth: int) -> Any:
+    """How wide to search, for this call alone: other threads may ask for something else."""
+    faiss = _faiss()
+
+    inner, found = _inner(index), None
     if hasattr(inner, "nlist"):
-        return "nprobe", inner.nlist
-    if hasattr(inner, "hnsw"):
-        return "efSearch", inner.ntotal
-    return None, 0
+        found = faiss.SearchParametersIVF(nprobe=min(breadth, inner.nlist))
+    elif hasattr(inner, "hnsw"):
+        found = faiss.SearchParametersHNSW(efSearch=min(max(16, breadth), max(16, inner.ntotal)))
+    if found is not None and isinstance(index, faiss.IndexPreTransform):
+        return faiss.SearchParametersPreTransform(index_params=found)
+    return found
 
 
 def _brief(error: Exception) -> str:
-    return str(error).strip().splitlines()[-1].split("Error: ")[-1][:200]
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1].split("Error: ")[-1][:200]

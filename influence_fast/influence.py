@@ -20,6 +20,8 @@ others: each costs one matrix product per layer. No matrix of n x n is formed, b
 
 from __future__ import annotations
 
+import hashlib
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -32,7 +34,11 @@ from influence_fast.store import GradientStore
 
 METHODS = ("dot", "cosine", "datainf", "trak", "trackstar", "ekfac")
 Gradients = GradientStore | Mapping[str, Tensor]
-_BLOCK_BYTES = 128 << 20
+# Gradients read at once: small enough to be found in cache by the product that follows.
+_BLOCK_BYTES = 16 << 20
+_MEMORY = 512 << 20
+# Bytes that ranking takes for each training sample, apart from the influence itself: kernels' room on two threads and sums.
+_RANKING = 100
 
 
 def influence(
@@ -43,6 +49,7 @@ def influence(
     *,
     damping: float = 0.1,
     factors: Mapping[str, tuple[Tensor, Tensor]] | None = None,
+    memory: int | str = _MEMORY,
 ) -> InfluenceMatrix:
     """Influence of the rows of ``train`` on ``queries``, computed when asked for.
 
@@ -53,16 +60,19 @@ def influence(
         layers: some of the layers; all by default.
         damping: share of the curvature's mean eigenvalue that is added to each (all but ``dot`` and ``cosine``).
         factors: ``{layer: (E[x x^T], E[dy dy^T])}`` of :func:`~influence_fast.kronecker_factors`, for ``ekfac``.
+        memory: what blocks of influence, and aggregating them, may take, in bytes or as text such as ``2GiB``. More means
+            fewer passes over the training store. Queries, scores and one block of gradients come on top.
 
     Raises:
-        InputError: unknown method or layer, shapes that do not fit, gradients that are not finite, missing factors.
+        InputError: unknown method or layer, shapes that do not fit, gradients that are not finite, missing factors, too
+            little memory.
         StoreError: stores of different models or projections.
     """
     if method not in METHODS:
         raise InputError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
     if not 0 < damping < float("inf"):
         raise InputError(f"damping: expected a positive share of the mean eigenvalue, got {damping!r}")
-    matrix = InfluenceMatrix(Source("train", train), Source("queries", queries), method, layers)
+    matrix = InfluenceMatrix(Source("train", train), Source("queries", queries), method, layers, memory)
     matrix.damping, matrix.factors = damping, factors or {}
     missing = [name for name in matrix.layers if name not in matrix.factors] if method == "ekfac" else []
     if missing:
@@ -83,8 +93,11 @@ class InfluenceMatrix:
         query_correct: boolean ``(m,)`` of the queries that the model predicts correctly, or None if not known.
     """
 
-    def __init__(self, train: Source, queries: Source, method: str, layers: list[str] | None) -> None:
+    def __init__(
+        self, train: Source, queries: Source, method: str, layers: list[str] | None, memory: int | str = _MEMORY
+    ) -> None:
         train.check_matches(queries)
+        self.memory = parse_memory(memory)
         self.method = method
         self.layers = chosen_layers(train.layers, layers)
         self.shape = (queries.rows, train.rows)
@@ -113,17 +126,56 @@ class InfluenceMatrix:
         return self._rows(self._checked(name), slice(0, self.shape[0]))
 
     def __iter__(self) -> Iterator[tuple[str, slice, Tensor]]:
+        for name, queries in self.pieces():
+            yield name, queries, self.piece(name, queries)
+
+    def pieces(self) -> list[tuple[str, slice]]:
+        """What iterating goes through: layers, and slices of the queries that fit the memory."""
         m, n = self.shape
-        step = max(1, _BLOCK_BYTES // (4 * max(n, 1)))
-        for name in self.layers:
-            for begin in range(0, m, step):
-                queries = slice(begin, min(begin + step, m))
-                yield name, queries, self._rows(name, queries)
+        step = (self.memory - _RANKING * n) // (4 * n)
+        if step < 1:
+            need = (_RANKING + 4) * n
+            raise InputError(f"memory: {self.memory} bytes hold no row of {n} samples; this takes {need} at least")
+        return [(name, slice(begin, min(begin + step, m))) for name in self.layers for begin in range(0, m, step)]
+
+    def piece(self, name: str, queries: slice) -> Tensor:
+        """Influence of all training rows on some queries: float32 ``(len(queries), n)``."""
+        return self._rows(name, queries)
+
+    def mean(self, name: str, keep: Tensor) -> Tensor:
+        """Mean influence over sets of queries, in one pass over the layer: boolean ``(c, m)`` -> float64 ``(c, n)``.
+
+        The mean of inner products is the inner product with the mean query, so no row of influence is formed.
+        """
+        values = self.query(self._checked(name)).double()
+        bad = values.isfinite().all(1).logical_not().nonzero()
+        if len(bad):
+            raise InputError(f"influence: layer {name!r} has NaN or infinity for query {int(bad[0])}")
+        share = keep.double()
+        average = (share @ values) / share.sum(1, keepdim=True)
+        out = torch.empty(len(keep), self.shape[1], dtype=torch.float64)
+        for train in self._train.blocks(name):
+            out[:, train] = average @ self._train.read(name, train).double().T
+            if name in self._scale:
+                out[:, train] *= self._scale[name][train]
+        bad = out.isfinite().all(0).logical_not().nonzero()
+        if len(bad):
+            raise InputError(f"influence: layer {name!r} has NaN or infinity for training row {int(bad[0])}")
+        return out
+
+    @property
+    def digest(self) -> str:
+        """Tells apart what was computed from what: SHA-256 over both sides, method and layers."""
+        parts = [self._train.digest, self._queries.digest, self.method, repr(self.damping), *self.layers]
+        for name, pair in self.factors.items():
+            parts += [name, *(hashlib.sha256(factor.contiguous().cpu().numpy().data).hexdigest() for factor in pair)]
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
     def columns(self) -> Iterator[tuple[slice, Tensor]]:
         """Blocks of training rows with all layers and queries: ``(train, values)``, values ``(L, m, len(train))``."""
         m, n = self.shape
-        step = max(1, _BLOCK_BYTES // (4 * max(m * len(self.layers), 1)))
+        # Sorting a block takes about four times its size.
+        step = max(1, min(self.memory, 4 * _MEMORY) // (16 * max(m * len(self.layers), 1)))
         for begin in range(0, n, step):
             train = slice(begin, min(begin + step, n))
             yield train, torch.stack([self._product(name, slice(0, m), train) for name in self.layers])
@@ -154,8 +206,11 @@ class InfluenceMatrix:
 
     def _rows(self, name: str, queries: slice) -> Tensor:
         out = torch.empty(queries.stop - queries.start, self.shape[1])
+        self.query(name)
         for train in self._train.blocks(name):
-            out[:, train] = self._product(name, queries, train)
+            torch.mm(self.query(name)[queries], self._train.read(name, train).T, out=out[:, train])
+            if name in self._scale:
+                out[:, train] *= self._scale[name][train]
         return out
 
     def _product(self, name: str, queries: slice, train: slice) -> Tensor:
@@ -256,6 +311,19 @@ class Source:
             self._sqnorm[name] = found
         return self._sqnorm[name]
 
+    @property
+    def digest(self) -> str:
+        """SHA-256 of a store's manifest hashes, or of the bytes in memory."""
+        if self.store is not None:
+            return self.store.digest
+        digest = hashlib.sha256()
+        for name, tensor in self.memory.items():
+            values = tensor.detach().float().contiguous()
+            digest.update(f"{name} {tuple(values.shape)}\n".encode())
+            if values.numel():
+                digest.update(values.view(torch.uint8).numpy().data)
+        return digest.hexdigest()
+
     def check_matches(self, other: Source) -> None:
         """Raise unless ``other``'s gradients live in the same space as these."""
         missing = [name for name in self.layers if name not in other.layers]
@@ -281,6 +349,19 @@ class Source:
             mine, theirs = self.store.meta["layers"][name], other.store.meta["layers"][name]
             if mine != theirs:
                 raise StoreError(f"{other.argument}: layer {name!r} is {theirs}, {self.argument} has {mine}")
+
+
+def parse_memory(memory: int | str) -> int:
+    """Bytes from an int or from text such as ``512MiB``, ``2GiB`` or ``1.5GB``."""
+    units = {"": 1, "b": 1, **{f"{u}b": 1000**i for i, u in enumerate("kmgt", 1)}}
+    units |= {f"{u}ib": 1024**i for i, u in enumerate("kmgt", 1)}
+    if isinstance(memory, str):
+        found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", memory.lower())
+        if found and found[2] in units:
+            memory = int(float(found[1]) * units[found[2]])
+    if isinstance(memory, bool) or not isinstance(memory, int) or memory < 1:
+        raise InputError(f"memory: expected bytes, or text such as 2GiB, got {memory!r}")
+    return memory
 
 
 def _inverse_norm(sqnorm: Tensor) -> Tensor:

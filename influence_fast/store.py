@@ -59,6 +59,7 @@ import errno
 import fcntl
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -98,9 +99,10 @@ class GradientStore:
         meta: the manifest.
     """
 
-    def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
+    def __init__(self, path: Path, manifest: dict[str, Any], verify: bool = False) -> None:
         self.path = path
         self.meta = manifest
+        self._verify = verify
         self.layers: list[str] = list(manifest["layers"])
         self.dims: dict[str, int] = {name: layer["dim"] for name, layer in manifest["layers"].items()}
         self.shapes: dict[str, tuple[int, int]] = {
@@ -109,8 +111,11 @@ class GradientStore:
         self.ids: Sequence[int | str] = range(manifest["rows"]) if manifest["ids"] is None else manifest["ids"]
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str]) -> GradientStore:
+    def open(cls, path: str | os.PathLike[str], verify: bool = False) -> GradientStore:
         """Open a finished store.
+
+        With ``verify`` the first read of a shard, whoever reads, hashes it and raises StoreError where it is damaged:
+        one more pass over the bytes that a job streams. :meth:`verify` does the same at once.
 
         Raises:
             StoreError: there is none, its manifest is damaged or of another version, the build is unfinished, or a
@@ -121,9 +126,8 @@ class GradientStore:
         done = sum(shard["rows"] for shard in manifest["shards"])
         if done != manifest["rows"]:
             raise StoreError(f"{folder}: unfinished, {done} of {manifest['rows']} rows; build it again to go on")
-        store = cls(folder, manifest)
-        for shard in store._shards:
-            shard.check_size()
+        store = cls(folder, manifest, verify)
+        store.check_sizes()
         return store
 
     def __len__(self) -> int:
@@ -141,14 +145,12 @@ class GradientStore:
         ``rows`` is a slice, a sequence or tensor of row numbers (negative ones count from the end), or a boolean mask.
         Only the rows asked for are read.
         """
-        if layer not in self.dims:
-            raise InputError(f"layer: the store has no {layer!r}; it has {', '.join(self.layers)}")
-        return self._gather(rows, torch.float32, (self.dims[layer],), lambda shard, own: shard.gradients(layer, own))
+        self._check_layer(layer)
+        return self._gather(layer, rows)
 
     def sqnorm(self, layer: str) -> Tensor:
         """Exact ``|g|^2`` of every row: float64 ``(n,)``, of the (projected) gradient before rounding to dtype."""
-        if layer not in self.dims:
-            raise InputError(f"layer: the store has no {layer!r}; it has {', '.join(self.layers)}")
+        self._check_layer(layer)
         return torch.cat([shard.tensor(f"@sqnorm/{layer}") for shard in self._shards])
 
     @property
@@ -165,32 +167,92 @@ class GradientStore:
     def verify(self) -> None:
         """Hash every shard and check what it holds; :class:`StoreError` names the first that is damaged."""
         for shard in self._shards:
-            shard.check_size()
-            found = _hash(shard.path)
-            if found != shard.sha256:
-                raise StoreError(f"{shard.path}: damaged, its SHA-256 is {found}, the manifest says {shard.sha256}")
+            shard.check_bytes()
             shard.check_entries(self.dims, self.meta["dtype"])
+
+    def check_sizes(self) -> None:
+        """StoreError names the first shard that is missing or not as long as it was written."""
+        for shard in self._shards:
+            shard.check_size()
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over the hashes of the shards in the manifest: tells stores apart without reading them."""
+        return hashlib.sha256("".join(shard.sha256 for shard in self._shards).encode()).hexdigest()
+
+    def shard_of(self, row: int) -> Path:
+        """The file that holds a row."""
+        return self._shards[int(np.searchsorted(self.firsts, row, "right")) - 1].path
+
+    @cached_property
+    def firsts(self) -> np.ndarray:
+        """Number of the first row of each shard, and behind them the number of rows: int64 ``(shards + 1,)``."""
+        return np.cumsum([0, *(shard.rows for shard in self._shards)], dtype=np.int64)
+
+    def addresses(self, name: str) -> np.ndarray:
+        """Where a tensor begins in the mapped memory of each shard: int64 ``(shards,)``, valid while the store lives."""
+        return np.array([shard.address(name) for shard in self._shards], np.int64)
+
+    def to_parquet(self, path: str | os.PathLike[str], layers: Sequence[str] | None = None) -> None:
+        """Write one Parquet file, for a vector database or data frames: a row group per shard.
+
+        Columns: ``id``, each layer as a fixed-size list of float32, ``|g|^2`` of each as ``sqnorm/LAYER``, and what is
+        kept beside (``loss``, ``correct``, ``prediction``). InputError: a layer that the store lacks, or ids of both kinds.
+        """
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        names = self.layers if layers is None else list(layers)
+        for name in names:
+            self._check_layer(name)
+        kinds = {type(name) for name in self.ids} if not isinstance(self.ids, range) else {int}
+        if len(kinds) > 1:
+            raise InputError("ids: a column is of one type; these are numbers and names")
+        target = Path(path)
+        part = target.with_name(target.name + ".part")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        writer: Any = None
+        try:
+            for shard, begin in zip(self._shards, self.firsts, strict=False):
+                columns = {"id": pa.array(list(self.ids[begin : begin + shard.rows]))}
+                for name in names:
+                    values = pa.array(shard.gradients(name, slice(0, shard.rows)).flatten().numpy())
+                    columns[name] = pa.FixedSizeListArray.from_arrays(values, self.dims[name])
+                    columns[f"sqnorm/{name}"] = pa.array(shard.tensor(f"@sqnorm/{name}").numpy())
+                for name in self.columns:
+                    columns[name] = pa.array(shard.tensor(f"@column/{name}").numpy())
+                table = pa.table(columns)
+                if writer is None:
+                    writer = pq.ParquetWriter(part, table.schema)
+                writer.write_table(table, row_group_size=shard.rows)
+            writer.close()
+            part.rename(target)
+        finally:
+            part.unlink(missing_ok=True)
 
     @cached_property
     def _shards(self) -> list[_Shard]:
-        return [_Shard(self.path / shard["file"], **shard) for shard in self.meta["shards"]]
+        return [_Shard(self.path / shard["file"], **shard, verify=self._verify) for shard in self.meta["shards"]]
 
-    def _gather(self, rows: Rows, dtype: torch.dtype, shape: tuple[int, ...], read: Any) -> Tensor:
+    def _check_layer(self, layer: str) -> None:
+        if layer not in self.dims:
+            raise InputError(f"layer: the store has no {layer!r}; it has {', '.join(self.layers)}")
+
+    def _gather(self, layer: str, rows: Rows) -> Tensor:
         wanted = _row_numbers(rows, len(self))
-        out = torch.empty((len(wanted), *shape), dtype=dtype)
-        begin = 0
-        for shard in self._shards:
+        out = torch.empty(len(wanted), self.dims[layer])
+        numbers = None if isinstance(wanted, range) and wanted.step == 1 else np.asarray(wanted, dtype=np.int64)
+        for shard, begin in zip(self._shards, self.firsts.tolist(), strict=False):
             end = begin + shard.rows
-            if isinstance(wanted, range) and wanted.step == 1:
-                low, high = max(wanted.start, begin), min(wanted.stop, end)
+            if numbers is None:
+                low, high = max(wanted.start, begin), min(wanted.stop, end)  # type: ignore[union-attr]
                 if low < high:
-                    out[low - wanted.start : high - wanted.start] = read(shard, slice(low - begin, high - begin))
+                    place = out[low - wanted.start : high - wanted.start]  # type: ignore[union-attr]
+                    shard.gradients(layer, slice(low - begin, high - begin), place)
             else:
-                numbers = np.asarray(wanted, dtype=np.int64)
                 places = np.flatnonzero((numbers >= begin) & (numbers < end))
                 if len(places):
-                    out[torch.from_numpy(places)] = read(shard, numbers[places] - begin)
-            begin = end
+                    out[torch.from_numpy(places)] = shard.gradients(layer, numbers[places] - begin)
         return out
 
 
@@ -389,10 +451,11 @@ class StoreWriter:
 
 
 class _Shard:
-    """One shard file, mapped when first read."""
+    """One shard file. Runs of rows are read, rows here and there through a memory map."""
 
-    def __init__(self, path: Path, file: str, rows: int, bytes: int, sha256: str) -> None:
+    def __init__(self, path: Path, file: str, rows: int, bytes: int, sha256: str, verify: bool = False) -> None:
         self.path, self.rows, self.bytes, self.sha256 = path, rows, bytes, sha256
+        self._verify = verify
 
     def check_size(self) -> None:
         try:
@@ -401,6 +464,12 @@ class _Shard:
             raise StoreError(f"{self.path}: missing") from None
         if size != self.bytes:
             raise StoreError(f"{self.path}: damaged, {size} bytes long where the manifest says {self.bytes}")
+
+    def check_bytes(self) -> None:
+        self.check_size()
+        found = _hash(self.path)
+        if found != self.sha256:
+            raise StoreError(f"{self.path}: damaged, its SHA-256 is {found}, the manifest says {self.sha256}")
 
     def check_entries(self, dims: Mapping[str, int], dtype: str) -> None:
         for layer, dim in dims.items():
@@ -412,10 +481,15 @@ class _Shard:
 
     @cached_property
     def _bytes(self) -> np.memmap[Any, np.dtype[np.uint8]]:
-        return np.memmap(self.path, dtype=np.uint8, mode="r")
+        try:
+            return np.memmap(self.path, dtype=np.uint8, mode="r")
+        except (OSError, ValueError) as error:
+            raise StoreError(f"{self.path}: cannot be read ({error})") from None
 
     @cached_property
     def _header(self) -> tuple[int, dict[str, Any]]:
+        if self._verify:
+            self.check_bytes()
         try:
             size = int(self._bytes[:8].view("<u8")[0])
             header = json.loads(bytes(self._bytes[8 : 8 + size]))
@@ -428,22 +502,55 @@ class _Shard:
     def entries(self) -> dict[str, Any]:
         return self._header[1]
 
-    def array(self, name: str, rows: Any = slice(None)) -> Tensor:
+    def address(self, name: str) -> int:
+        start, _, _ = self._place(name)
+        return int(self._bytes.ctypes.data) + start
+
+    def array(self, name: str, rows: slice | np.ndarray = slice(None)) -> Tensor:
         """A copy of some rows of a tensor, in its own dtype."""
-        start, header = self._header
-        if name not in header:
-            raise StoreError(f"{self.path}: has no {name!r}")
-        begin, end = header[name]["data_offsets"]
-        shape, dtype = header[name]["shape"], _TORCH[header[name]["dtype"]]
-        flat = self._bytes[start + begin : start + end].reshape(shape[0], -1)
-        return torch.from_numpy(np.array(flat[rows])).view(dtype).reshape(-1, *shape[1:])
+        start, shape, dtype = self._place(name)
+        width = dtype.itemsize * math.prod(shape[1:])
+        if not isinstance(rows, slice):
+            flat = self._bytes[start : start + shape[0] * width].reshape(shape[0], width)
+            return torch.from_numpy(flat[rows]).view(dtype).reshape(-1, *shape[1:])
+        begin, end, _ = rows.indices(shape[0])
+        out = torch.empty(end - begin, *shape[1:], dtype=dtype)
+        self._read(out, start + begin * width)
+        return out
 
     def tensor(self, name: str) -> Tensor:
         return self.array(name)
 
-    def gradients(self, layer: str, rows: Any) -> Tensor:
+    def gradients(self, layer: str, rows: slice | np.ndarray, out: Tensor | None = None) -> Tensor:
+        """Rows of a layer in float32, into ``out`` if given."""
+        start, shape, dtype = self._place(layer)
+        if out is not None and isinstance(rows, slice) and dtype == torch.float32:
+            self._read(out, start + rows.start * 4 * shape[1])
+            return out
         values = self.array(layer, rows).float()
-        return values * self.array(f"@scale/{layer}", rows)[:, None] if f"@scale/{layer}" in self.entries else values
+        if f"@scale/{layer}" in self.entries:
+            values = values * self.array(f"@scale/{layer}", rows)[:, None]
+        return values if out is None else out.copy_(values)
+
+    def _place(self, name: str) -> tuple[int, list[int], torch.dtype]:
+        start, header = self._header
+        if name not in header:
+            raise StoreError(f"{self.path}: has no {name!r}")
+        begin, _ = header[name]["data_offsets"]
+        return start + begin, header[name]["shape"], _TORCH[header[name]["dtype"]]
+
+    def _read(self, out: Tensor, at: int) -> None:
+        """Fill a contiguous tensor; a file that has become shorter is an error here, and a crash through a map."""
+        view = out.view(torch.uint8).numpy().reshape(-1).data
+        try:
+            with open(self.path, "rb", buffering=0) as file:
+                while len(view):
+                    count = os.preadv(file.fileno(), [view], at)
+                    if count == 0:
+                        raise StoreError(f"{self.path}: damaged, it ends at {at} where there should be rows")
+                    view, at = view[count:], at + count
+        except OSError as error:
+            raise StoreError(f"{self.path}: cannot be read ({error})") from None
 
 
 def _write(file: IO[bytes], data: bytes) -> None:

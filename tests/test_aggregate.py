@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import rankdata
+from stores import write_store
 from torch import Tensor
 
 import influence_fast as inf
@@ -127,3 +131,74 @@ def test_what_is_not_finite_is_named(method: str, bad: float) -> None:
     data["l1"][3, 2] = bad
     with pytest.raises(inf.InputError, match="layer 'l1' has NaN or infinity for query 3"):
         inf.aggregate(data, method)
+
+
+def stored(tmp_path: Path, rows: int = 300) -> tuple[inf.GradientStore, dict[str, Tensor]]:
+    random = torch.Generator().manual_seed(0)
+    train = {name: torch.randn(rows, dim, generator=random) for name, dim in (("a", 6), ("b", 10))}
+    queries = {name: torch.randn(25, dim, generator=random) for name, dim in (("a", 6), ("b", 10))}
+    return write_store(tmp_path / "s", train, shard_rows=64), queries
+
+
+@pytest.mark.parametrize("method", ["dot", "cosine", "datainf"])
+def test_any_memory_gives_the_same_scores(tmp_path: Path, method: str) -> None:
+    store, queries = stored(tmp_path)
+    mask = torch.arange(25) % 3 == 0
+    names, found = ["mean", "rank", "vote", "mean-c", "rank-c", "vote-c", "median"], []
+    for memory in (104 * 300, 300 * 150, "1GiB"):
+        matrix = inf.influence(store, queries, method, memory=memory)
+        matrix.query_correct = mask
+        found.append(inf.aggregate_many(matrix, names)["all"])
+    dense = {name: matrix.layer(name) for name in matrix.layers}
+    for method in names:
+        for other in found[1:]:
+            torch.testing.assert_close(other[method], found[0][method], rtol=1e-6, atol=1e-9)
+        expected = inf.aggregate(dense, method, queries=mask if method.endswith("-c") else None)
+        torch.testing.assert_close(found[0][method], expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
+    with pytest.raises(inf.InputError, match="memory: 31199 bytes hold no row of 300 samples; this takes 31200"):
+        inf.aggregate(inf.influence(store, queries, memory=104 * 300 - 1), "rank")
+    for bad in ("2 apples", 0, True, "GiB"):
+        with pytest.raises(inf.InputError, match="memory: expected bytes, or text such as 2GiB"):
+            inf.influence(store, queries, memory=bad)
+
+
+def test_the_mean_forms_no_row_of_influence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, queries = stored(tmp_path)
+    expected = inf.aggregate(inf.influence(store, queries), "mean")
+    monkeypatch.setattr(inf.InfluenceMatrix, "_rows", None)
+    assert torch.equal(inf.aggregate(inf.influence(store, queries, memory=1), "mean"), expected)
+
+
+def test_a_stopped_job_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    room = importlib.import_module("influence_fast.aggregate")
+    monkeypatch.setattr(room, "_SAVE_SECONDS", 0)
+    store, queries = stored(tmp_path)
+    names = ["rank", "vote", "mean"]
+    expected = inf.aggregate_many(inf.influence(store, queries, memory=300 * 120), names)["all"]
+    computed: list[tuple[str, int]] = []
+    piece = inf.InfluenceMatrix.piece
+
+    def stopping(matrix: inf.InfluenceMatrix, name: str, rows: slice) -> Tensor:
+        if len(computed) == stop:
+            raise KeyboardInterrupt
+        computed.append((name, rows.start))
+        return piece(matrix, name, rows)
+
+    monkeypatch.setattr(inf.InfluenceMatrix, "piece", stopping)
+    stop = 7
+    with pytest.raises(KeyboardInterrupt):
+        inf.aggregate_many(inf.influence(store, queries, memory=300 * 120), names, checkpoint=tmp_path / "c")
+    with pytest.raises(inf.StoreError, match="partial sums of another job"):
+        inf.aggregate_many(inf.influence(store, queries, "cosine"), names, checkpoint=tmp_path / "c")
+    stop = 100
+    # Blocks of another size may follow.
+    found = inf.aggregate_many(inf.influence(store, queries, memory=300 * 140), names, checkpoint=tmp_path / "c")["all"]
+    assert len(computed) < 14
+    for name in names:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-12, atol=0)
+    assert not list((tmp_path / "c").iterdir())
+    (tmp_path / "c" / "partial.safetensors").write_bytes(b"nothing")
+    with pytest.raises(inf.StoreError, match="damaged partial sums"):
+        inf.aggregate(inf.influence(store, queries), "rank", checkpoint=tmp_path / "c")
+    with pytest.raises(inf.InputError, match="checkpoint: needs an InfluenceMatrix"):
+        inf.aggregate(values(), "rank", checkpoint=tmp_path / "d")

@@ -73,8 +73,9 @@ def test_approximate_indexes_measure_their_recall(tmp_path: Path, store: inf.Gra
 
 def test_missing_answers_never_become_ids(store: inf.GradientStore) -> None:
     index = inf.InfluenceIndex.build(store, "IVF32,Flat")
-    index._index.nprobe = 1
-    assert (index._index.search(gradients(4, 2)["a"].repeat(1, 3)[:, :16].numpy(), 200)[1] == -1).any()
+    index.meta["breadth"] = 1
+    [band] = index._bands
+    assert (band.search(gradients(4, 2)["a"].repeat(1, 3)[:, :16].numpy(), 200, 1) == -1).any()
     _, ids = index.search(gradients(4, 2), 200)
     assert ids.min() >= 0
     assert all(len(set(row)) == 200 for row in ids.tolist())
@@ -87,9 +88,11 @@ def test_save_and_load(tmp_path: Path, store: inf.GradientStore) -> None:
     again = inf.InfluenceIndex.load(tmp_path / "i")
     for one, other in zip(index.search(queries, 7), again.search(queries, 7), strict=True):
         assert torch.equal(one, other)
-    (tmp_path / "i" / "index.faiss").write_bytes(b"nothing")
-    with pytest.raises(inf.StoreError, match="damaged index"):
-        inf.InfluenceIndex.load(tmp_path / "i")
+    inf.InfluenceIndex.build(store, "SQ8", path=tmp_path / "f")
+    for folder, name in (("i", "scan-00000.bin"), ("f", "band-0.faiss"), ("f", "index.json")):
+        (tmp_path / folder / name).write_bytes(b"nothing")
+        with pytest.raises(inf.StoreError, match="damaged index"):
+            inf.InfluenceIndex.load(tmp_path / folder)
     with pytest.raises(inf.StoreError, match="no index"):
         inf.InfluenceIndex.load(tmp_path / "j")
 

@@ -177,3 +177,43 @@ def test_the_manifest_says_what_is_in_the_shards(tmp_path: Path, gradients: dict
     manifest = json.loads((tmp_path / "manifest.json").read_text())
     assert [shard["rows"] for shard in manifest["shards"]] == [4, 4, 2]
     assert manifest["layers"]["c"] == {"shape": [1, 5], "dim": 5, "matrices": {}}
+
+
+def test_shards_are_verified_when_first_read(tmp_path: Path, gradients: dict[str, Tensor]) -> None:
+    write_store(tmp_path, gradients)
+    damage(tmp_path, "flipped")
+    store = inf.GradientStore.open(tmp_path, verify=True)
+    assert torch.equal(store.read("c", slice(0, 4)), gradients["c"][:4])
+    for rows in (slice(3, 6), [5]):
+        with pytest.raises(inf.StoreError, match=r"shard-00001\.safetensors: damaged, its SHA-256"):
+            store.read("c", rows)
+
+
+def test_a_shard_that_becomes_shorter_while_it_is_read_is_named(tmp_path: Path, gradients: dict[str, Tensor]) -> None:
+    store = write_store(tmp_path, gradients)
+    store.read("c")
+    damage(tmp_path, "truncated")
+    with pytest.raises(inf.StoreError, match=r"shard-00001\.safetensors: damaged, it ends"):
+        [store.read(name) for name in store.layers], store.sqnorm("a.b"), store.sqnorm("c"), store.column("loss")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_to_parquet(tmp_path: Path, gradients: dict[str, Tensor], dtype: str) -> None:
+    import pyarrow.parquet as pq
+
+    loss, names = torch.rand(10), [f"r{i}" for i in range(10)]
+    store = write_store(tmp_path / "s", gradients, {"loss": loss}, ids=names, dtype=dtype)
+    store.to_parquet(tmp_path / "out" / "all.parquet")
+    file = pq.ParquetFile(tmp_path / "out" / "all.parquet")
+    assert file.num_row_groups == 3
+    table = file.read()
+    assert table["id"].to_pylist() == names
+    for name in store.layers:
+        assert torch.equal(torch.tensor(table[name].to_pylist()), store.read(name))
+        assert table[f"sqnorm/{name}"].to_pylist() == store.sqnorm(name).tolist()
+    assert torch.equal(torch.tensor(table["loss"].to_pylist()), loss)
+    store.to_parquet(tmp_path / "one.parquet", layers=["c"])
+    assert pq.read_schema(tmp_path / "one.parquet").names == ["id", "c", "sqnorm/c", "loss"]
+    with pytest.raises(inf.InputError, match="no 'x'"):
+        store.to_parquet(tmp_path / "two.parquet", layers=["x"])
+    assert not list(tmp_path.glob("two*"))

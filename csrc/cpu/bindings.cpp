@@ -4,6 +4,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
@@ -11,6 +12,8 @@
 
 #include "../philox.h"
 #include "kernels.h"
+#include "parallel.h"
+#include "scan.h"
 
 namespace py = pybind11;
 using namespace influence_fast;
@@ -27,7 +30,8 @@ std::vector<const Kernels*> supported() {
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
         __builtin_cpu_supports("avx512vl")) {
       found.push_back(kernels_avx512());
-      if (__builtin_cpu_supports("avx512bf16")) found.push_back(kernels_avx512bf16());
+      // Every CPU with the one has the other.
+      if (__builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni")) found.push_back(kernels_avx512bf16());
     }
   }
 #endif
@@ -64,6 +68,24 @@ Tokens tokens(Address data, int type, int64_t features, int64_t stride_n, int64_
 Side side(const py::tuple& t) {
   return {static_cast<Kind>(t[0].cast<int>()), t[1].cast<uint32_t>(), t[2].cast<uint32_t>(), t[3].cast<int64_t>(),
           t[4].cast<int64_t>(), t[5].cast<float>(), at<const float>(t[6].cast<Address>()), t[7].cast<int64_t>()};
+}
+
+// Where exact rows are: addresses of int64 arrays, firsts (shards + 1), data and scales (shards, layers), dims (layers).
+struct Stores {
+  std::vector<ScanShard> shards;
+  ScanSource source;
+};
+
+Stores stores(const py::tuple& t) {
+  const int64_t count = t[0].cast<int64_t>(), layers = t[1].cast<int64_t>();
+  const int64_t* firsts = at<const int64_t>(t[2].cast<Address>());
+  const uintptr_t* data = at<const uintptr_t>(t[3].cast<Address>());
+  const uintptr_t* scales = at<const uintptr_t>(t[4].cast<Address>());
+  Stores found;
+  for (int64_t s = 0; s < count; ++s)
+    found.shards.push_back({firsts[s], firsts[s + 1] - firsts[s], data + s * layers, scales + s * layers});
+  found.source = {nullptr, count, at<const int64_t>(t[5].cast<Address>()), layers, static_cast<Stored>(t[6].cast<int>())};
+  return found;
 }
 
 }  // namespace
@@ -139,6 +161,63 @@ PYBIND11_MODULE(influence_fast_cpu, m) {
   m.def("vote", [](Address data, int64_t rows, int64_t n, int64_t sm, int64_t sn, int64_t k, Address out, int threads) {
     py::gil_scoped_release free;
     return kernels->vote({at<const float>(data), rows, n, sm, sn}, k, at<double>(out), threads);
+  });
+
+  m.def("tally", [](Address data, int64_t rows, int64_t n, int64_t sm, int64_t sn, int64_t k, Address ranks, Address votes,
+                    int threads) {
+    py::gil_scoped_release free;
+    return kernels->tally({at<const float>(data), rows, n, sm, sn}, k, at<double>(ranks), at<double>(votes), threads);
+  });
+
+  m.attr("block_rows") = kScanBlockRows;
+
+  m.def("quantise", [](Address rows, int64_t ld_in, int64_t count, int64_t dim, Address codes, int64_t stride, Address scale,
+                       Address error, Address norm, int threads) {
+    py::gil_scoped_release free;
+    struct Job {
+      const float* rows;
+      int64_t ld_in, count, dim;
+      uint8_t* codes;
+      int64_t stride;
+      float *scale, *error, *norm;
+    } job{at<const float>(rows), ld_in, count, dim, at<uint8_t>(codes), stride, at<float>(scale), at<float>(error),
+          at<float>(norm)};
+    static constexpr int64_t kRows = 256;
+    parallel_for(threads, (count + kRows - 1) / kRows, [](void* context, int64_t i) {
+      const Job& j = *static_cast<const Job*>(context);
+      const int64_t begin = i * kRows, rows = std::min(kRows, j.count - begin);
+      kernels->scan.quantise(j.rows + begin * j.ld_in, j.ld_in, rows, j.dim, j.codes + begin * j.stride, j.stride,
+                             j.scale + begin, j.error + begin, j.norm + begin);
+    }, &job);
+  });
+
+  m.def("scan_search", [](Address segments, int64_t segment_count, Address parts, int64_t part_count, const py::tuple& rows_in,
+                          Address queries, int64_t m, Address weights, bool cosine, Address allowed, int64_t k,
+                          Address scores, Address rows, int threads) {
+    Stores found = stores(rows_in);
+    found.source.shards = found.shards.data();
+    py::gil_scoped_release free;
+    // A segment is ten numbers.
+    const int64_t* numbers = at<const int64_t>(segments);
+    std::vector<ScanSegment> list;
+    for (int64_t s = 0; s < segment_count; ++s, numbers += 10)
+      list.push_back({at<const uint8_t>(numbers[0]), numbers[1], numbers[2], at<const float>(numbers[3]),
+                      at<const float>(numbers[4]), at<const float>(numbers[5]), at<const int32_t>(numbers[6]), numbers[7],
+                      at<const float>(numbers[8]), at<const float>(numbers[9])});
+    const ScanStats stats = scan_search(kernels->scan, list.data(), segment_count, at<const ScanPart>(parts), part_count,
+                                        found.source, {at<const float>(queries), m, at<const double>(weights), cosine},
+                                        at<const uint8_t>(allowed), k, at<double>(scores), at<int64_t>(rows), threads);
+    py::gil_scoped_acquire back;
+    return py::make_tuple(stats.rows_scanned, stats.rows_rescored, stats.bad_row);
+  });
+
+  m.def("scan_rescore", [](const py::tuple& rows_in, Address queries, int64_t m, Address weights, bool cosine, Address rows,
+                           int64_t width, Address scores, int threads) {
+    Stores found = stores(rows_in);
+    found.source.shards = found.shards.data();
+    py::gil_scoped_release free;
+    scan_rescore(kernels->scan, found.source, {at<const float>(queries), m, at<const double>(weights), cosine},
+                 at<const int64_t>(rows), width, at<double>(scores), threads);
   });
 
   m.def("ghost_norm", [](int type, int64_t n, int64_t t, Address spans, Address x, int64_t in, int64_t xn, int64_t xt,

@@ -6,6 +6,8 @@
 
 #include <cstdint>
 
+#include "scan.h"
+
 namespace influence_fast {
 
 enum class Type : int { f32 = 0, f16 = 1, bf16 = 2 };
@@ -62,6 +64,9 @@ struct Kernels {
   int64_t (*rank)(const Rows& rows, float* narrow, double* wide, int threads);
   // out (n,): -sum over rows of max(k - rank, 0). Returns as rank does.
   int64_t (*vote)(const Rows& rows, int64_t k, double* out, int threads);
+  // Both at once with no rank written: ranks (n,) the sum over rows of ranks, votes (n,) as above. Returns as rank does.
+  int64_t (*tally)(const Rows& rows, int64_t k, double* ranks, double* votes, int threads);
+  ScanKernels scan;
 };
 
 // Null where this machine cannot run it.

@@ -42,6 +42,7 @@ OPS = (
     "sketch",
     "rank",
     "vote",
+    "tally",
     "random_matrix",
 )
 __all__ = ["BACKENDS", "OPS", "available", "choose", *OPS]
@@ -210,10 +211,21 @@ def rank(influence: Tensor, *, backend: str = "auto") -> Tensor:
 
 def vote(influence: Tensor, k: int, *, backend: str = "auto") -> Tensor:
     """Votes against each column: ``(m, n) -> (n,)`` float64, ``-sum over rows of max(k - rank, 0)``, 1 <= k <= n."""
+    _check_votes(influence, k)
+    return _run("vote", backend, influence, influence.detach(), k)
+
+
+def tally(influence: Tensor, k: int, *, backend: str = "auto") -> tuple[Tensor, Tensor]:
+    """``(rank(influence).sum(0), vote(influence, k))``, both float64 ``(n,)``, with no ``(m, n)`` of ranks in between."""
+    _check_votes(influence, k)
+    chosen = choose("tally", influence.device, influence.dtype, backend)
+    return _module(chosen).tally(influence.detach(), k)
+
+
+def _check_votes(influence: Tensor, k: int) -> None:
     check_float("influence", influence, 2)
     if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= influence.shape[1]:
         raise InputError(f"k: expected an int from 1 to the {influence.shape[1]} columns of influence, got {k!r}")
-    return _run("vote", backend, influence, influence.detach(), k)
 
 
 def random_matrix(

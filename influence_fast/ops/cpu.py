@@ -130,6 +130,14 @@ def vote(influence: Tensor, k: int) -> Tensor:
     return out
 
 
+def tally(influence: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    influence = influence.to(torch.float32)
+    ranks, votes = (torch.zeros(influence.shape[1], dtype=torch.float64) for _ in range(2))
+    if influence.numel():
+        _check(_native.tally(*_rows(influence), k, ranks.data_ptr(), votes.data_ptr(), torch.get_num_threads()))
+    return ranks, votes
+
+
 def _rows(influence: Tensor) -> tuple[int, ...]:
     return influence.data_ptr(), *influence.shape, *influence.stride()
 

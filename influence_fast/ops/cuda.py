@@ -31,6 +31,7 @@ _ENTRIES = 1 << 26
 
 _LEFT_TO_OTHERS = {
     "outer": "a batched product of cuBLAS, which the reference is, runs at the matmul ceiling",
+    "tally": "it has rank and vote",
     "score_outer": "Triton has it",
     "ghost_dot": "Triton has it",
     "ghost_norm": "Triton has it",

@@ -121,6 +121,11 @@ def vote(influence: Tensor, k: int) -> Tensor:
     return (rank(influence).double() - k).clamp_max(0).sum(0)
 
 
+def tally(influence: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    ranks = rank(influence).double()
+    return ranks.sum(0), (ranks - k).clamp_max(0).sum(0)
+
+
 def random_matrix(
     side: Side, rows: tuple[int, int], cols: tuple[int, int], dtype: torch.dtype, device: torch.device
 ) -> Tensor:

@@ -33,6 +33,7 @@ _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _LEFT_TO_OTHERS = {
     "rank": "a row is sorted by torch's radix sort, which the reference uses",
     "vote": "a row is sorted by torch's radix sort, which the reference uses",
+    "tally": "a row is sorted by torch's radix sort, which the reference uses",
     "random_matrix": "kernels make entries where they need them; the reference makes whole matrices",
 }
 # Entries of a strip of G: 16 MiB of float32, which stays in the L2 cache between being made and being sketched.

@@ -1,0 +1,389 @@
+"""A million samples: exact search, scores and memory on this machine, from one command::
+
+    python -m benchmarks.million                      # about five minutes and 6 GB of disk
+    python -m benchmarks.million --rows 100000 --json
+
+It makes its own store: gradients of a small BERT on the demo's sentences (four attention layers, ``rademacher:8x16``: 512
+numbers a row), resampled around those rows as clusters, perturbed along a power-law spectrum and scaled to heavy-tailed
+lengths (log-normal, sigma 1), with a seed. Queries are drawn likewise with another seed. Answers are checked against float64
+brute force before anything is timed.
+
+Floors on two cores (20 GB/s read, 300 GFLOP/s float32, 1.4 TOP/s int8): the 8-bit copy of 10^6 x 512 is 0.5 GB, 26 ms to
+read for one query where lengths rule nothing out; 200 queries x 300,000 rows are 61 GFLOP, 44 ms of int8 and 205 ms of float32
+products; 1,000 rows of influence over a million samples are 0.26 TFLOP (1 s) and 10^9 ranks (7 ns each, 7 s).
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from torch import Tensor
+
+import influence_fast as inf
+from influence_fast import bench
+from influence_fast.store import StoreWriter
+
+LAYERS, SIDES, DIM = 4, (8, 16), 512
+BASE_ROWS, CLUSTERS, SHARD = 4096, 1000, 32768
+
+
+class Gradients:
+    """Rows like those of a small model, any number of them."""
+
+    def __init__(self, folder: Path, seed: int) -> None:
+        from transformers import BertConfig, BertForSequenceClassification
+
+        torch.manual_seed(seed)
+        config = BertConfig(
+            vocab_size=500, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128
+        )
+        model = BertForSequenceClassification(config)
+        lengths = torch.randint(4, 24, (BASE_ROWS,)).tolist()
+        rows = [{"input_ids": torch.randint(5, 500, (n,)).tolist(), "labels": i % 2} for i, n in enumerate(lengths)]
+        layers = ["query", "value"]
+        names = [f"bert.encoder.layer.{block}.attention.self.{name}" for block in range(2) for name in layers]
+        store = inf.build_store(folder, model, rows, layers=names, projection="rademacher:8x16", progress=False)
+        self.meta, self.shapes, self.layers = store.meta, store.shapes, store.layers
+        real = torch.cat([store.read(name) for name in store.layers], 1)
+        real /= real.norm(dim=1, keepdim=True)
+        self.centres = real[torch.randperm(len(real))[:CLUSTERS]]
+        # Directions of the real rows, with lengths that fall as a power of their place.
+        _, _, basis = torch.linalg.svd(real - real.mean(0), full_matrices=False)
+        spread = torch.arange(1, DIM + 1).float() ** -0.5
+        self.noise = basis * (spread / spread.norm())[:, None]
+
+    def draw(self, rows: int, seed: int) -> dict[str, Tensor]:
+        random = torch.Generator().manual_seed(seed)
+        values = torch.randn(rows, DIM, generator=random) @ self.noise
+        values = 0.7 * values + self.centres[torch.randint(CLUSTERS, (rows,), generator=random)]
+        values *= (torch.randn(rows, 1, generator=random)).exp() / values.norm(dim=1, keepdim=True)
+        return dict(zip(self.layers, values.split(DIM // LAYERS, 1), strict=True))
+
+    def write(self, folder: Path, rows: int, seed: int) -> inf.GradientStore:
+        writer = StoreWriter.create(
+            folder,
+            layers=self.shapes,
+            dims=dict.fromkeys(self.layers, DIM // LAYERS),
+            ids=range(rows),
+            projection=self.meta["projection"],
+            identifiers={name: self.meta["layers"][name]["matrices"] for name in self.layers},
+            model=self.meta["model"],
+            loss=self.meta["loss"],
+            dtype="float32",
+            shard_rows=SHARD,
+            settings={"seed": seed},
+        )
+        with writer:
+            for shard in writer.missing:
+                writer.write(shard, self.draw(len(writer.span(shard)), seed + shard), {})
+        return inf.GradientStore.open(folder)
+
+
+def stacked(gradients: dict[str, Tensor]) -> Tensor:
+    return torch.cat(list(gradients.values()), 1)
+
+
+def brute_force(
+    store: inf.GradientStore, queries: Tensor, rows: int, dtype: torch.dtype, metric: str = "dot"
+) -> Tensor:
+    """Ids of the best 10, ties in row order: a stable sort of the best of each block."""
+    best, where = torch.empty(len(queries), 0, dtype=dtype), torch.empty(len(queries), 0, dtype=torch.int64)
+    for begin in range(0, rows, 20_000):
+        end = min(begin + 20_000, rows)
+        values = torch.cat([store.read(name, slice(begin, end)) for name in store.layers], 1).to(dtype)
+        if metric == "cosine":
+            values = values / values.norm(dim=1, keepdim=True)
+        scores = queries.to(dtype) @ values.T
+        best = torch.cat([best, scores], 1)
+        where = torch.cat([where, torch.arange(begin, end).expand(len(queries), -1)], 1)
+        order = best.argsort(dim=1, descending=True, stable=True)[:, :10]
+        best, where = best.gather(1, order), where.gather(1, order)
+    return where
+
+
+def seconds(call: Callable[[], Any], repeats: int = 5) -> float:
+    """Median of some runs after one."""
+    call()
+    spent = []
+    for _ in range(repeats):
+        begin = time.perf_counter()
+        call()
+        spent.append(time.perf_counter() - begin)
+    return sorted(spent)[len(spent) // 2]
+
+
+def latency(index: inf.InfluenceIndex, queries: dict[str, Tensor]) -> dict[str, float]:
+    """Milliseconds of searches for one query each."""
+    spent = []
+    for query in range(len(queries[index.layers[0]])):
+        one = {name: tensor[query : query + 1] for name, tensor in queries.items()}
+        begin = time.perf_counter()
+        index.search(one)
+        spent.append(1e3 * (time.perf_counter() - begin))
+    points = torch.tensor(spent, dtype=torch.float64).quantile(torch.tensor([0.5, 0.95, 0.99], dtype=torch.float64))
+    return dict(zip(("p50_ms", "p95_ms", "p99_ms"), points.tolist(), strict=True))
+
+
+def recall(index: inf.InfluenceIndex, queries: dict[str, Tensor], true: Tensor) -> float:
+    found = index.search(queries)[1]
+    return float((found[:, :, None] == true[:, None, :]).any(2).float().mean())
+
+
+def exact_search(store: inf.GradientStore, queries: dict[str, Tensor], folder: Path, rows: int) -> dict[str, Any]:
+    """200 queries over the first rows, beside torch and FAISS on the same vectors in memory."""
+    index = inf.InfluenceIndex.build(store, "Flat", rows=range(rows), path=folder)
+    flat = stacked(queries)
+    vectors = torch.cat([store.read(name, slice(0, rows)) for name in store.layers], 1)
+    truth = brute_force(store, flat, rows, torch.float64)
+    found = index.search(queries)[1]
+    if not torch.equal(found, truth):
+        raise SystemExit("wrong: the exact search differs from float64 brute force")
+    half, narrow = vectors.bfloat16(), flat.bfloat16()
+    single = (flat @ vectors.T).topk(10).indices
+    approximate = (narrow @ half.T).topk(10).indices
+    result = {
+        "rows": rows,
+        "queries": len(flat),
+        "ours_ms": 1e3 * seconds(lambda: index.search(queries)),
+        "torch_float32_ms": 1e3 * seconds(lambda: (flat @ vectors.T).topk(10), 3),
+        "torch_bfloat16_ms": 1e3 * seconds(lambda: (narrow @ half.T).topk(10), 3),
+        "same_as_float64": 1.0,
+        "torch_float32_same": float((single == truth).float().mean()),
+        "torch_bfloat16_same": float((approximate == truth).float().mean()),
+    }
+    try:
+        import faiss
+    except ImportError:
+        return result
+    other = faiss.IndexFlatIP(DIM)
+    other.add(vectors.numpy())
+    result["faiss_flat_ms"] = 1e3 * seconds(lambda: other.search(flat.numpy(), 10), 1)
+    return result
+
+
+def million(store: inf.GradientStore, queries: dict[str, Tensor], folder: Path) -> dict[str, Any]:
+    """Exact search over all rows, from a mapped index."""
+    size = 4 * DIM * len(store)
+    result: dict[str, Any] = {"rows": len(store)}
+    for metric in ("dot", "cosine"):
+        begin = time.perf_counter()
+        inf.InfluenceIndex.build(store, "Flat", metric, path=folder / metric)
+        spent = time.perf_counter() - begin
+        index = inf.InfluenceIndex.load(folder / metric)
+        true = brute_force(store, stacked(queries), len(store), torch.float64, metric)
+        result[metric] = {
+            "build_s": spent,
+            "bytes": index.nbytes,
+            "share_of_float32": index.nbytes / size,
+            "recall_at_10": recall(index, queries, true),
+            "batch_ms_per_query": 1e3 * seconds(lambda index=index: index.search(queries)) / len(true),  # type: ignore
+            **latency(index, queries),
+        }
+    return result
+
+
+def faiss_index(
+    store: inf.GradientStore, queries: dict[str, Tensor], folder: Path, factory: str, target: float
+) -> dict[str, Any]:
+    """A FAISS index in bands, held-out queries apart from those that it is tuned on."""
+    begin = time.perf_counter()
+    half = len(queries[store.layers[0]]) // 2
+    tuning = {name: tensor[:half] for name, tensor in queries.items()}
+    held_out = {name: tensor[half:] for name, tensor in queries.items()}
+    index = inf.InfluenceIndex.build(store, factory, queries=tuning, recall=target, path=folder)
+    spent = time.perf_counter() - begin
+    true = brute_force(store, stacked(held_out), len(store), torch.float32)
+    return {
+        "factory": factory,
+        "build_s": spent,
+        "bytes": index.nbytes,
+        "share_of_float32": index.nbytes / (4 * DIM * len(store)),
+        "recall_at_10": recall(index, held_out, true),
+        "batch_ms_per_query": 1e3 * seconds(lambda: index.search(held_out), 3) / half,
+        **latency(index, held_out),
+    }
+
+
+def job(kind: str, path: Path, out: Path, memory: str) -> dict[str, float]:
+    """One build or aggregation in a process of its own: seconds and peak resident memory."""
+    store = inf.GradientStore.open(path)
+    # What a process takes before it has done anything.
+    torch.mm(torch.ones(64, 64), torch.ones(64, 64))
+    before = peak()
+    begin = time.perf_counter()
+    if kind == "build":
+        inf.InfluenceIndex.build(store, "Flat", path=out)
+    else:
+        found = inf.influence(store, inf.GradientStore.open(out), "dot", memory=memory)
+        inf.aggregate_many(found, [kind] if kind == "mean" else ["rank", "vote"])
+    spent = time.perf_counter() - begin
+    return {"seconds": spent, "peak_bytes": peak(), "before_bytes": before}
+
+
+def peak() -> int:
+    """Most resident memory of this process: not ``ru_maxrss``, which begins with that of the process it came from."""
+    [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
+    return int(line.split()[1]) * 1024
+
+
+def in_process(kind: str, path: Path, out: Path, memory: str = "512MiB") -> dict[str, float]:
+    command = [sys.executable, "-m", "benchmarks.million", "--job", kind, str(path), str(out), memory]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    if run.returncode:
+        raise SystemExit(run.stderr)
+    return json.loads(run.stdout)
+
+
+@contextmanager
+def workspace(folder: Path | None) -> Iterator[Path]:
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield folder
+    else:
+        with tempfile.TemporaryDirectory() as made:
+            yield Path(made)
+
+
+@click.command()
+@click.option("--rows", default=1_000_000, show_default=True)
+@click.option("--queries", "query_count", default=200, show_default=True)
+@click.option("--seed", default=0, show_default=True)
+@click.option("--folder", type=click.Path(path_type=Path), help="Keep stores and indexes here; removed otherwise.")
+@click.option(
+    "--faiss", "factories", multiple=True, help="Also a FAISS index of this factory string, such as IVF1024,SQ8."
+)
+@click.option("--out", type=click.Path(path_type=Path), help="Folder to write million-<machine>-<date>.json to.")
+@click.option("--json", "as_json", is_flag=True)
+@click.option("--job", "job_of", nargs=4, hidden=True)
+def main(
+    rows: int,
+    query_count: int,
+    seed: int,
+    folder: Path | None,
+    factories: tuple[str, ...],
+    out: Path | None,
+    as_json: bool,
+    job_of: tuple[str, str, str, str] | None,
+) -> None:
+    """Measure search and scores over a million samples."""
+    if job_of:
+        click.echo(json.dumps(job(job_of[0], Path(job_of[1]), Path(job_of[2]), job_of[3])))
+        return
+    machine = bench.machine()
+    document: dict[str, Any] = {
+        "date": datetime.date.today().isoformat(),
+        "machine": machine,
+        "ceilings": bench.ceilings(),
+        "rows": rows,
+        "seed": seed,
+    }
+    with workspace(folder) as place:
+        source = Gradients(place / "model", seed)
+        begin = time.perf_counter()
+        store = source.write(place / "store", rows, 1000 + seed)
+        document["store"] = {
+            "build_s": time.perf_counter() - begin,
+            "bytes": sum(s["bytes"] for s in store.meta["shards"]),
+        }
+        small = source.write(place / "small", max(1, rows // 10), 1000 + seed)
+        queries = source.draw(query_count, 10**6 + seed)
+        asked = source.write(place / "queries", 1000 // LAYERS, 2 * 10**6 + seed)
+        note("exact search over 300,000 rows")
+        document["exact"] = exact_search(store, queries, place / "part", min(rows, 300_000))
+        note("exact search over all rows")
+        document["million"] = million(store, queries, place / "index")
+        document["faiss"] = []
+        for number, factory in enumerate(factories):
+            note(factory)
+            document["faiss"].append(faiss_index(store, queries, place / f"faiss-{number}", factory, 0.95))
+        note("rank and vote")
+        document["rank_vote"] = in_process("rank", store.path, asked.path, "2GiB")
+        document["rank_vote"]["rows"] = LAYERS * len(asked)
+        document["mean"] = in_process("mean", store.path, asked.path)
+        note("peak memory")
+        document["peak"] = {
+            kind: {
+                str(len(of)): in_process(job_kind, of.path, place / "peak" if kind == "build" else asked.path, "128MiB")
+                for of in (small, store)
+            }
+            for kind, job_kind in (("build", "build"), ("aggregate", "rank"))
+        }
+        shutil.rmtree(place / "peak", ignore_errors=True)
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        name = re.sub(r"[^a-z0-9]+", "-", f"million {machine['device']}".lower()).strip("-")
+        (out / f"{name}-{document['date']}.json").write_text(json.dumps(document, indent=1) + "\n")
+    click.echo(json.dumps(document, indent=1) if as_json else table(document))
+
+
+def note(text: str) -> None:
+    if sys.stderr.isatty():
+        click.echo(f"... {text}", err=True)
+
+
+def table(document: dict[str, Any]) -> str:
+    exact, all_rows, rank = document["exact"], document["million"], document["rank_vote"]
+    gib = 2**30
+    rivals = [f"{name} {exact[key]:.0f} ms" for name, key in RIVALS.items() if key in exact]
+    lines = [
+        f"{document['machine']['device']}, {document['machine']['threads']} threads; store {document['rows']} x {DIM}, "
+        f"{document['store']['bytes'] / gib:.2f} GiB, written in {document['store']['build_s']:.0f} s",
+        "",
+        "| work | goal | measured |",
+        "|---|---|---|",
+        f"| exact top-10, {exact['rows']} x {DIM}, {exact['queries']} queries | <= 200 ms | "
+        f"{exact['ours_ms']:.0f} ms, the ids of float64 brute force ({'; '.join(rivals)}; same ids: float32 {exact['torch_float32_same']:.2%}, "
+        f"bfloat16 {exact['torch_bfloat16_same']:.2%}) |",
+    ]
+    for metric in ("dot", "cosine"):
+        found = all_rows[metric]
+        lines.append(
+            f"| {all_rows['rows']} x {DIM}, {metric}, batches of {exact['queries']} | recall@10 >= 0.95 at <= 3.7 ms "
+            f"a query | recall {found['recall_at_10']:.3f} at {found['batch_ms_per_query']:.2f} ms |"
+        )
+        lines.append(
+            f"| one query, exact, {metric} | <= 40 ms | p50 {found['p50_ms']:.1f}, p95 {found['p95_ms']:.1f}, "
+            f"p99 {found['p99_ms']:.1f} ms |"
+        )
+    dot = all_rows["dot"]
+    lines.append(
+        f"| index RAM (mapped), build | <= 30 % of float32 | {dot['share_of_float32']:.1%}, {dot['bytes'] / gib:.2f} GiB, "
+        f"built in {dot['build_s']:.1f} s |"
+    )
+    for found in document["faiss"]:
+        lines.append(
+            f"| FAISS {found['factory']} in bands | recall@10 >= 0.95 at <= 3.7 ms a query | "
+            f"recall {found['recall_at_10']:.3f} at {found['batch_ms_per_query']:.2f} ms; p50 {found['p50_ms']:.1f}, p95 {found['p95_ms']:.1f}, p99 "
+            f"{found['p99_ms']:.1f} ms; {found['share_of_float32']:.1%}; built in {found['build_s']:.0f} s |"
+        )
+    lines.append(
+        f"| rank + vote, {document['rows']} x {rank['rows']} (layer, query) rows | <= 30 s, <= 4 GB | "
+        f"{rank['seconds']:.1f} s, {rank['peak_bytes'] / 1e9:.2f} GB |"
+    )
+    lines.append(f"| mean of the same | one pass | {document['mean']['seconds']:.1f} s |")
+    for kind, runs in document["peak"].items():
+        (few, low), (many, high) = runs.items()
+        lines.append(
+            f"| peak memory of {kind}, {few} to {many} rows | within 10 % | {low['peak_bytes'] / 2**20:.0f} to "
+            f"{high['peak_bytes'] / 2**20:.0f} MiB ({high['peak_bytes'] / low['peak_bytes'] - 1:+.1%}) |"
+        )
+    return "\n".join(lines)
+
+
+RIVALS = {"FAISS Flat": "faiss_flat_ms", "torch float32": "torch_float32_ms", "torch bfloat16": "torch_bfloat16_ms"}
+
+if __name__ == "__main__":
+    main()

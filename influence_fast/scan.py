@@ -1,0 +1,405 @@
+"""Exact search over a store: an 8-bit copy of its rows is scanned, and what its error cannot rule out is scored exactly.
+
+The score of a row is the float64 sum of products of its stored numbers (float32, or what a narrower store widens to) with
+the query's, layer by layer, times the layer's weight; best first, ties in row order. A cosine is that sum divided by both
+lengths, ``sqrt(sum of weight * |layer|^2)``, and 0 where one is 0. The answer is proven to be the best k of these scores:
+the copy's rounding error is known for every row, so a row is left out only where its score cannot reach the k-th best
+(``csrc/cpu/scan.h``). It does not depend on threads, batches, instruction sets or on how the copy is cut.
+
+The copy is a list of segments of consecutive rows, in memory or each a file that is mapped, with these arrays at multiples
+of 64 bytes, one behind the other (P parts of a row: a layer, or 65,536 numbers of one; blocks are 192 rows):
+
+==========  ===========================  ====================================================================
+``codes``   uint8 ``(rows, stride)``     part = scale * (code - 128) + rest; 64 bytes more behind the last row
+``scale``   float32 ``(P, rows)``
+``error``   float32 ``(P, rows)``        at least the length of the rest
+``norm``    float32 ``(P, rows)``        at least the length of the part
+``order``   int32 ``(rows,)``            row of each position, longest row first; counted from the segment's first row
+``bound``   float32 ``(1 + P, blocks)``  longest row of each block; longest part
+==========  ===========================  ====================================================================
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from influence_fast.errors import BackendError, InputError, StoreError
+from influence_fast.store import GradientStore
+
+try:
+    import influence_fast_cpu as _native
+except ImportError as error:
+    _native = None
+    _missing = str(error)
+
+_SEGMENT_BYTES = 64 << 20
+_PART = 1 << 16
+_TYPES = {"float32": 0, "float16": 1, "bfloat16": 2, "int8": 3}
+_NAMES = ("codes", "scale", "error", "norm", "order", "bound")
+_KEPT_VIEWS = 4
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some numbers of a layer within a row of codes."""
+
+    layer: str
+    begin: int
+    dim: int
+    offset: int
+
+
+def parts_of(dims: dict[str, int]) -> tuple[list[Part], int]:
+    """How rows of these layers lie side by side, and the bytes of a row."""
+    parts, offset = [], 0
+    for layer, dim in dims.items():
+        for begin in range(0, dim, _PART):
+            part = Part(layer, begin, min(_PART, dim - begin), offset)
+            parts.append(part)
+            offset += -(-part.dim // 4) * 4
+    return parts, -(-offset // 64) * 64
+
+
+class Rows:
+    """The exact rows: stores of the same layers, one behind the other; ``rows`` picks a range of the first store."""
+
+    def __init__(self, stores: Sequence[tuple[GradientStore, range]], layers: Sequence[str]) -> None:
+        self.stores = list(stores)
+        self.layers = list(layers)
+        self.dims = {name: self.stores[0][0].dims[name] for name in layers}
+        self.count = sum(len(rows) for _, rows in self.stores)
+
+    def read(self, layer: str, begin: int, end: int) -> Tensor:
+        """Rows ``begin .. end`` of all stores together: float32."""
+        found, first = [], 0
+        for store, rows in self.stores:
+            low, high = max(begin - first, 0), min(end - first, len(rows))
+            if low < high:
+                found.append(store.read(layer, slice(rows.start + low, rows.start + high)))
+            first += len(rows)
+        return found[0] if len(found) == 1 else torch.cat(found)
+
+    def take(self, layer: str, numbers: Tensor) -> Tensor:
+        out, first = torch.empty(len(numbers), self.dims[layer]), 0
+        for store, rows in self.stores:
+            mine = (numbers >= first) & (numbers < first + len(rows))
+            if mine.any():
+                out[mine] = store.read(layer, numbers[mine] - first + rows.start)
+            first += len(rows)
+        return out
+
+    def shard_of(self, row: int) -> Path:
+        first = 0
+        for store, rows in self.stores:
+            if row < first + len(rows):
+                return store.shard_of(row - first + rows.start)
+            first += len(rows)
+        raise IndexError(row)
+
+    def native(self, layers: Sequence[str]) -> _Address:
+        """What the kernels read rows through."""
+        firsts, data, scales, first = [], [], [], 0
+        for store, rows in self.stores:
+            store.check_sizes()
+            edges = store.firsts
+            kept = [s for s in range(len(edges) - 1) if edges[s] < rows.stop and edges[s + 1] > rows.start]
+            names = [store.addresses(name)[kept] for name in layers]
+            int8 = store.meta["dtype"] == "int8"
+            sizes = [
+                (store.addresses(f"@scale/{name}")[kept] if int8 else np.zeros(len(kept), np.int64)) for name in layers
+            ]
+            # A shard that the range cuts begins before it: rows below the range are never asked for.
+            firsts += [first + int(edges[s]) - rows.start for s in kept]
+            data.append(np.stack(names, 1))
+            scales.append(np.stack(sizes, 1))
+            first += len(rows)
+        kinds = {store.meta["dtype"] for store, _ in self.stores}
+        if len(kinds) > 1:
+            raise InputError(f"store: expected stores of one dtype, got {', '.join(sorted(kinds))}")
+        return _Address(
+            np.array([*firsts, first], np.int64),
+            np.concatenate(data),
+            np.concatenate(scales),
+            np.array([self.dims[name] for name in layers], np.int64),
+            _TYPES[kinds.pop()],
+        )
+
+
+class _Address:
+    def __init__(self, firsts: np.ndarray, data: np.ndarray, scales: np.ndarray, dims: np.ndarray, kind: int) -> None:
+        self.kept = tuple(np.ascontiguousarray(array) for array in (firsts, data, scales, dims))
+        pointers = [array.ctypes.data for array in self.kept]
+        self.tuple = (len(firsts) - 1, len(dims), *pointers, kind)
+
+
+class Segment:
+    """Consecutive rows of the copy."""
+
+    def __init__(self, first: int, rows: int, arrays: dict[str, np.ndarray], path: Path | None = None) -> None:
+        self.first, self.rows, self.arrays, self.path = first, rows, arrays, path
+
+
+class Scan:
+    """The 8-bit copy of some rows, and the search over it."""
+
+    def __init__(self, dims: dict[str, int]) -> None:
+        if _native is None:
+            raise BackendError(f"exact search needs the extension influence_fast_cpu, which is not built ({_missing})")
+        self.dims = dims
+        self.parts, self.stride = parts_of(dims)
+        self.segments: list[Segment] = []
+        self._views: dict[Any, list[tuple[np.ndarray, np.ndarray | None]]] = {}
+        self._lock = Lock()
+
+    @property
+    def rows(self) -> int:
+        return sum(segment.rows for segment in self.segments)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(array.nbytes for segment in self.segments for array in segment.arrays.values())
+
+    def add(self, rows: Rows, folder: Path | None = None) -> None:
+        """Copy the rows that are not yet in it; with ``folder`` each segment into a file, which is then mapped."""
+        step = max(_native.block_rows, _SEGMENT_BYTES // (4 * sum(self.dims.values())))
+        for begin in range(self.rows, rows.count, step):
+            end = min(begin + step, rows.count)
+            arrays = self._quantised(rows, begin, end)
+            path = None if folder is None else (folder / segment_name(len(self.segments))).resolve()
+            if path is not None:
+                self._write(path, arrays)
+                arrays = self._mapped(path, end - begin)
+            self.segments.append(Segment(begin, end - begin, arrays, path))
+        self._views = {}
+
+    def save(self, folder: Path) -> None:
+        for number, segment in enumerate(self.segments):
+            path = (folder / segment_name(number)).resolve()
+            if path != segment.path:
+                self._write(path, segment.arrays)
+
+    @classmethod
+    def open(cls, folder: Path, dims: dict[str, int], sizes: Sequence[int]) -> Scan:
+        """Map the segments that :meth:`save` wrote, of ``sizes`` rows; StoreError where one is missing or damaged."""
+        scan, first = cls(dims), 0
+        for number, rows in enumerate(sizes):
+            path = (folder / segment_name(number)).resolve()
+            scan.segments.append(Segment(first, rows, scan._mapped(path, rows), path))
+            first += rows
+        return scan
+
+    def search(
+        self,
+        rows: Rows,
+        queries: Tensor,
+        layers: Sequence[str],
+        weights: Sequence[float],
+        k: int,
+        cosine: bool = False,
+        allowed: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """The ``k`` best rows: float64 scores ``(m, k)`` and int64 row numbers ``(m, k)``.
+
+        ``queries`` float32 ``(m, dims of layers)``; ``allowed`` a boolean ``(rows,)``. StoreError names a shard whose row
+        does not have the score that the copy allows: it has changed since.
+        """
+        segments = self._numbers(layers, weights, cosine)
+        parts = np.array(
+            [
+                (p.offset, p.dim, i, layers.index(p.layer), p.begin)
+                for i, p in enumerate(self.parts)
+                if p.layer in layers
+            ],
+            np.int64,
+        )
+        source, weight = rows.native(layers), np.array(weights, np.float64)
+        mask = None if allowed is None else allowed.to(torch.uint8).contiguous()
+        scores, found = (
+            torch.empty(len(queries), k, dtype=torch.float64),
+            torch.empty(len(queries), k, dtype=torch.int64),
+        )
+        # Each thread may keep a few times k candidates of every query.
+        step = max(1, min(1024, (1 << 22) // k))
+        for begin in range(0, len(queries), step):
+            asked = queries[begin : begin + step].contiguous()
+            _, _, bad = _native.scan_search(
+                segments[0].ctypes.data,
+                len(segments[0]),
+                parts.ctypes.data,
+                len(parts),
+                source.tuple,
+                asked.data_ptr(),
+                len(asked),
+                weight.ctypes.data,
+                cosine,
+                0 if mask is None else mask.data_ptr(),
+                k,
+                scores[begin : begin + step].data_ptr(),
+                found[begin : begin + step].data_ptr(),
+                torch.get_num_threads(),
+            )
+            if bad >= 0:
+                raise StoreError(f"{rows.shard_of(bad)}: damaged, or another than was indexed (row {bad})")
+        return scores, found
+
+    def _quantised(self, rows: Rows, begin: int, end: int) -> dict[str, np.ndarray]:
+        count = end - begin
+        codes = np.full((count, self.stride), 128, np.uint8)
+        scale, error, norm = (np.empty((len(self.parts), count), np.float32) for _ in range(3))
+        values: Tensor | None = None
+        for i, part in enumerate(self.parts):
+            if values is None or part.begin == 0:
+                values = rows.read(part.layer, begin, end)
+            _native.quantise(
+                values.data_ptr() + 4 * part.begin,
+                values.shape[1],
+                count,
+                part.dim,
+                codes.ctypes.data + part.offset,
+                self.stride,
+                *(array[i].ctypes.data for array in (scale, error, norm)),
+                torch.get_num_threads(),
+            )
+        length = np.sqrt(np.square(norm, dtype=np.float64).sum(0))
+        order = np.argsort(-length, kind="stable")
+        starts = np.arange(0, count, _native.block_rows)
+        norm = np.ascontiguousarray(norm[:, order])
+        longest = np.nextafter(np.maximum.reduceat(length[order], starts).astype(np.float32), np.float32(np.inf))
+        bound = np.concatenate([longest[None], np.maximum.reduceat(norm, starts, axis=1)])
+        padded = np.empty(count * self.stride + 64, np.uint8)
+        np.take(codes, order, axis=0, out=padded[:-64].reshape(codes.shape))
+        padded[-64:] = 128
+        arrays: list[np.ndarray] = [
+            padded,
+            np.ascontiguousarray(scale[:, order]),
+            np.ascontiguousarray(error[:, order]),
+            norm,
+        ]
+        return dict(zip(_NAMES, [*arrays, order.astype(np.int32), bound], strict=True))
+
+    def _numbers(self, layers: Sequence[str], weights: Sequence[float], cosine: bool) -> tuple[np.ndarray, Any]:
+        """The kernels' table of segments; with it what must outlive the call."""
+        key = (tuple(layers), tuple(weights) if cosine else (), cosine)
+        with self._lock:
+            views = self._views.pop(key, None)
+            if views is None:
+                views = [self._view(segment, layers, weights, cosine) for segment in self.segments]
+            self._views[key] = views
+            while len(self._views) > _KEPT_VIEWS:
+                self._views.pop(next(iter(self._views)))
+        table = [
+            [
+                segment.arrays["codes"].ctypes.data,
+                self.stride,
+                segment.rows,
+                *(segment.arrays[name].ctypes.data for name in ("scale", "error", "norm", "order")),
+                segment.first,
+                0 if cosine else bound.ctypes.data,
+                0 if factor is None else factor.ctypes.data,
+            ]
+            for segment, (bound, factor) in zip(self.segments, views, strict=True)
+        ]
+        return np.array(table, np.int64), views
+
+    def _view(
+        self, segment: Segment, layers: Sequence[str], weights: Sequence[float], cosine: bool
+    ) -> tuple[np.ndarray, np.ndarray | None]:
+        """Longest rows of the blocks over the chosen layers, or what a cosine multiplies each row by."""
+        weight = dict(zip(layers, weights, strict=True))
+        chosen = [i for i, part in enumerate(self.parts) if part.layer in weight]
+        if not cosine:
+            bound = segment.arrays["bound"]
+            if len(chosen) == len(self.parts):
+                return bound[0], None
+            squares = np.square(bound[1:][chosen], dtype=np.float64).sum(0)
+            return np.nextafter(np.sqrt(squares).astype(np.float32), np.float32(np.inf)), None
+        squares = np.zeros(segment.rows)
+        for i in chosen:
+            squares += weight[self.parts[i].layer] * np.square(segment.arrays["norm"][i], dtype=np.float64)
+        with np.errstate(divide="ignore", over="ignore"):
+            return segment.arrays["bound"][0], np.where(squares > 0, 1 / np.sqrt(squares), 0).astype(np.float32)
+
+    def _layout(self, rows: int) -> dict[str, tuple[int, np.dtype, tuple[int, ...]]]:
+        count, blocks = len(self.parts), -(-rows // _native.block_rows)
+        shapes: list[tuple[Any, tuple[int, ...]]] = [
+            (np.uint8, (rows * self.stride + 64,)),
+            *([(np.float32, (count, rows))] * 3),
+            (np.int32, (rows,)),
+            (np.float32, (1 + count, blocks)),
+        ]
+        out, at = {}, 0
+        for name, (dtype, shape) in zip(_NAMES, shapes, strict=True):
+            out[name] = (at, np.dtype(dtype), shape)
+            at += -(-int(np.prod(shape)) * np.dtype(dtype).itemsize // 64) * 64
+        out["end"] = (at, np.dtype(np.uint8), ())
+        return out
+
+    def _write(self, path: Path, arrays: dict[str, np.ndarray]) -> None:
+        part = path.with_name(path.name + ".part")
+        layout = self._layout(len(arrays["order"]))
+        with open(part, "wb") as file:
+            for name in _NAMES:
+                file.seek(layout[name][0])
+                file.write(arrays[name].data.cast("B") if arrays[name].size else b"")
+            file.truncate(layout["end"][0])
+            file.flush()
+            os.fsync(file.fileno())
+        part.rename(path)
+
+    def _mapped(self, path: Path, rows: int) -> dict[str, np.ndarray]:
+        layout = self._layout(rows)
+        try:
+            raw = np.memmap(path, np.uint8, "r")
+        except (OSError, ValueError) as error:
+            raise StoreError(f"{path}: damaged index ({error})") from None
+        if len(raw) != layout["end"][0]:
+            raise StoreError(f"{path}: damaged index, {len(raw)} bytes where {layout['end'][0]} are expected")
+        out = {}
+        for name in _NAMES:
+            at, dtype, shape = layout[name]
+            size = int(np.prod(shape)) * dtype.itemsize
+            out[name] = raw[at : at + size].view(dtype).reshape(shape)
+        return out
+
+
+def rescore(
+    rows: Rows, queries: Tensor, layers: Sequence[str], weights: Sequence[float], numbers: Tensor, cosine: bool = False
+) -> Tensor:
+    """Exact scores of given rows: ``numbers`` int64 ``(m, c)`` -> float64 ``(m, c)``; NaN where a number is -1."""
+    source, weight = rows.native(layers), np.array(weights, np.float64)
+    queries, numbers = queries.contiguous(), numbers.contiguous()
+    scores = torch.empty(numbers.shape, dtype=torch.float64)
+    _native.scan_rescore(
+        source.tuple,
+        queries.data_ptr(),
+        len(queries),
+        weight.ctypes.data,
+        cosine,
+        numbers.data_ptr(),
+        numbers.shape[1],
+        scores.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return scores
+
+
+def segment_name(number: int) -> str:
+    return f"scan-{number:05d}.bin"
+
+
+def sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
