@@ -9,8 +9,8 @@ lengths (log-normal, sigma 1), with a seed. Queries are drawn likewise with anot
 brute force before anything is timed.
 
 Floors on two cores (20 GB/s read, 300 GFLOP/s float32, 1.4 TOP/s int8): the 8-bit copy of 10^6 x 512 is 0.5 GB, 26 ms to
-read for one query where lengths rule nothing out; 200 queries x 300,000 rows are 61 GFLOP, 44 ms of int8 and 205 ms of float32
-products; 1,000 rows of influence over a million samples are 0.26 TFLOP (1 s) and 10^9 ranks (7 ns each, 7 s).
+read for one query where lengths rule nothing out; 200 queries x 300,000 rows are 61 GFLOP, 44 ms of int8 and 205 ms of
+float32 products; 1,000 rows of influence over a million samples are 0.26 TFLOP (1 s) and 10^9 ranks (7 ns each, 7 s).
 """
 
 from __future__ import annotations
@@ -345,7 +345,8 @@ def table(document: dict[str, Any]) -> str:
         "| work | goal | measured |",
         "|---|---|---|",
         f"| exact top-10, {exact['rows']} x {DIM}, {exact['queries']} queries | <= 200 ms | "
-        f"{exact['ours_ms']:.0f} ms, the ids of float64 brute force ({'; '.join(rivals)}; same ids: float32 {exact['torch_float32_same']:.2%}, "
+        f"{exact['ours_ms']:.0f} ms, the ids of float64 brute force ({'; '.join(rivals)}; same ids: "
+        f"float32 {exact['torch_float32_same']:.2%}, "
         f"bfloat16 {exact['torch_bfloat16_same']:.2%}) |",
     ]
     for metric in ("dot", "cosine"):
@@ -366,8 +367,9 @@ def table(document: dict[str, Any]) -> str:
     for found in document["faiss"]:
         lines.append(
             f"| FAISS {found['factory']} in bands | recall@10 >= 0.95 at <= 3.7 ms a query | "
-            f"recall {found['recall_at_10']:.3f} at {found['batch_ms_per_query']:.2f} ms; p50 {found['p50_ms']:.1f}, p95 {found['p95_ms']:.1f}, p99 "
-            f"{found['p99_ms']:.1f} ms; {found['share_of_float32']:.1%}; built in {found['build_s']:.0f} s |"
+            f"recall {found['recall_at_10']:.3f} at {found['batch_ms_per_query']:.2f} ms; p50 {found['p50_ms']:.1f}, "
+            f"p95 {found['p95_ms']:.1f}, p99 {found['p99_ms']:.1f} ms; {found['share_of_float32']:.1%}; "
+            f"built in {found['build_s']:.0f} s |"
         )
     lines.append(
         f"| rank + vote, {document['rows']} x {rank['rows']} (layer, query) rows | <= 30 s, <= 4 GB | "

@@ -438,7 +438,7 @@ def _text_gradient(index: Any, model: str, text: str, label: str | None, answer:
     with GradientCapture(network, index.layers, Projection.parse(index.meta["projection"])) as capture:
         loss = classification if kind == "classification" else CausalLM(part=capture.part)
         found: dict[str, Any] = {}
-        for _, results in room.run(network, capture, loss, rows, range(1), 1 << 20, None):
+        for _, results in room.run(network, capture, loss, rows, range(1), room.Budget(1 << 20)):
             found = dict(results[0])
     return {name: torch.as_tensor(gradient).cpu() for name, gradient in found.items()}
 
@@ -478,7 +478,7 @@ def score(
     from influence_fast.store import GradientStore
 
     store = GradientStore.open(train, verify)
-    matrix = influence(store, GradientStore.open(queries, verify), method, _list(layers), memory)
+    matrix = influence(store, GradientStore.open(queries, verify), method, _list(layers), memory=memory)
     # Votes tie often; ranks, which break the ties, cost nothing more in the same pass.
     methods = [aggregation, *([aggregation.replace("vote", "rank")] if aggregation.startswith("vote") else [])]
     found = aggregate_many(matrix, methods, fraction=fraction, checkpoint=checkpoint)["all"]

@@ -475,9 +475,9 @@ def vote_from_index(
 ) -> tuple[Tensor, dict[str, float | int]]:
     """``vote`` from searches: for every layer and query the ``k`` most harmful rows, ``-sum of (k - rank)`` of each.
 
-    No row of influence is formed, so this is for small ``k``; the index is a ``Flat`` one of inner products, to search layer by
-    layer. It differs from ``aggregate(.., "vote")`` only in ties: scores are compared in float64, and those across the
-    k-th place count as if no more rows shared them.
+    No row of influence is formed, so this is for small ``k``; the index is a ``Flat`` one of inner products, to search
+    layer by layer. It differs from ``aggregate(.., "vote")`` only in ties: scores are compared in float64, and those across
+    the k-th place count as if no more rows shared them.
 
     Returns:
         Votes float64 ``(n,)`` and ``{"checked": rows of influence computed to compare, "difference": share of their votes
