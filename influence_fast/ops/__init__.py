@@ -98,7 +98,10 @@ def _run(op: str, backend: str, tensor: Tensor, *args: Any) -> Tensor:
 
 
 def outer(x: Tensor, dy: Tensor, lengths: Tensor | None = None, *, backend: str = "auto") -> Tensor:
-    """Per-sample gradients of a linear layer: ``(N, T, i), (N, T, o) -> (N, o, i)``."""
+    """Per-sample gradients of a linear layer: ``(N, T, i), (N, T, o) -> (N, o, i)``.
+
+    Floor: ``2 N T i o`` FLOPs at the matmul rate, or ``4 N i o`` bytes written, whichever is longer.
+    """
     x, dy, spans = pair(x, dy, lengths)
     return _run("outer", backend, x, x, dy, spans)
 
@@ -119,6 +122,10 @@ def project_outer(
         p_in: what acts on inputs: a dense ``(k_in, i)`` tensor, a side of a :class:`~influence_fast.Projection`, a
             Projection itself (its ``right`` side for the empty layer name), or None for the identity.
         p_out: what acts on outputs, likewise (``left`` side).
+
+    Floor: each input read once, ``N T (i + o)`` elements. Dense sides also cost ``2 N T k (i + o)`` FLOPs at the
+    matmul rate; Rademacher sides of 24 outputs or more on a CPU a quarter of that in additions; SJLT sides one addition
+    per element.
     """
     x, dy, spans = pair(x, dy, lengths)
     right, left = _side("p_in", p_in, "right", x.shape[-1]), _side("p_out", p_out, "left", dy.shape[-1])
@@ -138,6 +145,8 @@ def sketch_outer(
 
     Equal to ``sketch(outer(x, dy).flatten(1), projection)``. ``scale (o, i)`` multiplies every gradient entry first:
     the Adam factor of LESS (Xia et al. 2024).
+
+    Floor: ``2 N T i o`` FLOPs at the matmul rate, and for SJLT one addition for each of the ``N i o`` entries of G in cache.
     """
     x, dy, spans = pair(x, dy, lengths)
     shape = (dy.shape[-1], x.shape[-1])
@@ -153,7 +162,10 @@ def sketch_outer(
 
 
 def score_outer(x: Tensor, dy: Tensor, q: Tensor, lengths: Tensor | None = None, *, backend: str = "auto") -> Tensor:
-    """Inner products of per-sample gradients with ``m`` given matrices: ``q (m, o, i) -> (N, m) = <G_n, q_j>``."""
+    """Inner products of per-sample gradients with ``m`` given matrices: ``q (m, o, i) -> (N, m) = <G_n, q_j>``.
+
+    Floor: ``2 N (T + m) i o`` FLOPs at the matmul rate; ``q`` is read once for many samples.
+    """
     x, dy, spans = pair(x, dy, lengths)
     check_float("q", q, 3)
     if tuple(q.shape[1:]) != (dy.shape[-1], x.shape[-1]) or q.device != x.device:
@@ -173,7 +185,11 @@ def ghost_dot(
     *,
     backend: str = "auto",
 ) -> Tensor:
-    """Inner products of two sets of unprojected gradients: ``-> (Na, Nb) = <G_a, G_b>``, no gradient formed."""
+    """Inner products of two sets of unprojected gradients: ``-> (Na, Nb) = <G_a, G_b>``, no gradient formed.
+
+    Floor: ``2 Na Nb Ta Tb (i + o)`` FLOPs at the matmul rate, nothing of size T x T or i x o written. Where tokens are many
+    and pairs are too, ``outer`` and one matrix product cost less: ``2 (Na Ta + Nb Tb + Na Nb) i o``.
+    """
     xa, dya, spans_a = pair(xa, dya, lengths_a, ("xa", "dya", "lengths_a"))
     xb, dyb, spans_b = pair(xb, dyb, lengths_b, ("xb", "dyb", "lengths_b"))
     if xa.shape[-1] != xb.shape[-1] or dya.shape[-1] != dyb.shape[-1] or xa.dtype != xb.dtype or xa.device != xb.device:
@@ -185,13 +201,19 @@ def ghost_dot(
 
 
 def ghost_norm(x: Tensor, dy: Tensor, lengths: Tensor | None = None, *, backend: str = "auto") -> Tensor:
-    """Frobenius norms ``|G_n|`` of unprojected gradients: ``-> (N,)``, no gradient formed."""
+    """Frobenius norms ``|G_n|`` of unprojected gradients: ``-> (N,)``, no gradient formed.
+
+    Floor: ``N T^2 (i + o)`` FLOPs (half of two Gram matrices, which are symmetric) at the matmul rate.
+    """
     x, dy, spans = pair(x, dy, lengths)
     return _run("ghost_norm", backend, x, x, dy, spans)
 
 
 def sketch(g: Tensor, projection: Tensor | Side | Projection, *, backend: str = "auto") -> Tensor:
-    """Project flat vectors: ``(N, D) -> (N, k)``; the matrix is made on the fly, any ``k``, ``D`` beyond 2^31."""
+    """Project flat vectors: ``(N, D) -> (N, k)``; the matrix is made on the fly, any ``k``, ``D`` beyond 2^31.
+
+    Floor: ``N D`` elements read once; a dense kind costs ``2 N D k`` FLOPs at the matmul rate too.
+    """
     check_float("g", g, 2)
     side = _side("projection", projection, "single", g.shape[1])
     if side is None:
@@ -204,13 +226,18 @@ def rank(influence: Tensor, *, backend: str = "auto") -> Tensor:
 
     Returns float32 while half-integers below n are exact in it (n up to 2^22), float64 beyond. NaN or infinity raises
     :class:`~influence_fast.InputError` naming the row.
+
+    Floor: 4 bytes read and 4 written per element, and two moves at random within a row (one of 4 bytes out, one look).
     """
     check_float("influence", influence, 2)
     return _run("rank", backend, influence, influence.detach())
 
 
 def vote(influence: Tensor, k: int, *, backend: str = "auto") -> Tensor:
-    """Votes against each column: ``(m, n) -> (n,)`` float64, ``-sum over rows of max(k - rank, 0)``, 1 <= k <= n."""
+    """Votes against each column: ``(m, n) -> (n,)`` float64, ``-sum over rows of max(k - rank, 0)``, 1 <= k <= n.
+
+    Floor: 4 bytes read per element; only the lowest ``k`` of a row are ranked.
+    """
     _check_votes(influence, k)
     return _run("vote", backend, influence, influence.detach(), k)
 
@@ -237,7 +264,10 @@ def random_matrix(
     device: torch.device | str = "cpu",
     backend: str = "auto",
 ) -> Tensor:
-    """Entries ``[r0, r1) x [c0, c1)`` of an implicit random matrix, scaled; all of it by default."""
+    """Entries ``[r0, r1) x [c0, c1)`` of an implicit random matrix, scaled; all of it by default.
+
+    Floor: its bytes written; one Philox block makes 128 signs or 4 normals.
+    """
     rows, cols = rows or (0, side.k), cols or (0, side.features)
     if not (0 <= rows[0] <= rows[1] <= side.k and 0 <= cols[0] <= cols[1] <= side.features):
         raise InputError(f"rows, cols: expected ranges within {side.k} x {side.features}, got {rows} and {cols}")
