@@ -58,6 +58,8 @@ ARMS = {
     "loss": ("loss", "", ""),
 }
 BATCH, DROP = 32, 0.3
+# Fixed, so that a run goes on after the default has changed.
+_SHARD_ROWS = 1024
 
 
 class OutOfTime(Exception):
@@ -389,7 +391,7 @@ def _stores(
     for name in ("train", "queries"):
         clock.step("capture")
         begin = time.monotonic()
-        out.append(inf.build_store(folder / name, model, rows[name], layers, "identity"))
+        out.append(inf.build_store(folder / name, model, rows[name], layers, "identity", shard_rows=_SHARD_ROWS))
         clock.done("capture", begin)
         seconds.setdefault(f"gradients of {name}", time.monotonic() - begin)
     return out
