@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from influence_fast.layers import select_layers as select_layers
     from influence_fast.methods import Checkpoints as Checkpoints
     from influence_fast.methods import label_contrast as label_contrast
+    from influence_fast.methods import neighbours as neighbours
     from influence_fast.methods import outlier as outlier
     from influence_fast.methods import word_influence as word_influence
     from influence_fast.observe import hidden_states as hidden_states
@@ -83,6 +84,7 @@ _ROOMS = {
     "select_layers": "layers",
     "Checkpoints": "methods",
     "label_contrast": "methods",
+    "neighbours": "methods",
     "outlier": "methods",
     "word_influence": "methods",
     "hidden_states": "observe",
