@@ -286,7 +286,7 @@ def test_other_errors_of_the_command_line(folder: Path, tmp_path: Path) -> None:
     assert (code, "holds something else" in err) == (1, True)
     for arguments, message in (
         (("index", tmp_path / "none", "--out", tmp_path / "i"), "no gradient store"),
-        (("search", tmp_path / "none", "--queries", tmp_path / "none"), "no gradient store"),
+        (("search", tmp_path / "none", "--queries", tmp_path / "none"), "no index"),
         (("evaluate", folder / "train.jsonl"), "no column 'score'"),
         (("audit", "--config", tmp_path / "none.json", "--out", tmp_path / "y"), "config: cannot read"),
     ):
