@@ -182,7 +182,7 @@ def _sum_blocks(
         masks = {c: chosen[c][rows] for c in kinds}
         common = torch.stack(list(masks.values())).all(0)
         sets = [(kinds, common), *(([c], mask & ~common) for c, mask in masks.items())]
-        values = read()
+        values = some = read()
         _check_finite(values, layer, rows)
         for of, keep in sets:
             if not keep.any():
@@ -200,6 +200,8 @@ def _sum_blocks(
             for method in methods:
                 if method.endswith("-c") in of:
                     _add(out, weights, layer, method, found[_base(method)])
+        # Before the next block is made.
+        del values, some
         partial.save(layer, rows)
     partial.remove()
 
@@ -335,7 +337,9 @@ def _base(method: str) -> str:
 
 
 def _check_finite(values: Tensor, layer: str, rows: slice) -> None:
-    finite = values.isfinite().all(1)
+    # In one pass that writes nothing of the block's size.
+    low, high = values.aminmax(dim=1)
+    finite = low.isfinite() & high.isfinite()
     if not finite.all():
         row = rows.start + int(finite.logical_not().nonzero()[0])
         raise InputError(f"influence: layer {layer!r} has NaN or infinity for query {row}")

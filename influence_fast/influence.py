@@ -38,7 +38,7 @@ Gradients = GradientStore | Mapping[str, Tensor]
 _BLOCK_BYTES = 16 << 20
 _MEMORY = 512 << 20
 # Bytes that ranking takes for each training sample, apart from the influence itself: kernels' room on two threads and sums.
-_RANKING = 100
+_RANKING = 270
 
 
 def influence(

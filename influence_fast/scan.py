@@ -172,9 +172,13 @@ class Scan:
     def add(self, rows: Rows, folder: Path | None = None) -> None:
         """Copy the rows that are not yet in it; with ``folder`` each segment into a file, which is then mapped."""
         step = max(_native.block_rows, _SEGMENT_BYTES // (4 * sum(self.dims.values())))
+        # One room for all segments: freed and asked for again, it would leave holes that the allocator cannot fill.
+        count = min(step, rows.count - self.rows)
+        codes = np.empty((count, self.stride), np.uint8)
+        padded = None if folder is None else np.empty(count * self.stride + 64, np.uint8)
         for begin in range(self.rows, rows.count, step):
             end = min(begin + step, rows.count)
-            arrays = self._quantised(rows, begin, end)
+            arrays = self._quantised(rows, begin, end, codes[: end - begin], padded)
             path = None if folder is None else (folder / segment_name(len(self.segments))).resolve()
             if path is not None:
                 self._write(path, arrays)
@@ -252,9 +256,11 @@ class Scan:
                 raise StoreError(f"{rows.shard_of(bad)}: damaged, or another than was indexed (row {bad})")
         return scores, found
 
-    def _quantised(self, rows: Rows, begin: int, end: int) -> dict[str, np.ndarray]:
+    def _quantised(
+        self, rows: Rows, begin: int, end: int, codes: np.ndarray, padded: np.ndarray | None
+    ) -> dict[str, np.ndarray]:
         count = end - begin
-        codes = np.full((count, self.stride), 128, np.uint8)
+        codes[:] = 128
         scale, error, norm = (np.empty((len(self.parts), count), np.float32) for _ in range(3))
         values: Tensor | None = None
         for i, part in enumerate(self.parts):
@@ -276,8 +282,9 @@ class Scan:
         norm = np.ascontiguousarray(norm[:, order])
         longest = np.nextafter(np.maximum.reduceat(length[order], starts).astype(np.float32), np.float32(np.inf))
         bound = np.concatenate([longest[None], np.maximum.reduceat(norm, starts, axis=1)])
-        padded = np.empty(count * self.stride + 64, np.uint8)
-        np.take(codes, order, axis=0, out=padded[:-64].reshape(codes.shape))
+        size = count * self.stride + 64
+        padded = np.empty(size, np.uint8) if padded is None else padded[:size]
+        np.take(codes, order, axis=0, out=padded[:-64].reshape(codes.shape), mode="clip")
         padded[-64:] = 128
         arrays: list[np.ndarray] = [
             padded,

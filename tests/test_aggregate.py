@@ -145,7 +145,7 @@ def test_any_memory_gives_the_same_scores(tmp_path: Path, method: str) -> None:
     store, queries = stored(tmp_path)
     mask = torch.arange(25) % 3 == 0
     names, found = ["mean", "rank", "vote", "mean-c", "rank-c", "vote-c", "median"], []
-    for memory in (104 * 300, 300 * 150, "1GiB"):
+    for memory in (274 * 300, 320 * 300, "1GiB"):
         matrix = inf.influence(store, queries, method, memory=memory)
         matrix.query_correct = mask
         found.append(inf.aggregate_many(matrix, names)["all"])
@@ -155,8 +155,8 @@ def test_any_memory_gives_the_same_scores(tmp_path: Path, method: str) -> None:
             torch.testing.assert_close(other[method], found[0][method], rtol=1e-6, atol=1e-9)
         expected = inf.aggregate(dense, method, queries=mask if method.endswith("-c") else None)
         torch.testing.assert_close(found[0][method], expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
-    with pytest.raises(inf.InputError, match="memory: 31199 bytes hold no row of 300 samples; this takes 31200"):
-        inf.aggregate(inf.influence(store, queries, memory=104 * 300 - 1), "rank")
+    with pytest.raises(inf.InputError, match="memory: 82199 bytes hold no row of 300 samples; this takes 82200"):
+        inf.aggregate(inf.influence(store, queries, memory=274 * 300 - 1), "rank")
     for bad in ("2 apples", 0, True, "GiB"):
         with pytest.raises(inf.InputError, match="memory: expected bytes, or text such as 2GiB"):
             inf.influence(store, queries, memory=bad)
@@ -174,7 +174,7 @@ def test_a_stopped_job_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(room, "_SAVE_SECONDS", 0)
     store, queries = stored(tmp_path)
     names = ["rank", "vote", "mean"]
-    expected = inf.aggregate_many(inf.influence(store, queries, memory=300 * 120), names)["all"]
+    expected = inf.aggregate_many(inf.influence(store, queries, memory=300 * 290), names)["all"]
     computed: list[tuple[str, int]] = []
     piece = inf.InfluenceMatrix.piece
 
@@ -187,12 +187,12 @@ def test_a_stopped_job_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(inf.InfluenceMatrix, "piece", stopping)
     stop = 7
     with pytest.raises(KeyboardInterrupt):
-        inf.aggregate_many(inf.influence(store, queries, memory=300 * 120), names, checkpoint=tmp_path / "c")
+        inf.aggregate_many(inf.influence(store, queries, memory=300 * 290), names, checkpoint=tmp_path / "c")
     with pytest.raises(inf.StoreError, match="partial sums of another job"):
         inf.aggregate_many(inf.influence(store, queries, "cosine"), names, checkpoint=tmp_path / "c")
     stop = 100
     # Blocks of another size may follow.
-    found = inf.aggregate_many(inf.influence(store, queries, memory=300 * 140), names, checkpoint=tmp_path / "c")["all"]
+    found = inf.aggregate_many(inf.influence(store, queries, memory=300 * 310), names, checkpoint=tmp_path / "c")["all"]
     assert len(computed) < 14
     for name in names:
         torch.testing.assert_close(found[name], expected[name], rtol=1e-12, atol=0)
