@@ -129,6 +129,8 @@ def main(task: str | None, seeds: int, work: Path, out: Path, seconds: float, ta
 
 def run_name(task: str, seed: int, settings: dict[str, Any]) -> str:
     """Settings that are not the default show in the name, so runs of other sizes are never taken for these."""
+    if task in GENERATIVE:
+        return f"{task}-e{settings['epochs']}-seed{seed}"
     parts = [task, f"n{settings['samples']}", f"e{settings['epochs']}", settings["kind"], f"seed{seed}"]
     return "-".join(parts)
 
@@ -450,7 +452,7 @@ def generative_run(task: str, seed: int, work: Path, clock: Clock, settings: dic
     return {
         "task": task,
         "seed": seed,
-        "settings": {"epochs": len(history), "projection": projection, "flip": 0.0},
+        "settings": {"epochs": len(history), "projection": projection},
         "sizes": {name: len(part) for name, part in rows.items()},
         "model": {"weights": sum(p.numel() for p in model.parameters()), "vocabulary": tokenizer.get_vocab_size()},
         "loss": history,

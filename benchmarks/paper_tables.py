@@ -151,12 +151,20 @@ def _arms(runs: list[Run]) -> list[str]:
 
 
 def _relevance(runs: list[Run]) -> list[str]:
-    keys = list(dict.fromkeys((row["method"], row["layer"]) for row in runs[0]["relevance"]))
-    found = {
-        key: [row for run in runs for row in run["relevance"] if (row["method"], row["layer"]) == key] for key in keys
-    }
-    rows = [[*key, *(float(np.mean([row[m] for row in found[key]])) for m in ("roc_auc", "recall@90"))] for key in keys]
-    return _table(["method", "layer", "ROC-AUC", "recall@90"], rows)
+    """Layers by methods, ROC-AUC before recall@90; representations have blocks for layers."""
+    found: dict[tuple[str, str], list[Run]] = {}
+    for run in runs:
+        for row in run["relevance"]:
+            found.setdefault((row["method"], row["layer"]), []).append(row)
+    methods = list(dict.fromkeys(method for method, _ in found))
+    layers = list(dict.fromkeys(layer for _, layer in found))
+
+    def figures(method: str, layer: str) -> str:
+        rows = found.get((method, layer), [])
+        return " / ".join(f"{np.mean([row[m] for row in rows]):.3f}" for m in ("roc_auc", "recall@90")) if rows else ""
+
+    rows = [[layer, *(figures(method, layer) for method in methods)] for layer in layers]
+    return ["ROC-AUC / recall@90 (chance: 0.5 / 0.1):", "", *_table(["layer", *methods], rows)]
 
 
 def _claims(runs: list[Run]) -> list[str]:
