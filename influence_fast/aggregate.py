@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -250,7 +250,7 @@ class _Partial:
                 tensors = {name: file.get_tensor(name) for name in self.sums}
         except StoreError:
             raise
-        except Exception as error:  # safetensors raises a type of its own
+        except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
             raise StoreError(f"{self.path}: damaged partial sums ({error}); remove them to begin again") from None
         digest = _digest(tensors)
         if digest != found["sha256"]:

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from influence_fast import losses, ranks
+from influence_fast import losses, processes
 from influence_fast.capture import GradientCapture
 from influence_fast.errors import InfluenceError, InputError
 from influence_fast.layers import uncompiled
@@ -103,7 +103,7 @@ def build_store(
     job = _job(
         model, dataset, layers, projection, loss, batch_tokens, ids, dtype, shard_rows, truncate, bias, precision, path
     )
-    rank, world = ranks.here()
+    rank, world = processes.here()
     with (
         as_evaluated(model),
         _writing(path, job, resume) as writer,
@@ -136,7 +136,7 @@ def _advance(bar: Any, world: int, count: int) -> None:
 @contextmanager
 def _writing(path: str | PathLike[str], job: _Job, resume: bool) -> Iterator[StoreWriter]:
     """The store, begun by rank 0 and left by all ranks together."""
-    rank, world = ranks.here()
+    rank, world = processes.here()
     settings = job.settings()
     with ExitStack() as stack:
         entered: list[StoreWriter] = []
@@ -147,12 +147,12 @@ def _writing(path: str | PathLike[str], job: _Job, resume: bool) -> Iterator[Sto
             )
             entered.append(stack.enter_context(writer))
 
-        ranks.agree(begin)
+        processes.agree(begin)
         if rank > 0:
             begin()
-        ranks.wait()
+        processes.wait()
         yield entered[0]
-        ranks.wait()
+        processes.wait()
 
 
 @dataclass(frozen=True)
@@ -304,7 +304,7 @@ class _Job:
             return
         counts = [sum(len(batches(self.rows, span, self.budget.tokens)) for span in own) for own in spans]
         spare = [int(np.argmin(self.rows.lengths))]
-        for _ in range(max(counts) - counts[ranks.here()[0]]):
+        for _ in range(max(counts) - counts[processes.here()[0]]):
             self.step(spare)
 
 
@@ -329,7 +329,7 @@ def _job(
     rows, kind = checked_rows(model, dataset, loss, ids, truncate)
     autocast(model, precision)
     capture = GradientCapture(model, layers, projection, bias=bias)
-    tokens = ranks.agree(lambda: token_budget(batch_tokens, model, path))
+    tokens = processes.agree(lambda: token_budget(batch_tokens, model, path))
     if shard_rows == "auto":
         shard_rows = max(1, min(_SHARD_ROWS, _SHARD_BYTES // (4 * sum(capture.dims.values()))))
     elif isinstance(shard_rows, bool) or not isinstance(shard_rows, int) or shard_rows < 1:

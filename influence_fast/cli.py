@@ -223,7 +223,7 @@ def build(model: str, data: str, out: Path, dry_run: bool, as_json: bool, **opti
     Runs on the GPU if there is one. Several processes share the work, on folders that all of them see:
     torchrun --nproc-per-node 2 -m influence_fast build ...
     """
-    from influence_fast import ranks
+    from influence_fast import processes
     from influence_fast.audit import default_layers
     from influence_fast.build import build_store, estimate_build
     from influence_fast.data import Columns, load_model, prepare, read_table, task_of
@@ -236,8 +236,8 @@ def build(model: str, data: str, out: Path, dry_run: bool, as_json: bool, **opti
     samples = prepare("data", rows, columns, task_of(options.pop("task"), network, rows), network, tokenizer)
     options["layers"] = options["layers"] or default_layers(network)
     options["batch_tokens"] = _tokens(options["batch_tokens"])
-    with ranks.joined() as device:
-        rank, world = ranks.here()
+    with processes.joined() as device:
+        rank, world = processes.here()
         network.to(device)
         if dry_run:
             found = estimate_build(network, samples.rows, ids=samples.ids, **options)

@@ -21,7 +21,6 @@ of 64 bytes, one behind the other (P parts of a row: a layer, or 65,536 numbers 
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -402,11 +401,3 @@ def rescore(
 
 def segment_name(number: int) -> str:
     return f"scan-{number:05d}.bin"
-
-
-def sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

@@ -467,7 +467,7 @@ class _Shard:
 
     def check_bytes(self) -> None:
         self.check_size()
-        found = _hash(self.path)
+        found = sha256(self.path)
         if found != self.sha256:
             raise StoreError(f"{self.path}: damaged, its SHA-256 is {found}, the manifest says {self.sha256}")
 
@@ -557,7 +557,8 @@ def _write(file: IO[bytes], data: bytes) -> None:
     file.write(data)
 
 
-def _hash(path: Path) -> str:
+def sha256(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(1 << 20):

@@ -176,6 +176,18 @@ def test_every_size_of_projection(op: str, kind: str, backend: Backend, generato
         )
 
 
+@pytest.mark.parametrize("k", [24, 31, 70])
+def test_wide_rademacher_sides(k: int, backend: Backend, generator: torch.Generator) -> None:
+    """Features beyond one block of those that stay in cache, and not a multiple of a vector; samples of any length."""
+    n, t, i, o = 3, 19, 1043, 130
+    e = make_extras(generator, i, o, "rademacher", k)
+    for dtype in DTYPES:
+        backend.need("project_outer", dtype)
+        x, dy = random(generator, n, t, i).to(dtype), random(generator, n, t, o).to(dtype)
+        lengths, live = batch(generator, n, t, "ragged")
+        check("project_outer", backend, x, dy, lengths, live, e)
+
+
 @pytest.mark.parametrize(("left", "right"), [(True, False), (False, True), (False, False)])
 def test_project_one_side(left: bool, right: bool, backend: Backend, generator: torch.Generator) -> None:
     backend.need("project_outer")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from backends import BACKENDS, Backend
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import rankdata
@@ -35,13 +36,9 @@ def test_the_extension_has_both() -> None:
     assert "cpu" in RUNNING, ops.available("rank", "cpu")
 
 
-@backends
-@pytest.mark.parametrize("shape", [(1, 1), (3, 2), (2, 63), (5, 129), (1, 5000), (7, 3000)])
-@pytest.mark.parametrize("kind", ["normal", "tied", "heavy", "narrow", "equal", "signs"])
-def test_values_of_every_kind(backend: str, kind: str, shape: tuple[int, int]) -> None:
-    random = torch.Generator().manual_seed(0)
-    normal = torch.randn(shape, generator=random)
-    values = {
+def values_of(kind: str, shape: tuple[int, int]) -> Tensor:
+    normal = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    return {
         "normal": normal,
         "tied": (normal * 3).round(),
         "heavy": normal.sign() * (normal.abs() * 20).exp(),
@@ -49,8 +46,36 @@ def test_values_of_every_kind(backend: str, kind: str, shape: tuple[int, int]) -
         "equal": torch.full(shape, -2.5),
         "signs": torch.where(normal > 0, torch.tensor(0.0), torch.tensor(-0.0)) + (normal > 1).float(),
     }[kind]
+
+
+KINDS = ("normal", "tied", "heavy", "narrow", "equal", "signs")
+
+
+@backends
+@pytest.mark.parametrize("shape", [(1, 1), (3, 2), (2, 63), (5, 129), (1, 5000), (7, 3000)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_values_of_every_kind(backend: str, kind: str, shape: tuple[int, int]) -> None:
+    values = values_of(kind, shape)
     for k in {1, max(1, shape[1] // 5), shape[1]}:
         check(values, k, backend)
+
+
+@pytest.mark.parametrize("backend", [b for b in BACKENDS if b.isa], ids=str)
+def test_every_instruction_set(backend: Backend) -> None:
+    with backend:
+        for kind in KINDS:
+            check(values_of(kind, (3, 2500)), 500, "cpu")
+
+
+@backends
+@pytest.mark.parametrize("period", [8, 16])
+def test_values_that_a_sample_misleads_about(backend: str, period: int) -> None:
+    """Every eighth or sixteenth value, which is what a kernel may look at, is unlike the others."""
+    values = torch.randn(2, 4096, generator=torch.Generator().manual_seed(0))
+    values[:, ::period] -= 1000
+    for k in (100, 1000, 3000):
+        check(values, k, backend)
+    check(-values, 1000, backend)
 
 
 @backends

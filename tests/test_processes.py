@@ -15,6 +15,7 @@ import torch
 from click.testing import CliRunner
 
 import influence_fast as inf
+from influence_fast.build import fingerprint
 from influence_fast.cli import main
 
 _BUILD = """
@@ -23,7 +24,7 @@ sys.path.insert(0, {tests!r})
 import torch, models
 import torch.distributed as dist
 import influence_fast as inf
-from influence_fast import ranks
+from influence_fast import processes
 from influence_fast.store import StoreWriter
 
 torch.set_num_threads(1)
@@ -32,8 +33,8 @@ task = "causal" if kind == "sharded" else "classification"
 model, rows = models.make("llama" if kind == "sharded" else "bert", task), models.rows(task, count=23)
 if kind == "bad":
     rows[4]["labels"] = 7
-with ranks.joined():
-    if kind == "killed" and ranks.here()[0] == 1:
+with processes.joined():
+    if kind == "killed" and processes.here()[0] == 1:
         write, left = StoreWriter.write, [2]
         def dying(*args):
             left[0] -= 1
@@ -41,7 +42,7 @@ with ranks.joined():
                 os.kill(os.getpid(), signal.SIGKILL)
             write(*args)
         StoreWriter.write = dying
-    if kind == "sharded" and ranks.here()[1] > 1:
+    if kind == "sharded" and processes.here()[1] > 1:
         from torch.distributed.fsdp import fully_shard
         for block in model.model.layers:
             fully_shard(block)
@@ -104,12 +105,38 @@ def test_every_rank_says_what_is_wrong(tmp_path: Path) -> None:
     assert not (tmp_path / "store").exists()
 
 
+_AGREE = """
+from influence_fast import processes
+from influence_fast.errors import StoreError
+
+def fail():
+    raise StoreError("no such store")
+
+with processes.joined():
+    rank = processes.here()[0]
+    assert processes.agree(lambda: [rank, "a", None]) == [0, "a", None]
+    try:
+        processes.agree(fail)
+    except StoreError as error:
+        assert str(error) == "no such store"
+    else:
+        raise SystemExit(f"rank {rank} heard of no error")
+"""
+
+
+def test_what_rank_0_makes_or_raises_is_everyones(tmp_path: Path) -> None:
+    (tmp_path / "job.py").write_text(_AGREE)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run([*command, str(tmp_path / "job.py")], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
 def test_a_model_sharded_over_two_ranks(tmp_path: Path) -> None:
     done = build(tmp_path / "store", "sharded", 2)
     assert done.returncode == 0, done.stderr[-3000:]
     store = inf.GradientStore.open(tmp_path / "store")
     model, rows = models.make("llama", "causal"), models.rows("causal", count=23)
-    assert store.meta["model"] == inf.build.fingerprint(model)
+    assert store.meta["model"] == fingerprint(model)
     for layer, expected in models.oracle(model, rows, store.layers).items():
         o, i = expected.shape[1:]
         projection = inf.Projection.parse("rademacher:4x4")

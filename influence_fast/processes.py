@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
+from influence_fast import errors
 from influence_fast.errors import InfluenceError
 
 T = TypeVar("T")
@@ -40,20 +42,35 @@ def joined() -> Iterator[torch.device]:
 
 
 def agree(make: Callable[[], T]) -> T:
-    """What rank 0 makes, on every rank; an InfluenceError is raised on every rank too."""
+    """What rank 0 makes, on every rank: plain JSON, so that nothing is unpickled. An InfluenceError is raised on every
+    rank."""
     rank, world = here()
     if world == 1:
         return make()
-    said: list[T | InfluenceError | None] = [None]
+    text, failed = b"", None
     if rank == 0:
         try:
-            said[0] = make()
+            said: dict[str, Any] = {"value": make()}
         except InfluenceError as error:
-            said[0] = error
-    dist.broadcast_object_list(said)
-    if isinstance(said[0], InfluenceError):
-        raise said[0]
-    return cast(T, said[0])
+            failed, said = error, {"error": type(error).__name__, "message": str(error)}
+        text = json.dumps(said).encode()
+    heard = json.loads(_from_first(text))
+    if failed is not None:
+        raise failed
+    if "error" in heard:
+        raise getattr(errors, heard["error"])(heard["message"])
+    return heard["value"]
+
+
+def _from_first(data: bytes) -> bytes:
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    size = torch.tensor([len(data)], device=device)
+    dist.broadcast(size, 0)
+    sent = torch.zeros(int(size), dtype=torch.uint8, device=device)
+    if data:
+        sent.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+    dist.broadcast(sent, 0)
+    return bytes(sent.cpu().numpy())
 
 
 def wait() -> None:

@@ -1,0 +1,104 @@
+"""Hold an audit with whole gradients against the plain loop: one sample at a time, ``autograd.grad``, and the definitions.
+
+    python -m benchmarks.naive --model run/adapter --train run/train.jsonl --queries run/queries.jsonl \\
+        --text-column sentence --audit run/audit
+
+Prints the largest relative difference, over layers, of gradients and of every influence, and that of ``mean``, ``rank`` and
+``vote`` over all layers and queries; exits with 1 where one exceeds 1e-4.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any, cast
+
+import click
+import torch
+from scipy.stats import rankdata
+from torch import Tensor, nn
+
+import influence_fast as inf
+from influence_fast.data import load_model
+
+FRACTION = 0.2
+
+
+def gradients(
+    model: nn.Module, tokenizer: Any, rows: list[dict[str, Any]], text: str, layers: list[str]
+) -> list[Tensor]:
+    """``(n, weights)`` of every layer."""
+    modules = dict(model.named_modules())
+    weights = [cast(Tensor, modules[name].weight) for name in layers]
+    model.requires_grad_(False)
+    for weight in weights:
+        weight.requires_grad_(True)
+    found = []
+    for row in rows:
+        logits = model(**tokenizer(row[text], return_tensors="pt")).logits
+        loss = nn.functional.cross_entropy(logits, torch.tensor([row["label"]]))
+        found.append([gradient.flatten() for gradient in torch.autograd.grad(loss, weights)])
+    return [torch.stack(layer) for layer in zip(*found, strict=True)]
+
+
+def influence(method: str, g: Tensor, v: Tensor) -> Tensor:
+    """The definition, in float64, with all training samples' products in memory."""
+    g, v = g.double(), v.double()
+    dot = v @ g.T
+    if method == "dot":
+        return dot
+    if method == "cosine":
+        return dot / (v.norm(dim=1)[:, None] * g.norm(dim=1))
+    sqnorm = g.square().sum(1)
+    damping = sqnorm.sum() / (10 * len(g) * g.shape[1])
+    return (dot - (dot / (damping + sqnorm)) @ (g @ g.T) / len(g)) / damping
+
+
+def aggregate(method: str, layers: list[Tensor]) -> Tensor:
+    if method == "mean":
+        return torch.stack([layer.mean(0) for layer in layers]).mean(0)
+    ranks = torch.stack([torch.from_numpy(rankdata(layer.numpy(), axis=1)) - 1 for layer in layers]).flatten(0, 1)
+    k = round(FRACTION * ranks.shape[1])
+    return ranks.mean(0) if method == "rank" else -(k - ranks).clamp_min(0).sum(0)
+
+
+def difference(ours: Tensor, theirs: Tensor) -> float:
+    return float((ours.double() - theirs.double()).norm() / theirs.double().norm())
+
+
+@click.command()
+@click.option("--model", required=True)
+@click.option("--train", type=click.Path(path_type=Path, exists=True), required=True)
+@click.option("--queries", type=click.Path(path_type=Path, exists=True), required=True)
+@click.option("--text-column", default="text")
+@click.option("--audit", type=click.Path(path_type=Path, exists=True), required=True, help="Its --out folder.")
+def main(model: str, train: Path, queries: Path, text_column: str, audit: Path) -> None:
+    """Compare an audit's stores, influence and scores with a naive loop."""
+    stores = [inf.GradientStore.open(audit / "stores" / name) for name in ("train", "queries")]
+    network, tokenizer = load_model(model)
+    layers, begin = stores[0].layers, time.perf_counter()
+    naive = []
+    for path in (train, queries):
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        naive.append(gradients(network.eval(), tokenizer, rows, text_column, layers))
+    rate = sum(len(store) for store in stores) / (time.perf_counter() - begin)
+    worst = [
+        max(difference(store.read(name), found) for name, found in zip(layers, of_store, strict=True))
+        for store, of_store in zip(stores, naive, strict=True)
+    ]
+    click.echo(f"gradients: {max(worst):.1e} (the loop: {rate:.1f} samples/s)")
+    for method in ("dot", "cosine", "datainf"):
+        matrix = inf.influence(stores[0], stores[1], method)
+        expected = [influence(method, g, v) for g, v in zip(naive[0], naive[1], strict=True)]
+        found = {"influence": max(difference(matrix.layer(n), e) for n, e in zip(layers, expected, strict=True))}
+        for name in ("mean", "rank", "vote"):
+            found[name] = difference(inf.aggregate(matrix, name, fraction=FRACTION), aggregate(name, expected))
+        worst += found.values()
+        click.echo(f"{method}: " + ", ".join(f"{name} {value:.1e}" for name, value in found.items()))
+    sys.exit(int(max(worst) > 1e-4))
+
+
+if __name__ == "__main__":
+    main()
