@@ -133,8 +133,9 @@ def ours(job: Job) -> Gradients:
         budget = build.Budget(job.work.tokens)
         steps = build.run(job.model, capture, loss, job.rows, range(len(job.rows)), budget, job.work.precision)
         for chosen, (gradients, _) in steps:
+            places = torch.tensor(chosen)
             for name, gradient in gradients.items():
-                out[name][chosen] = gradient
+                out[name][places] = gradient
     return out
 
 

@@ -3,9 +3,9 @@
 An index is over its layers' gradients side by side, so an inner product is the sum of the layers' inner products.
 ``cosine`` divides by the length of that whole vector. ``Flat`` is exact: :mod:`influence_fast.scan`, which needs no FAISS,
 reads an 8-bit copy and proves its answer. Any other factory string makes FAISS indexes over directions ``g / |g|``: rows of
-similar length share one (a *band*), since inner products with lengths of a heavy tail follow no direction, and candidates
-of all bands are scored again from the store, exactly. What they miss is measured on held-out queries when the index is
-built, and is said by every search.
+similar length share one (a *band*), since inner products with lengths of a heavy tail follow no direction. The longest rows,
+too few of any length to train on, are a band of whole vectors that is searched exactly. Candidates of all bands are scored
+again from the store. What they miss is measured on held-out queries when the index is built, and is said by every search.
 
 On disk: ``index.json`` beside ``scan-00000.bin``, ... (``Flat``) or ``band-0.faiss``, ``band-0.npy`` (rows of the band), ...
 All of them are memory-mapped. The exact rows stay in the store, whose folder ``index.json`` names.
@@ -19,6 +19,7 @@ import logging
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -263,6 +264,7 @@ class InfluenceIndex:
         sizes = [segment.rows for segment in self._scan.segments] if self._scan is not None else []
         document = {**self.meta, "stores": stores, "segments": sizes, "files": hashes}
         document["bands"] = [band.longest for band in self._bands]
+        document["tail"] = bool(self._bands) and self._bands[-1].whole
         part = folder / "index.json.part"
         part.write_text(json.dumps(document, indent=1) + "\n")
         part.rename(folder / "index.json")
@@ -301,7 +303,11 @@ class InfluenceIndex:
             pairs = [(one, range(*entry["rows"])) for entry, one in zip(entries, found, strict=True)]
             rows = Rows(pairs, meta["layers"])
             scan = Scan.open(folder, meta["dims"], meta["segments"]) if meta["factory"] == "Flat" else None
-            bands = [_Band.load(folder, number, longest) for number, longest in enumerate(meta["bands"])]
+            last = len(meta["bands"]) - 1
+            bands = [
+                _Band.load(folder, number, longest, meta.get("tail", False) and number == last)
+                for number, longest in enumerate(meta["bands"])
+            ]
         except FileNotFoundError as error:
             missing = Path(error.filename or "index.json").name
             raise StoreError(f"{folder}: no index (no {missing})") from None
@@ -313,7 +319,7 @@ class InfluenceIndex:
         if counted != rows.count:
             raise StoreError(f"{folder}: damaged index, {counted} vectors where {rows.count} are named")
         return cls(
-            rows, {key: meta[key] for key in meta if key not in ("stores", "segments", "files", "bands")}, scan, bands
+            rows, {key: meta[key] for key in meta if key not in ("stores", "segments", "files", "bands", "tail")}, scan, bands
         )
 
     def to_gpu(self) -> InfluenceIndex:
@@ -326,7 +332,7 @@ class InfluenceIndex:
             raise BackendError("to_gpu: needs faiss-gpu and a GPU; search on the CPU instead")
         options = faiss.GpuMultipleClonerOptions()
         options.shard = True
-        bands = [_Band(faiss.index_cpu_to_all_gpus(b.index, co=options), b.rows, b.longest) for b in self._bands]
+        bands = [replace(b, index=faiss.index_cpu_to_all_gpus(b.index, co=options)) for b in self._bands]
         return InfluenceIndex(self._rows, self.meta, None, bands)
 
     def _weights(self, layers: Sequence[str] | Mapping[str, float] | None) -> dict[str, float]:
@@ -417,11 +423,14 @@ class InfluenceIndex:
             self.meta["breadth"] = min(2 * self.meta["breadth"], limit)
 
 
+@dataclass
 class _Band:
-    """A FAISS index over the directions of rows of similar length."""
+    """A FAISS index over the directions of rows of similar length, or over the longest rows as they are (``whole``)."""
 
-    def __init__(self, index: Any, rows: np.ndarray, longest: float) -> None:
-        self.index, self.rows, self.longest = index, rows, longest
+    index: Any
+    rows: np.ndarray
+    longest: float
+    whole: bool = False
 
     @property
     def limit(self) -> int:
@@ -454,7 +463,7 @@ class _Band:
         return names
 
     @classmethod
-    def load(cls, folder: Path, number: int, longest: float) -> _Band:
+    def load(cls, folder: Path, number: int, longest: float, whole: bool) -> _Band:
         faiss = _faiss()
 
         path = str(folder / f"band-{number}.faiss")
@@ -467,7 +476,7 @@ class _Band:
         rows = np.load(folder / f"band-{number}.npy", allow_pickle=False)
         if index.ntotal != len(rows):
             raise StoreError(f"{path}: damaged index, {index.ntotal} vectors where {len(rows)} are named")
-        return cls(index, rows, longest)
+        return cls(index, rows, longest, whole)
 
 
 def vote_from_index(
@@ -536,12 +545,13 @@ def _build_bands(rows: Rows, factory: str, metric: str) -> list[_Band]:
     length = square.sqrt().numpy()
     lists = re.search(r"IVF(\d+)", factory)
     least = max(_BAND_ROWS, 40 * int(lists[1])) if lists else _BAND_ROWS
-    edges = [float(length.max())] if metric == "cosine" else _edges(length, least)
+    edges, tail = ([float(length.max())], False) if metric == "cosine" else _edges(length, least)
     # A band takes rows up to its edge; rows longer than all, which come later, go to the last.
     place = np.minimum(np.searchsorted(edges, length), len(edges) - 1)
     bands = []
     for number, edge in enumerate(edges):
-        index = faiss.index_factory(dim, factory, faiss.METRIC_INNER_PRODUCT)
+        whole = tail and number == len(edges) - 1
+        index = faiss.IndexFlatIP(dim) if whole else faiss.index_factory(dim, factory, faiss.METRIC_INNER_PRODUCT)
         inner = _inner(index)
         if hasattr(inner, "cp"):
             inner.cp.spherical = True
@@ -555,7 +565,7 @@ def _build_bands(rows: Rows, factory: str, metric: str) -> list[_Band]:
                 raise InputError(
                     f"factory: {factory!r} cannot be trained on {len(mine)} rows ({_brief(error)})"
                 ) from None
-        bands.append(_Band(index, np.empty(0, np.int64), edge))
+        bands.append(_Band(index, np.empty(0, np.int64), edge, whole))
     _add_to_bands(bands, rows, 0, metric)
     return bands
 
@@ -570,19 +580,21 @@ def _add_to_bands(bands: list[_Band], rows: Rows, first: int, metric: str) -> No
             if metric == "dot"
             else np.zeros(len(length), int)
         )
-        unit = _unit(values).numpy()
+        unit = _unit(values)
         for number, band in enumerate(bands):
             mine = np.flatnonzero(place == number)
             if len(mine):
-                band.index.add(np.ascontiguousarray(unit[mine]))
+                band.index.add((values if band.whole else unit)[mine].numpy())
                 grown[number].append(begin + mine)
     for band, parts in zip(bands, grown, strict=True):
         band.rows = np.concatenate(parts)
 
 
-def _edges(length: np.ndarray, least: int) -> list[float]:
-    """Upper lengths of the bands, ascending: a factor of 1.5 apart, wider where a band would have few rows."""
+def _edges(length: np.ndarray, least: int) -> tuple[list[float], bool]:
+    """Upper lengths of the bands, ascending: a factor of 1.5 apart, wider where a band would have few rows; and whether the
+    last is, with a lower one to leave the rest to."""
     ordered = np.sort(length)
+    tail = len(ordered) - int(np.searchsorted(ordered, ordered[-1] / _BAND_RATIO, "right")) < least
     edges, end = [float(ordered[-1])], len(ordered)
     while end > 0:
         begin = min(int(np.searchsorted(ordered, edges[-1] / _BAND_RATIO, "right")), end - least)
@@ -590,7 +602,7 @@ def _edges(length: np.ndarray, least: int) -> list[float]:
             break
         edges.append(float(ordered[begin - 1]))
         end = int(np.searchsorted(ordered, edges[-1], "right"))
-    return edges[::-1]
+    return edges[::-1], tail and len(edges) > 1
 
 
 def _blocks(rows: Rows, first: int = 0, layers: Sequence[str] | None = None) -> Iterator[tuple[int, int, Tensor]]:

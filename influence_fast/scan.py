@@ -42,6 +42,7 @@ except ImportError as error:
     _missing = str(error)
 
 _SEGMENT_BYTES = 64 << 20
+_READ_BYTES = 4 << 20
 _PART = 1 << 16
 _TYPES = {"float32": 0, "float16": 1, "bfloat16": 2, "int8": 3}
 _NAMES = ("codes", "scale", "error", "norm", "order", "bound")
@@ -261,20 +262,23 @@ class Scan:
         count = end - begin
         codes[:] = 128
         scale, error, norm = (np.empty((len(self.parts), count), np.float32) for _ in range(3))
-        values: Tensor | None = None
-        for i, part in enumerate(self.parts):
-            if values is None or part.begin == 0:
-                values = rows.read(part.layer, begin, end)
-            _native.quantise(
-                values.data_ptr() + 4 * part.begin,
-                values.shape[1],
-                count,
-                part.dim,
-                codes.ctypes.data + part.offset,
-                self.stride,
-                *(array[i].ctypes.data for array in (scale, error, norm)),
-                torch.get_num_threads(),
-            )
+        step = max(1, _READ_BYTES // (4 * max(self.dims.values())))
+        for low in range(0, count, step):
+            high = min(low + step, count)
+            values: Tensor | None = None
+            for i, part in enumerate(self.parts):
+                if values is None or part.begin == 0:
+                    values = rows.read(part.layer, begin + low, begin + high)
+                _native.quantise(
+                    values.data_ptr() + 4 * part.begin,
+                    values.shape[1],
+                    high - low,
+                    part.dim,
+                    codes[low:].ctypes.data + part.offset,
+                    self.stride,
+                    *(array[i, low:].ctypes.data for array in (scale, error, norm)),
+                    torch.get_num_threads(),
+                )
         length = np.sqrt(np.square(norm, dtype=np.float64).sum(0))
         order = np.argsort(-length, kind="stable")
         starts = np.arange(0, count, _native.block_rows)

@@ -491,9 +491,15 @@ class _Shard:
         if self._verify:
             self.check_bytes()
         try:
-            size = int(self._bytes[:8].view("<u8")[0])
-            header = json.loads(bytes(self._bytes[8 : 8 + size]))
-        except (ValueError, IndexError) as error:
+            # Read, not mapped: touching a map of each of many shards would keep pages of all of them in memory.
+            with open(self.path, "rb") as file:
+                size = int.from_bytes(file.read(8), "little")
+                if size > os.fstat(file.fileno()).st_size:
+                    raise ValueError(f"its length is {size} bytes")
+                header = json.loads(file.read(size))
+        except OSError as error:
+            raise StoreError(f"{self.path}: cannot be read ({error})") from None
+        except ValueError as error:
             raise StoreError(f"{self.path}: damaged header ({error})") from None
         header.pop("__metadata__", None)
         return 8 + size, header

@@ -72,7 +72,7 @@ def check(
 
 
 @pytest.mark.parametrize("metric", ["dot", "cosine"])
-@pytest.mark.parametrize("m", [1, 3, 13, 70])
+@pytest.mark.parametrize("m", [1, 3, 8, 13, 70])
 def test_ties_zeros_duplicates_and_heavy_tails(tmp_path: Path, isa: str, metric: str, m: int) -> None:
     dims = {"a": 7, "b": 65}
     train, queries = draw(700, dims, 0), draw(m, dims, 1)

@@ -306,13 +306,14 @@ ScanStats scan_search(const ScanKernels& kernels, const ScanSegment* segments, i
           if (!open) continue;
           kernels.block(parts, part_count, view, tile->view, limit.data(), score, slack, hits.data());
           read += block.rows;
+          const bool few = tile->view.width <= kFewQueries;
           for (int64_t r = 0; r < block.rows; ++r) {
             for (uint64_t bits = hits[r]; bits != 0; bits &= bits - 1) {
               const int q = __builtin_ctzll(bits);
               if (q >= tile->used) break;
               const int64_t row = segment.first + order[r];
               if (allowed != nullptr && allowed[row] == 0) continue;
-              const int64_t place = r * tile->view.width + q;
+              const int64_t place = few ? q * kScanBlockRows + r : r * tile->view.width + q;
               Candidate candidate{score[place], slack[place], row};
               // What float32 cannot hold is decided by the exact score.
               if (!std::isfinite(candidate.score) || !std::isfinite(candidate.slack))

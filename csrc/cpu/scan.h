@@ -11,8 +11,8 @@
 
 namespace influence_fast {
 
-// Rows of a block are tiles of this many queries; a query alone (or up to four) is scanned without tiles.
-constexpr int kWideTile = 64, kNarrowTile = 16, kFewQueries = 4;
+// Rows of a block are tiles of this many queries; a few queries are scanned without tiles.
+constexpr int kWideTile = 64, kNarrowTile = 16, kFewQueries = 8;
 
 // Rows of a block: a multiple of the rows of every tile; of 512 bytes they are 96 KB, in second-level cache.
 constexpr int64_t kScanBlockRows = 192;
@@ -44,7 +44,8 @@ struct ScanQueries {
 };
 
 struct ScanKernels {
-  // score and slack (rows, width); bit q of hits[r] tells that score + slack of query q is not below limit[q].
+  // score and slack (rows, width), of up to kFewQueries (width, kScanBlockRows); bit q of hits[r] tells that score + slack of
+  // query q is not below limit[q].
   void (*block)(const ScanPart* parts, int64_t count, const ScanBlock& block, const ScanQueries& queries,
                 const float* limit, float* score, float* slack, uint64_t* hits);
   // codes of float32 rows (row stride ld_in); scale, error, norm at [r].
