@@ -38,8 +38,9 @@ from torch import Tensor, nn
 import influence_fast as inf
 from influence_fast import bench, build, losses
 from influence_fast.layers import named_layers
+from influence_fast.rows import Rows, batches, collate
 
-Rows = list[dict[str, Any]]
+Samples = list[dict[str, Any]]
 Gradients = dict[str, Tensor]
 
 
@@ -48,7 +49,7 @@ class Work:
     """One measured job: a model, rows, layers and the precision of forward and backward."""
 
     model: Callable[[], nn.Module]
-    rows: Callable[[], Rows]
+    rows: Callable[[], Samples]
     layers: str
     precision: str | None
     tokens: int
@@ -68,7 +69,7 @@ def _neox() -> nn.Module:
     return hf.GPTNeoXForCausalLM(config)
 
 
-def _phrases(count: int = 1024) -> Rows:
+def _phrases(count: int = 1024) -> Samples:
     """Lengths like those of SST-2's training phrases with their two special tokens: 3 to 60, half of them under 10."""
     random = torch.Generator().manual_seed(0)
     lengths = (torch.randn(count, generator=random) * 0.65 + 2.2).exp().add(2).clamp(3, 60).long().tolist()
@@ -78,7 +79,7 @@ def _phrases(count: int = 1024) -> Rows:
     ]
 
 
-def _documents(count: int = 8, length: int = 512) -> Rows:
+def _documents(count: int = 8, length: int = 512) -> Samples:
     random = torch.Generator().manual_seed(0)
     ids = torch.randint(8192, (count, length), generator=random).tolist()
     return [{"input_ids": row, "labels": row} for row in ids]
@@ -99,20 +100,20 @@ class Job:
     """A work made concrete, shared by all methods."""
 
     model: nn.Module
-    rows: build.Rows
+    rows: Rows
     layers: list[str]
     work: Work
     projection: inf.Projection
 
     def batches(self) -> list[dict[str, Tensor]]:
         return [
-            build.collate([self.rows[i] for i in chosen], self.model)
-            for chosen in build.batches(self.rows, range(len(self.rows)), self.work.tokens)
+            collate([self.rows[i] for i in chosen], self.model)
+            for chosen in batches(self.rows, range(len(self.rows)), self.work.tokens)
         ]
 
     def in_order(self, found: dict[str, list[Tensor]]) -> Gradients:
         """What came batch by batch, in the order of the rows."""
-        order = [i for chosen in build.batches(self.rows, range(len(self.rows)), self.work.tokens) for i in chosen]
+        order = [i for chosen in batches(self.rows, range(len(self.rows)), self.work.tokens) for i in chosen]
         places = torch.tensor(order).argsort()
         return {name: torch.cat(parts)[places] for name, parts in found.items()}
 
@@ -198,7 +199,7 @@ def one_by_one(job: Job) -> Gradients:
     for weight in weights:
         weight.requires_grad_(True)
     for index in range(min(job.work.single_rows, len(job.rows))):
-        each = loss(job.model, build.collate([job.rows[index]], job.model))
+        each = loss(job.model, collate([job.rows[index]], job.model))
         for name, gradient in zip(job.layers, torch.autograd.grad(each.sum(), weights), strict=True):
             left, right = sides[name]
             out[name].append((left @ gradient @ right.T).flatten())
@@ -256,7 +257,7 @@ def measure(work: Work, repeats: int) -> dict[str, dict[str, float]]:
     torch.manual_seed(0)
     model = work.model().eval().requires_grad_(False)
     cast(Any, model).config.use_cache = False
-    rows = build.Rows(work.rows(), None)
+    rows = Rows(work.rows(), None)
     list(rows.scan())
     job = Job(model, rows, inf.select_layers(model, work.layers), work, inf.Projection.parse(work.projection))
     methods: dict[str, Callable[[Job], Any]] = {"ours": ours, "floor": floor, "hooks": hooks, "one by one": one_by_one}

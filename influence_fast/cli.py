@@ -414,17 +414,12 @@ def _rows_where(index: Any, where: str) -> Any:
 
 def _text_gradient(index: Any, model: str, text: str, label: str | None, answer: str | None) -> Any:
     """Gradients of one text in the index's layers and projection."""
-    import torch
-
-    from influence_fast import build as room
-    from influence_fast.capture import GradientCapture
+    from influence_fast.build import fingerprint, gradients_of
     from influence_fast.data import Columns, load_model, prepare, task_of
     from influence_fast.errors import StoreError
-    from influence_fast.losses import CausalLM, classification
-    from influence_fast.projection import Projection
 
     network, tokenizer = load_model(model, "auto")
-    if room.fingerprint(network) != index.meta["model"]:
+    if fingerprint(network) != index.meta["model"]:
         raise StoreError(f"model: {model} is another than the index was made with")
     row: dict[str, Any] = {"text": text}
     if label is not None:
@@ -433,14 +428,7 @@ def _text_gradient(index: Any, model: str, text: str, label: str | None, answer:
         row["answer"] = answer
     columns = Columns("text", "label", None if answer is None else "answer")
     samples = prepare("text", [row], columns, task_of("auto", network, [row]), network, tokenizer)
-    rows, kind = room.checked_rows(network, samples.rows)
-    network.eval()
-    with GradientCapture(network, index.layers, Projection.parse(index.meta["projection"])) as capture:
-        loss = classification if kind == "classification" else CausalLM(part=capture.part)
-        found: dict[str, Any] = {}
-        for _, results in room.run(network, capture, loss, rows, range(1), room.Budget(1 << 20)):
-            found = dict(results[0])
-    return {name: torch.as_tensor(gradient).cpu() for name, gradient in found.items()}
+    return gradients_of(network, samples.rows, index.layers, index.meta["projection"])
 
 
 @main.command(

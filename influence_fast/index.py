@@ -319,7 +319,10 @@ class InfluenceIndex:
         if counted != rows.count:
             raise StoreError(f"{folder}: damaged index, {counted} vectors where {rows.count} are named")
         return cls(
-            rows, {key: meta[key] for key in meta if key not in ("stores", "segments", "files", "bands", "tail")}, scan, bands
+            rows,
+            {key: meta[key] for key in meta if key not in ("stores", "segments", "files", "bands", "tail")},
+            scan,
+            bands,
         )
 
     def to_gpu(self) -> InfluenceIndex:

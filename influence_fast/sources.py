@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from influence_fast.aggregate import InMemory, Matrix
-from influence_fast.build import build_store, checked_rows
+from influence_fast.build import build_store
 from influence_fast.data import Samples
 from influence_fast.influence import METHODS as GRADIENT_METHODS
 from influence_fast.influence import influence
 from influence_fast.methods import label_contrast, outlier, word_influence
 from influence_fast.observe import hidden_states, kronecker_factors, word_gradients
+from influence_fast.rows import checked_rows
 from influence_fast.store import GradientStore
 
 _CONTRAST = tuple(f"contrast-{method}" for method in ("dot", "cosine", "datainf", "trak", "trackstar"))

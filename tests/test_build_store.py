@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import influence_fast as inf
-from influence_fast import build
+from influence_fast import rows as rows_room
 
 IDENTITY = inf.Projection("identity")
 
@@ -56,9 +56,9 @@ def test_store_equals_the_one_sample_loop(tmp_path: Path, task: str, name: str) 
 def test_batches_fill_the_budget_and_lose_no_row() -> None:
     random = torch.Generator().manual_seed(0)
     lengths = torch.randint(1, 50, (200,), generator=random).tolist()
-    rows = build.Rows([{"input_ids": [1] * n, "labels": 0} for n in lengths], None)
+    rows = rows_room.Rows([{"input_ids": [1] * n, "labels": 0} for n in lengths], None)
     list(rows.scan())
-    batches = build.batches(rows, range(10, 190), 100)
+    batches = rows_room.batches(rows, range(10, 190), 100)
     assert sorted(i for batch in batches for i in batch) == list(range(10, 190))
     assert all(len(b) == 1 or max(lengths[i] for i in b) * len(b) <= 100 for b in batches)
     assert len(batches) < 1.3 * sum(lengths[10:190]) / 100 + 2
@@ -158,12 +158,12 @@ def test_running_out_of_memory_halves_the_budget(tmp_path: Path, monkeypatch: py
 def test_automatic_budget_follows_from_memory_and_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, samples = models.make("bert"), models.rows(count=9)
     free = [1 << 40]
-    monkeypatch.setattr(build, "_free_memory", lambda device: free[0])
+    monkeypatch.setattr(rows_room, "_free_memory", lambda device: free[0])
     plenty = make_store(tmp_path / "a", model, samples, layers="head")
-    assert plenty.meta["settings"]["batch_tokens"] == build._CPU_TOKENS
+    assert plenty.meta["settings"]["batch_tokens"] == rows_room._CPU_TOKENS
     free[0] = 1 << 20
     scarce = make_store(tmp_path / "b", model, samples, layers="head").meta["settings"]["batch_tokens"]
-    assert 16 <= scarce < build._CPU_TOKENS
+    assert 16 <= scarce < rows_room._CPU_TOKENS
     before = files(tmp_path / "a")
     make_store(tmp_path / "a", model, samples, layers="head")
     assert files(tmp_path / "a") == before
@@ -172,9 +172,9 @@ def test_automatic_budget_follows_from_memory_and_is_kept(tmp_path: Path, monkey
 def test_batches_waste_little_on_padding() -> None:
     random = torch.Generator().manual_seed(0)
     lengths = (torch.randn(3000, generator=random) * 0.65 + 2.2).exp().add(2).clamp(3, 60).long().tolist()
-    rows = build.Rows([{"input_ids": [1] * n, "labels": 0} for n in lengths], None)
+    rows = rows_room.Rows([{"input_ids": [1] * n, "labels": 0} for n in lengths], None)
     list(rows.scan())
-    batches = build.batches(rows, range(3000), 1000)
+    batches = rows_room.batches(rows, range(3000), 1000)
     padded = sum(max(lengths[i] for i in batch) * len(batch) for batch in batches)
     assert padded < 1.03 * sum(lengths)
     assert len(batches) < 1.5 * sum(lengths) / 1000
