@@ -83,7 +83,8 @@ class Clock:
 
 @click.command()
 @click.option("--task", type=click.Choice([*CLASSIFICATION, *GENERATIVE]))
-@click.option("--seeds", default=1, help="Runs with seeds 0 .. seeds - 1.")
+@click.option("--seeds", default=1, help="Number of runs, one seed each.")
+@click.option("--first-seed", default=0, show_default=True, help="Seed of the first run: several machines share the work.")
 @click.option("--model", help="Folder of the pretrained encoder (classification).")
 @click.option("--data", type=click.Path(path_type=Path, exists=True), help="Folder of the data sets, one folder each.")
 @click.option("--work", type=click.Path(path_type=Path), default=Path("paper-runs"), help="Steps of unfinished runs.")
@@ -98,7 +99,16 @@ class Clock:
 @click.option("--checkpoints/--no-checkpoints", default=True, help="TracInCP over all epochs.")
 @click.option("--seconds", default=math.inf, help="Stop before a step that would take longer; run again to go on.")
 @click.option("--tables", is_flag=True, help="Make tables and plots of the results there are.")
-def main(task: str | None, seeds: int, work: Path, out: Path, seconds: float, tables: bool, **settings: Any) -> None:
+def main(
+    task: str | None,
+    seeds: int,
+    first_seed: int,
+    work: Path,
+    out: Path,
+    seconds: float,
+    tables: bool,
+    **settings: Any,
+) -> None:
     """Run the protocol for a task, or make the tables of what was run."""
     if tables:
         from benchmarks.paper_tables import write_tables
@@ -110,7 +120,7 @@ def main(task: str | None, seeds: int, work: Path, out: Path, seconds: float, ta
     if task in CLASSIFICATION and settings["model"] is None:
         raise click.UsageError("--model is needed for a classification task.")
     clock = Clock(seconds)
-    for seed in range(seeds):
+    for seed in range(first_seed, first_seed + seeds):
         name = run_name(task, seed, settings)
         target = out / f"{name}.json"
         if target.exists():
@@ -150,7 +160,7 @@ def classification_run(task: str, seed: int, work: Path, clock: Clock, settings:
     cells = inf.compare(scores, noise)
     accuracy: dict[str, dict[str, Any]] = {"all": arm_of(base["epochs"], len(noise))}
     wanted = {name: scores[ARMS[name]] for name in settings["arms"].split(",") if name and ARMS[name] in scores}
-    for name, kept in kept_rows(wanted, noise, seed).items():
+    for name, kept in (kept_rows(wanted, noise, seed) if wanted else {}).items():
         accuracy[name] = arm_of(fit(name.replace(" ", "-"), kept)["epochs"], len(kept))
         accuracy[name]["noise_left"] = float(noise[kept].double().mean())
     return {
