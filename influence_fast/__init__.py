@@ -43,12 +43,16 @@ if TYPE_CHECKING:
     from influence_fast.layers import select_layers as select_layers
     from influence_fast.methods import Checkpoints as Checkpoints
     from influence_fast.methods import label_contrast as label_contrast
-    from influence_fast.methods import neighbours as neighbours
     from influence_fast.methods import outlier as outlier
     from influence_fast.methods import word_influence as word_influence
+    from influence_fast.observe import class_opinion as class_opinion
     from influence_fast.observe import hidden_states as hidden_states
     from influence_fast.observe import kronecker_factors as kronecker_factors
     from influence_fast.observe import word_gradients as word_gradients
+    from influence_fast.opinions import neighbour_opinion as neighbour_opinion
+    from influence_fast.opinions import neighbours as neighbours
+    from influence_fast.opinions import pooled as pooled
+    from influence_fast.opinions import probe_opinion as probe_opinion
     from influence_fast.projection import Projection as Projection
     from influence_fast.store import GradientStore as GradientStore
 
@@ -84,12 +88,16 @@ _ROOMS = {
     "select_layers": "layers",
     "Checkpoints": "methods",
     "label_contrast": "methods",
-    "neighbours": "methods",
     "outlier": "methods",
     "word_influence": "methods",
+    "class_opinion": "observe",
     "hidden_states": "observe",
     "kronecker_factors": "observe",
     "word_gradients": "observe",
+    "neighbour_opinion": "opinions",
+    "neighbours": "opinions",
+    "pooled": "opinions",
+    "probe_opinion": "opinions",
     "Projection": "projection",
     "GradientStore": "store",
 }

@@ -8,9 +8,10 @@ import json
 import re
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,13 @@ from torch import Tensor, nn
 from influence_fast.aggregate import METHODS as AGGREGATIONS
 from influence_fast.aggregate import order
 from influence_fast.build import build_store
-from influence_fast.data import TASKS, Columns, load_model, prepare, read_table, task_of
+from influence_fast.data import TASKS, Columns, Samples, load_model, prepare, read_table, task_of
 from influence_fast.errors import InputError
 from influence_fast.evaluate import Evaluation, aggregated, baselines, compare
 from influence_fast.influence import METHODS as GRADIENT_METHODS
 from influence_fast.influence import InfluenceMatrix
 from influence_fast.layers import block_of, layer_groups, named_layers, select_layers
+from influence_fast.opinions import FOLDS
 from influence_fast.projection import Projection
 from influence_fast.rows import checked_rows
 from influence_fast.selfcheck import ROWS, plant, self_check
@@ -33,6 +35,7 @@ from influence_fast.sources import METHODS, NEED_CLASSES, Sources
 from influence_fast.store import DTYPES
 
 _MOST_BLOCKS = 48
+_LIKED = ("rank-c", "rank", "mean")
 
 
 @dataclass
@@ -49,7 +52,7 @@ class AuditConfig:
     task: str = "auto"
     layers: str | None = None
     projection: str = "identity"
-    methods: list[str] = field(default_factory=lambda: ["dot", "cosine", "datainf"])
+    methods: list[str] | None = None
     aggregations: list[str] | None = None
     rank_by: str | None = None
     fraction: float = 0.2
@@ -65,13 +68,13 @@ class AuditConfig:
         if self.task not in TASKS:
             raise InputError(f"task: expected one of {', '.join(TASKS)}, got {self.task!r}")
         for name, given, known in (
-            ("methods", self.methods, METHODS),
+            ("methods", self.methods or [], METHODS),
             ("aggregations", self.aggregations or [], AGGREGATIONS),
         ):
             unknown = [value for value in given if value not in known]
             if unknown:
                 raise InputError(f"{name}: expected some of {', '.join(known)}, got {unknown[0]!r}")
-        if not self.methods:
+        if self.methods == []:
             raise InputError("methods: expected at least one")
         if self.dtype not in DTYPES:
             raise InputError(f"dtype: expected one of {', '.join(DTYPES)}, got {self.dtype!r}")
@@ -176,10 +179,13 @@ def audit(
         checked_rows(network, part.rows, task, part.ids, config.truncate)
     if config.self_check is not None:
         plant(samples.rows[:ROWS], config.self_check, config.seed)
-    needy = [method for method in config.methods if method in NEED_CLASSES]
+    if config.methods is None:
+        config = replace(config, methods=_default_methods(network, task, samples))
+    methods = config.methods or []
+    needy = [method for method in methods if method in NEED_CLASSES]
     if needy and task != "classification":
         raise InputError(f"methods: {needy[0]} compares classes, and this model has none")
-    if "ekfac" in config.methods and config.projection != "identity":
+    if "ekfac" in methods and config.projection != "identity":
         raise InputError(f"methods: ekfac needs whole gradients, projection identity, got {config.projection}")
     layers = select_layers(network, config.layers or default_layers(network))
     groups = groups_of(network, layers)
@@ -212,7 +218,7 @@ def audit(
                 result.facts["self_check"] = self_check(
                     sources,
                     config,
-                    config.methods,
+                    methods,
                     _aggregations(config, "correct" in stores["queries"].columns),
                     groups,
                     main,
@@ -243,7 +249,7 @@ def _score(
     aggregations = _aggregations(config, knows)
     scores: dict[str, dict[str, dict[str, Tensor]]] = {}
     zeros: dict[str, tuple[int, int]] = {}
-    for method in config.methods:
+    for method in config.methods or []:
         with _timed(times, method):
             matrix = sources.matrix(method)
             scores[method] = {}
@@ -260,6 +266,8 @@ def _score(
         "zero_gradients": sum(count for count, _ in zeros.values()),
         "seconds": times,
     }
+    if sources.pool_weights:
+        facts["pool_weights"] = sources.pool_weights
     if knows:
         facts["queries_correct"] = int(queries.column("correct").sum())
     if "correct" in train.columns:
@@ -291,6 +299,15 @@ def default_layers(model: nn.Module) -> str | list[str]:
     return trained or "attention,mlp,head"
 
 
+def _default_methods(model: nn.Module, task: str, samples: Samples) -> list[str]:
+    """The paper's, and the pool, which ranks best, of classifiers that show hidden states, where no class is rare."""
+    methods = ["dot", "cosine", "datainf"]
+    if task != "classification" or not hasattr(getattr(model, "config", None), "output_hidden_states"):
+        return methods
+    rarest = min(Counter(row["labels"] for row in samples.rows).values())
+    return [*methods, "pool"] if rarest >= FOLDS else methods
+
+
 def _aggregations(config: AuditConfig, knows: bool) -> list[str]:
     """Those asked for, or the paper's; without predictions no query counts as correct."""
     return config.aggregations or (["mean", "rank-c", "vote-c"] if knows else ["mean", "rank", "vote"])
@@ -298,12 +315,13 @@ def _aggregations(config: AuditConfig, knows: bool) -> list[str]:
 
 def _main(config: AuditConfig, groups: Mapping[str, Any], knows: bool) -> tuple[str, str, str]:
     aggregations = _aggregations(config, knows)
+    methods = config.methods or []
     if config.rank_by is None:
-        method = "cosine" if "cosine" in config.methods else config.methods[0]
-        preferred = [a for a in ("rank-c", "rank") if a in aggregations]
+        method = next((m for m in ("pool", "cosine") if m in methods), methods[0])
+        preferred = [a for a in (("mean",) if method == "pool" else ("rank-c", "rank")) if a in aggregations]
         return method, "all", (preferred or aggregations)[0]
     parts = config.rank_by.split(":")
-    choices = (config.methods, list(groups), aggregations)
+    choices = (methods, list(groups), aggregations)
     if len(parts) != 3 or any(part not in choice for part, choice in zip(parts, choices, strict=True)):
         raise InputError(
             f"rank_by: expected METHOD:GROUP:AGGREGATION from {', '.join(choices[0])}; {', '.join(choices[1])}; "
@@ -337,11 +355,10 @@ def _timed(times: dict[str, float], name: str) -> Iterator[None]:
 
 def _scores_csv(result: AuditResult) -> str:
     method, _, aggregation = result.main
-    groups = {group: found[aggregation] for group, found in result.scores[method].items()}
     ranking = result.ranking
     place = torch.empty_like(ranking)
     place[ranking] = torch.arange(len(ranking))
-    main = groups[result.main[1]]
+    main = result.scores[method][result.main[1]][aggregation]
     columns: dict[str, Callable[[int], Any]] = {
         "id": lambda i: result.ids[i],
         "score": lambda i: repr(float(main[i])),
@@ -352,7 +369,19 @@ def _scores_csv(result: AuditResult) -> str:
             columns[name] = lambda i, values=values: int(values[i])  # type: ignore[misc]
     columns["loss"] = lambda i: repr(float(-result.baselines["loss"][i]))
     columns["self_influence"] = lambda i: repr(float(-result.baselines["self-influence"][i]))
-    for group, values in groups.items():
+    if not set(result.groups) & set(result.scores[method]) - {"all"}:
+        # It has none of the model's layers: beside it those of influence.
+        method, aggregation = next(
+            (
+                (m, a)
+                for m in ("cosine", *result.scores)
+                for a in _LIKED
+                if a in result.scores.get(m, {}).get("all", {})
+            ),
+            (method, aggregation),
+        )
+    for group, found in result.scores[method].items():
+        values = found[aggregation]
         columns[f"{method} {aggregation}: {group}"] = lambda i, values=values: repr(float(values[i]))  # type: ignore[misc]
     if result.texts is not None:
         texts = result.texts

@@ -124,8 +124,8 @@ def demo(out: Path, samples: int, seed: int, as_json: bool) -> None:
 @_model_options
 @click.option(
     "--methods",
-    default="dot,cosine,datainf",
-    help="Of dot, cosine, datainf, trak, trackstar, ekfac, contrast-dot, contrast-cosine, outlier, repsim, we, we_topk.",
+    help="Of dot, cosine, datainf, trak, trackstar, ekfac, contrast-dot, contrast-cosine, outlier, repsim, we, we_topk, "
+    "neighbours, pool.  [default: dot,cosine,datainf, and pool for classifiers]",
 )
 @click.option("--aggregations", help="Such as mean,rank-c,vote-c (the default where predictions are known).")
 @click.option("--rank-by", help="METHOD:GROUP:AGGREGATION that orders scores.csv.")

@@ -6,7 +6,7 @@ What they return is aggregated like any influence: ``{layer: (m, n)}`` or a matr
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +16,6 @@ from influence_fast.aggregate import Matrix
 from influence_fast.errors import InputError
 from influence_fast.influence import Gradients, Source, chosen_layers
 from influence_fast.observe import WordGradients
-
-_ROWS = 1024
 
 
 def label_contrast(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
@@ -107,40 +105,6 @@ def outlier(
                 if rows.any():
                     found = model.decision_function(values[rows].numpy())
                     scores[0, block][rows] = torch.from_numpy(found).float()
-        out[name] = scores
-    return out
-
-
-def neighbours(
-    states: Mapping[str, Tensor], labels: Sequence[int] | Tensor, k: int = 50, layers: Sequence[str] | None = None
-) -> dict[str, Tensor]:
-    """Whether a sample's nearest training samples share its label: ``{layer: (1, n)}``, from 1 (all do) to -1 (none does).
-
-    Cosine similarities of centred states, negative ones counting as 0, of the ``k`` nearest others: those with the same
-    label minus those with another, over all. It needs no queries and, with states of the model before fine-tuning
-    (:func:`~influence_fast.hidden_states`, for PEFT models within ``model.disable_adapter()``), nothing that was learned
-    from the labels, so that it errs elsewhere than the loss does.
-
-    Raises:
-        InputError: unknown layer, labels of another length, k out of range.
-    """
-    given = torch.as_tensor(labels)
-    out = {}
-    for name in chosen_layers(list(states), layers):
-        n = len(states[name])
-        if given.shape != (n,) or not 1 <= k < n:
-            raise InputError(f"labels, k: expected ({n},) and 1 to {n - 1}, got {tuple(given.shape)} and {k!r}")
-        unit = nn.functional.normalize(states[name].float() - states[name].float().mean(0), dim=1)
-        scores = torch.empty(1, n)
-        for begin in range(0, n, _ROWS):
-            rows = torch.arange(begin, min(begin + _ROWS, n))
-            similarity = unit[rows] @ unit.T
-            similarity[torch.arange(len(rows)), rows] = -2
-            near = similarity.topk(k, dim=1)
-            weight = near.values.clamp_min(0)
-            sign = 2 * (given[near.indices] == given[rows, None]).float() - 1
-            total = weight.sum(1)
-            scores[0, rows] = torch.where(total > 0, (weight * sign).sum(1) / total, 0)
         out[name] = scores
     return out
 

@@ -4,7 +4,7 @@ Kronecker factors of the curvature."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,6 +57,27 @@ def hidden_states(
         out["embedding" if place == 0 else f"block {place - 1}"] = torch.empty_like(torch.cat(parts))
         out[next(reversed(out))][order] = torch.cat(parts)
     return out
+
+
+def class_opinion(
+    model: nn.Module, dataset: Rows, *, batch_tokens: int | str = "auto", progress: bool = True
+) -> Tensor:
+    """Log-probabilities of the classes by a classifier: float32 ``(n, classes)``."""
+    found: list[Tensor] = []
+    order: list[int] = []
+    for chosen, batch in _batches(model, dataset, batch_tokens, progress, "predictions"):
+        with torch.no_grad():
+            found.append(losses.logits(model, batch).float().log_softmax(1).cpu())
+        order += chosen
+    return torch.cat(found)[torch.tensor(order).argsort()]
+
+
+@contextmanager
+def before_fine_tuning(model: nn.Module) -> Iterator[None]:
+    """Within, a PEFT model is the one that its adapter was put on; any other model stays as it is."""
+    disabled = getattr(model, "disable_adapter", None)
+    with disabled() if callable(disabled) else nullcontext():
+        yield
 
 
 @dataclass(frozen=True)

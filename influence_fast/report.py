@@ -57,6 +57,9 @@ def findings(result: AuditResult, evaluation: list[dict[str, Any]]) -> list[str]
         out += _measured(result, evaluation)
     else:
         out.append("No column says which samples are bad, so the quality of the ranking is not measured here.")
+    if result.main[0] == "pool" and "pool_weights" in facts:
+        weights = ", ".join(f"{name} {weight:.2f}" for name, weight in facts["pool_weights"].items())
+        out.append(f"The ranking shown pools what is said of each label, weighed by the trusted queries: {weights}.")
     agreements = list(agreement(result).items())
     if agreements:
         text = ", ".join(f"{a} and {b} {value:.2f}" for (a, b), value in agreements)

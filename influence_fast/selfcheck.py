@@ -111,7 +111,7 @@ def planted(
 ) -> dict[str, Any]:
     """Layers, method, aggregation, a vote's k and the loss as a voter: chosen on one half of the queries and of the planted
     flips, measured on the other half of both."""
-    halves = split(next(iter(matrices.values())), random)
+    halves = split(max(matrices.values(), key=lambda matrix: matrix.shape[0]), random)
     where = mask.nonzero()[:, 0][torch.randperm(int(mask.sum()), generator=random)]
     seen = [torch.ones(len(mask), dtype=torch.bool) for _ in range(2)]
     for own, other in ((0, where[len(where) // 2 :]), (1, where[: len(where) // 2])):
@@ -160,6 +160,8 @@ def stability(
     random: torch.Generator,
 ) -> dict[str, Any]:
     """Share of the filtered set (the lowest 30 %) that two disjoint halves of the queries agree on, over some splits."""
+    if matrix.shape[0] == 1:
+        return {"skipped": f"{main[0]} is fitted on all queries at once", "ranking": " ".join(main)}
     overlaps = []
     for _ in range(_REPEATS):
         sets = [_lowest(_scores(Subset(matrix, half), main, groups, fraction)) for half in split(matrix, random)]
@@ -281,12 +283,16 @@ def sentences(found: Mapping[str, Any]) -> list[str]:
     ]
     if rows["default"]["over_loss"][0] <= 0:
         out.append("For planted flips the ranking shown is not clearly better than sorting by the loss.")
-    mean = sum(steady["overlaps"]) / len(steady["overlaps"])
-    out.append(
-        f"Stability: two disjoint halves of the queries agree on {mean:.0%} of the {steady['drop']:.0%} that would be "
-        f"dropped ({min(steady['overlaps']):.0%} to {max(steady['overlaps']):.0%} over {len(steady['overlaps'])} splits; "
-        f"{steady['chance']:.0%} by chance)." + (" More queries would help." if mean < 0.7 else "")
-    )
+    if "skipped" in steady:
+        out.append(f"Stability over queries: not measured, {steady['skipped']}.")
+    else:
+        mean = sum(steady["overlaps"]) / len(steady["overlaps"])
+        out.append(
+            f"Stability: two disjoint halves of the queries agree on {mean:.0%} of the {steady['drop']:.0%} that would be "
+            f"dropped ({min(steady['overlaps']):.0%} to {max(steady['overlaps']):.0%} over "
+            f"{len(steady['overlaps'])} splits; {steady['chance']:.0%} by chance)."
+            + (" More queries would help." if mean < 0.7 else "")
+        )
     if "skipped" in true:
         return [*out, f"Fidelity: not measured, {true['skipped']}."]
     for name, values in true["correlation"].items():

@@ -84,7 +84,7 @@ def test_audit_writes_scores_report_and_config(folder: Path, tmp_path: Path) -> 
     assert code == 0, err
     document = json.loads(out)
     assert {row["method"] for row in document["evaluation"]} == {
-        "random", "loss", "self-influence", "dot", "cosine", "datainf",
+        "random", "loss", "self-influence", "dot", "cosine", "datainf", "pool",
     }  # fmt: skip
     rows = read_csv(tmp_path / "a" / "scores.csv")
     assert len(rows) == 20
@@ -130,6 +130,33 @@ def test_scores_equal_a_literal_loop(folder: Path) -> None:
     for aggregation in ("mean", "rank", "vote"):
         expected = inf.aggregate(dot, aggregation)
         torch.testing.assert_close(result.scores["dot"]["all"][aggregation], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_classifier_is_ranked_by_the_pool_of_the_model_before_and_after(folder: Path) -> None:
+    data = [str(folder / f"{name}.jsonl") for name in ("train", "queries")]
+    result = inf.audit(str(folder / "adapter"), *data, progress=False)
+    assert result.main == ("pool", "all", "mean")
+    model, encode = load_model(str(folder / "adapter"))
+    sides = []
+    for path in data:
+        rows = [json.loads(line) for line in Path(path).read_text().splitlines()]
+        sides.append([{"input_ids": encode(row["text"])["input_ids"], "labels": row["label"]} for row in rows])
+    labels, trusted = ([row["labels"] for row in side] for side in sides)
+    own = [inf.class_opinion(model, side) for side in sides]
+    adapted = [inf.hidden_states(model, side) for side in sides]
+    with model.disable_adapter():
+        states = [inf.hidden_states(model, side) for side in sides]
+    assert not torch.equal(states[0]["block 1"], adapted[0]["block 1"])
+    last, every = [list(s.values())[-1] for s in states], [torch.cat(list(s.values()), 1) for s in states]
+    opinions = [
+        (own[0], own[1]),
+        inf.neighbour_opinion(last[0], labels, last[1], k=5),
+        inf.probe_opinion(every[0], labels, every[1]),
+    ]
+    expected, weights = inf.pooled(opinions, labels, trusted)
+    torch.testing.assert_close(result.scores["pool"]["all"]["mean"], expected, rtol=1e-5, atol=1e-6)
+    assert list(result.facts["pool_weights"].values()) == pytest.approx(weights.tolist(), abs=1e-5)
+    assert inf.audit(str(folder / "adapter"), *data, progress=False, methods=["dot"]).main[0] == "dot"
 
 
 def test_report_stands_alone_and_escapes_text(folder: Path, tmp_path: Path) -> None:
@@ -318,7 +345,7 @@ def test_demo(tmp_path: Path) -> None:
 
 
 def test_every_method_in_one_audit(folder: Path, tmp_path: Path) -> None:
-    methods = "trak,trackstar,ekfac,contrast-dot,contrast-cosine,outlier,repsim,we,we_topk"
+    methods = "trak,trackstar,ekfac,contrast-dot,contrast-cosine,outlier,repsim,we,we_topk,neighbours,pool"
     given = ["--noise-column", "noise", "--layers", "attention,head", "--methods", methods, "--out", tmp_path / "a"]
     code, out, err = run("audit", *options(folder), *given, "--json")
     assert code == 0, err

@@ -162,18 +162,3 @@ def test_checkpoints_are_a_weighted_sum() -> None:
         inf.Checkpoints([])
     with pytest.raises(inf.InputError, match="checkpoint 1 has 1 layers"):
         inf.Checkpoints([matrices[0], inf.influence({"a": torch.randn(8, 3)}, {"a": torch.randn(4, 3)})])
-
-
-def test_neighbours_share_the_label_or_do_not() -> None:
-    states, labels = torch.randn(30, 5), torch.arange(30) % 3
-    found = inf.neighbours({"block 1": states, "block 2": states}, labels, k=4, layers=["block 1"])
-    assert list(found) == ["block 1"]
-    centred = states.double() - states.double().mean(0)
-    for i in range(30):
-        similar = [(float(torch.cosine_similarity(centred[i], centred[j], dim=0)), j) for j in range(30) if j != i]
-        nearest = sorted(similar, reverse=True)[:4]
-        total = sum(max(value, 0) for value, _ in nearest)
-        agree = sum(max(value, 0) * (1 if labels[j] == labels[i] else -1) for value, j in nearest)
-        assert float(found["block 1"][0, i]) == pytest.approx(agree / total, abs=1e-5)
-    with pytest.raises(inf.InputError, match="labels, k: expected"):
-        inf.neighbours({"a": states}, labels, k=30)

@@ -1,0 +1,98 @@
+"""Opinions of labels against loops over samples, and what a pool makes of them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import influence_fast as inf
+
+
+def test_neighbours_share_the_label_or_do_not() -> None:
+    states, labels = torch.randn(30, 5), torch.arange(30) % 3
+    found = inf.neighbours({"block 1": states, "block 2": states}, labels, k=4, layers=["block 1"])
+    assert list(found) == ["block 1"]
+    votes, asked = inf.neighbour_opinion(states, labels, states[:6] * 1.01, k=4, classes=4)
+    assert votes.shape == (30, 4)
+    assert asked.shape == (6, 4)
+    torch.testing.assert_close(votes.exp().sum(1), torch.ones(30))
+    centred = states.double() - states.double().mean(0)
+    for i in range(30):
+        similar = [(float(torch.cosine_similarity(centred[i], centred[j], dim=0)), j) for j in range(30) if j != i]
+        nearest = sorted(similar, reverse=True)[:4]
+        total = sum(max(value, 0) for value, _ in nearest)
+        agree = sum(max(value, 0) * (1 if labels[j] == labels[i] else -1) for value, j in nearest)
+        assert float(found["block 1"][0, i]) == pytest.approx(agree / total, abs=1e-5)
+        for c in range(4):
+            share = sum(max(value, 0) for value, j in nearest if labels[j] == c)
+            assert float(votes[i, c].exp()) == pytest.approx((share + 0.01) / (total + 0.04), abs=1e-5)
+    for i in range(6):  # a query may be near a training sample that is like itself
+        query = 1.01 * states[i].double() - states.double().mean(0)
+        similar = [(float(torch.cosine_similarity(query, centred[j], dim=0)), j) for j in range(30)]
+        nearest = sorted(similar, reverse=True)[:4]
+        share = sum(max(value, 0) for value, j in nearest if labels[j] == 1)
+        total = sum(max(value, 0) for value, _ in nearest)
+        assert float(asked[i, 1].exp()) == pytest.approx((share + 0.01) / (total + 0.04), abs=1e-5)
+    with pytest.raises(inf.InputError, match="labels, k: expected"):
+        inf.neighbours({"a": states}, labels, k=30)
+
+
+def test_a_probe_never_saw_the_sample_it_judges() -> None:
+    random = torch.Generator().manual_seed(0)
+    states, labels = torch.randn(200, 8, generator=random), torch.arange(200) % 2
+    # Nothing to learn: a probe that saw its own samples would know their labels.
+    blind, _ = inf.probe_opinion(states, labels, states[:3])
+    assert abs(float((blind.argmax(1) == labels).double().mean()) - 0.5) < 0.15
+    states[:, 0] += 3.0 * (2 * labels - 1)
+    sure, asked = inf.probe_opinion(states, labels, states[:50], classes=3)
+    assert float((sure.argmax(1) == labels).double().mean()) > 0.95
+    assert (asked.argmax(1) == labels[:50]).double().mean() > 0.95
+    assert sure.shape == (200, 3)
+    assert asked.shape == (50, 3)
+    assert torch.isneginf(sure[:, 2]).all()
+    with pytest.raises(inf.InputError, match="each class 5 times"):
+        inf.probe_opinion(states, torch.cat([torch.full((198,), 0), torch.tensor([1, 1])]), states)
+
+
+def opinion(truth: torch.Tensor, strength: float, seed: int) -> torch.Tensor:
+    logits = torch.randn(len(truth), 3, generator=torch.Generator().manual_seed(seed))
+    logits[torch.arange(len(truth)), truth] += strength
+    return logits.log_softmax(1)
+
+
+def test_a_pool_weighs_opinions_by_the_queries() -> None:
+    truth, asked = torch.arange(1200) % 3, torch.arange(300) % 3
+    noise = torch.zeros(1200, dtype=torch.bool)
+    noise[::5] = True
+    labels = torch.where(noise, (truth + 1) % 3, truth)
+    own = opinion(truth, 1.0, 1), opinion(asked, 1.0, 2)
+    good = opinion(truth, 2.0, 3), opinion(asked, 2.0, 4)
+    empty = opinion(truth, 0.0, 5), opinion(asked, 0.0, 6)
+    alone, _ = inf.pooled([own], labels, asked)
+    scores, weights = inf.pooled([own, good, empty], labels, asked)
+    assert inf.ndr_auc(scores, noise) > inf.ndr_auc(alone, noise) + 0.05
+    assert weights[1] > 0.5
+    assert abs(weights[2]) < 0.15
+    _, undecided = inf.pooled([own, (good[0], torch.zeros(300, 3))], labels, asked)
+    assert float(undecided[1]) == 0.0  # the queries say nothing of it
+    with pytest.raises(inf.InputError, match="opinions: expected"):
+        inf.pooled([own, (good[0], good[1][:, :2])], labels, asked)
+
+
+def test_a_pool_is_the_most_probable_one() -> None:
+    truth = torch.arange(60) % 3
+    opinions = [(opinion(truth, 1.0, s), opinion(truth, 1.0, s + 10)) for s in (1, 2)]
+    scores, weights = inf.pooled(opinions, truth, truth)
+
+    def posterior(w: torch.Tensor) -> float:
+        logits = torch.stack([o[1].double() for o in opinions], -1) @ w
+        loss = torch.nn.functional.cross_entropy(logits, truth, reduction="sum")
+        return float(loss + ((w - torch.tensor([1.0, 0.0])).square().sum()) / (2 * 0.3**2))
+
+    # The classes are balanced, so biases are next to nothing: moving a weight makes it less probable.
+    best = posterior(weights)
+    for step in ([0.1, 0], [-0.1, 0], [0, 0.1], [0, -0.1]):
+        assert posterior(weights + torch.tensor(step, dtype=torch.float64)) > best - 0.02
+    assert scores.shape == (60,)
+    assert scores.dtype == torch.float64
+    assert (scores < 0).all()
