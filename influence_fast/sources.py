@@ -81,7 +81,7 @@ class Sources:
             labels, _ = self._labels()
             return self._of_no_query(neighbours(self._states_before()[0], labels, self._near(labels)))
         if method == "pool":
-            return self._of_no_query({"all": self._pool()[None].float()})
+            return self._of_no_query({"pool": self._pool()[None].float()})
         if method == "repsim":
             pooling = "mean" if self.task == "classification" else "last"
             states = self._passed(hidden_states, pooling)

@@ -62,9 +62,11 @@ def data(tmp_path: Path) -> Path:
 
 
 def test_a_run_goes_on_where_it_stopped_and_ends_in_tables(data: Path, monkeypatch) -> None:
-    monkeypatch.setattr("benchmarks.paper.METHODS", ("dot", "cosine", "datainf", "trackstar", "contrast-dot", "repsim"))
+    monkeypatch.setattr(
+        "benchmarks.paper.METHODS", ("dot", "cosine", "datainf", "trackstar", "contrast-dot", "repsim", "pool")
+    )
     folders = [part for name in ("model", "data", "work", "out") for part in (f"--{name}", data / name)]
-    sizes = ["--samples", 60, "--query-samples", 20, "--epochs", 1, "--arms", "loss,cosine all rank-c"]
+    sizes = ["--samples", 60, "--query-samples", 20, "--epochs", 1, "--arms", "loss,pool"]
     given = ["--task", "sst2", *folders, *sizes]
     assert "out of time before the next epoch" in run(*given, "--seconds", 0)
     assert "wrote" in run(*given)
@@ -72,7 +74,7 @@ def test_a_run_goes_on_where_it_stopped_and_ends_in_tables(data: Path, monkeypat
     assert path.name == "sst2-n60-e1-uniform-seed0.json"
     document = json.loads(path.read_text())
     assert document["sizes"] == {"train": 60, "selection": 500, "queries": 20, "test": 20}
-    assert set(document["arms"]) == {"all", "loss", "cosine all rank-c", "random", "oracle"}
+    assert set(document["arms"]) == {"all", "loss", "pool", "random", "oracle"}
     assert document["arms"]["oracle"]["noise_left"] == 0
     assert document["arms"]["random"]["rows"] == 42
     cells = {(row["method"], row["group"], row["aggregation"]) for row in document["rows"]}
@@ -83,7 +85,7 @@ def test_a_run_goes_on_where_it_stopped_and_ends_in_tables(data: Path, monkeypat
     assert "wrote" in run("--tables", "--out", data / "out")
     text = (data / "out" / "README.md").read_text()
     assert "Seeds 1, 0" in text
-    assert "| cosine all rank-c (default) |" in text
+    assert "| pool all mean (default) |" in text
     assert "## grammars" in text
     assert "NaN" not in text
     (plot,) = (data / "out").glob("*.svg")
