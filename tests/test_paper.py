@@ -86,6 +86,7 @@ def test_a_run_goes_on_where_it_stopped_and_ends_in_tables(data: Path, monkeypat
     text = (data / "out" / "README.md").read_text()
     assert "Seeds 1, 0" in text
     assert "| pool all mean (default) |" in text
+    assert "filtering by pool all mean beats random filtering (accuracy) | 2 |" in text
     assert "## grammars" in text
     assert "NaN" not in text
     (plot,) = (data / "out").glob("*.svg")
