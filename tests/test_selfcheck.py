@@ -109,6 +109,18 @@ def test_in_an_audit(folder: Path, tmp_path: Path, projection: str) -> None:  # 
     assert len(sentences(found)) >= 6
 
 
+def test_a_method_of_one_row_goes_beside_those_of_many(folder: Path, tmp_path: Path) -> None:  # noqa: F811
+    data = write_rows(tmp_path / "train.jsonl", texts(60, 1))
+    given = ["--layers", "attention", "--self-check", 0.2, "--methods", "pool,dot", "--out", tmp_path / "a"]
+    code, out, err = run("audit", *options(folder, train=data), *given, "--json")
+    assert code == 0, err
+    found = json.loads(out)["facts"]["self_check"]
+    assert found["planted"]["default"] == "pool all mean"
+    assert min(found["planted"]["queries"]) >= 4
+    assert "fitted on all queries at once" in found["stability"]["skipped"]
+    assert any("Stability over queries: not measured" in line for line in sentences(found))
+
+
 def test_in_an_audit_of_a_causal_model(folder: Path, tmp_path: Path) -> None:  # noqa: F811
     data = write_rows(tmp_path / "train.jsonl", texts(40, 1))
     given = ["--layers", "attention[0]", "--projection", "rademacher:4x4", "--self-check", 0.2]
