@@ -526,10 +526,11 @@ def _auto(rows: Rows, recall: float, memory: int | None) -> str:
     if (memory is None or n * (stride + 16 * len(rows.dims)) <= memory) and (recall == 1 or n * stride <= _SLOW_SCAN):
         return "Flat"
     lists = int(2 ** np.clip(np.round(np.log2(4 * n**0.5)), 4, 16))
-    centres = 4 * dim * lists
+    # Centres, and the longest rows as they are.
+    whole = 4 * dim * (lists + min(n, _least_rows(lists)))
     codes = [("SQ8", dim), ("SQ4", dim / 2), *((f"PQ{dim // d}", dim / d) for d in (4, 8, 16) if dim % d == 0)]
     for name, size in codes:
-        if recall < 1 and (memory is None or n * (size + 16) + centres <= memory):
+        if recall < 1 and (memory is None or n * (size + 16) + whole <= memory):
             return f"IVF{lists},{name}"
     raise InputError(f"memory: no index of {n} rows of {dim} numbers fits {memory} bytes at recall {recall:g}")
 
@@ -547,7 +548,7 @@ def _build_bands(rows: Rows, factory: str, metric: str) -> list[_Band]:
         square[begin:end] = values.double().square().sum(1)
     length = square.sqrt().numpy()
     lists = re.search(r"IVF(\d+)", factory)
-    least = max(_BAND_ROWS, 40 * int(lists[1])) if lists else _BAND_ROWS
+    least = _least_rows(int(lists[1]) if lists else 0)
     edges, tail = ([float(length.max())], False) if metric == "cosine" else _edges(length, least)
     # A band takes rows up to its edge; rows longer than all, which come later, go to the last.
     place = np.minimum(np.searchsorted(edges, length), len(edges) - 1)
@@ -591,6 +592,11 @@ def _add_to_bands(bands: list[_Band], rows: Rows, first: int, metric: str) -> No
                 grown[number].append(begin + mine)
     for band, parts in zip(bands, grown, strict=True):
         band.rows = np.concatenate(parts)
+
+
+def _least_rows(lists: int) -> int:
+    """Rows that a band of so many lists takes to be trained."""
+    return max(_BAND_ROWS, 40 * lists)
 
 
 def _edges(length: np.ndarray, least: int) -> tuple[list[float], bool]:

@@ -22,6 +22,8 @@ _PENALTIES = (1e-4, 1e-3, 1e-2)
 FOLDS = 5
 # How far pooled weights stray from those of the model alone before the queries are seen: standard deviation.
 _STRAY = 0.3
+# Log-probability of what an opinion holds impossible.
+_LEAST = -30.0
 
 # Of the training samples and of the queries.
 Opinion = tuple[Tensor, Tensor]
@@ -102,7 +104,8 @@ def probe_opinion(
         found = np.empty((len(x), width))
         for learned, left in folds:
             found[left] = said(fitted(learned, penalty), x[left])
-        loss = -found[np.arange(len(y)), y].mean()
+        # A rare class may be missing from what was learned.
+        loss = -np.maximum(found[np.arange(len(y)), y], _LEAST).mean()
         if loss < best:
             best, chosen, opinion = loss, penalty, found
     whole = said(fitted(np.arange(len(x)), chosen), asked.float().numpy())
@@ -135,8 +138,7 @@ def pooled(
             raise InputError(
                 f"opinions: expected ({len(given)}, {classes}) and ({len(trusted)}, {classes}), number {place} has {shapes}"
             )
-    # What an opinion holds impossible is very improbable to the pool.
-    train, queries = (torch.stack([o[side].double().clamp_min(-30) for o in opinions], -1) for side in (0, 1))
+    train, queries = (torch.stack([o[side].double().clamp_min(_LEAST) for o in opinions], -1) for side in (0, 1))
     prior = torch.zeros(len(opinions), dtype=torch.float64)
     prior[0] = 1
     weights, bias = prior.clone().requires_grad_(), torch.zeros(classes, dtype=torch.float64, requires_grad=True)

@@ -37,7 +37,7 @@ def test_neighbours_share_the_label_or_do_not() -> None:
         inf.neighbours({"a": states}, labels, k=30)
 
 
-def test_a_probe_never_saw_the_sample_it_judges() -> None:
+def test_a_probe_never_saw_the_sample_it_judges(monkeypatch: pytest.MonkeyPatch) -> None:
     random = torch.Generator().manual_seed(0)
     states, labels = torch.randn(200, 8, generator=random), torch.arange(200) % 2
     # Nothing to learn: a probe that saw its own samples would know their labels.
@@ -50,6 +50,10 @@ def test_a_probe_never_saw_the_sample_it_judges() -> None:
     assert sure.shape == (200, 3)
     assert asked.shape == (50, 3)
     assert torch.isneginf(sure[:, 2]).all()
+    monkeypatch.setattr("influence_fast.opinions._PROBE_ROWS", 40)
+    labels[:5] = 2  # too rare to be among the few that are learned from, every time
+    few, _ = inf.probe_opinion(states, labels, states[:3])
+    assert few.shape == (200, 3)
     with pytest.raises(inf.InputError, match="each class 5 times"):
         inf.probe_opinion(states, torch.cat([torch.full((198,), 0), torch.tensor([1, 1])]), states)
 
