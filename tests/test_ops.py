@@ -212,9 +212,9 @@ def test_integers_have_the_same_bits(op: str, backend: Backend, generator: torch
         e.xb, e.dyb = e.xb.round(), e.dyb.round()
         lengths, _ = batch(generator, 4, 9, "ragged")
         expected = call(op, x.double(), dy.double(), lengths, e, "reference").float()
-        assert torch.equal(
-            call(op, x.to(backend.device), dy.to(backend.device), lengths, e, backend.name).cpu(), expected
-        )
+        found = call(op, x.to(backend.device), dy.to(backend.device), lengths, e, backend.name).cpu()
+        # A root is rounded, in float64 first for one of the two.
+        torch.testing.assert_close(found, expected, rtol=1.2e-7 if op == "ghost_norm" else 0, atol=0)
 
 
 @pytest.mark.parametrize("op", OUTER_OPS)
