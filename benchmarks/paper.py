@@ -42,7 +42,7 @@ GENERATIVE = {"grammars": "answer", "math_with_reason": "reason"}
 # With two classes both labels' gradients of a sample are parallel: contrast-cosine is cosine, contrast-trackstar trackstar.
 METHODS = (
     "dot", "cosine", "datainf", "trak", "trackstar", "ekfac", "contrast-dot", "contrast-datainf", "contrast-trak",
-    "outlier", "repsim", "we", "we_topk", "neighbours", "pool",
+    "outlier", "repsim", "we", "we_topk", "neighbours", "fitted-trackstar", "pool",
 )  # fmt: skip
 AGGREGATIONS = ("mean", "rank-c", "vote-c")
 # Fixed before any full run but for the pool, whose opinions were chosen on sst2 and cola, seed 0, with the mask in view:

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from influence_fast.influence import influence as influence
     from influence_fast.layers import select_layers as select_layers
     from influence_fast.methods import Checkpoints as Checkpoints
+    from influence_fast.methods import fitted_influence as fitted_influence
     from influence_fast.methods import label_contrast as label_contrast
     from influence_fast.methods import outlier as outlier
     from influence_fast.methods import word_influence as word_influence
@@ -87,6 +88,7 @@ _ROOMS = {
     "influence": "influence",
     "select_layers": "layers",
     "Checkpoints": "methods",
+    "fitted_influence": "methods",
     "label_contrast": "methods",
     "outlier": "methods",
     "word_influence": "methods",

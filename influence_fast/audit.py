@@ -62,6 +62,7 @@ class AuditConfig:
     truncate: bool = False
     seed: int = 0
     self_check: float | None = None
+    checkpoints: list[str] | None = None
 
     def check(self) -> None:
         """Raise InputError for what can be wrong before anything is read."""
@@ -76,6 +77,8 @@ class AuditConfig:
                 raise InputError(f"{name}: expected some of {', '.join(known)}, got {unknown[0]!r}")
         if self.methods == []:
             raise InputError("methods: expected at least one")
+        if self.checkpoints and self.self_check is None:
+            raise InputError("checkpoints: the self-check compares them; give self_check too")
         if self.dtype not in DTYPES:
             raise InputError(f"dtype: expected one of {', '.join(DTYPES)}, got {self.dtype!r}")
         Projection.parse(self.projection)
@@ -190,6 +193,10 @@ def audit(
     layers = select_layers(network, config.layers or default_layers(network))
     groups = groups_of(network, layers)
     main = _main(config, groups, task == "classification")
+    for path in config.checkpoints or []:
+        lacking = set(layers) - set(named_layers(load_model(path, config.task)[0]))
+        if lacking:
+            raise InputError(f"checkpoints: {path} lacks layer {min(lacking)!r} of the model")
     with _folder(out, config) as folder:
         times: dict[str, float] = {}
         stores = {}
@@ -222,10 +229,12 @@ def audit(
                     _aggregations(config, "correct" in stores["queries"].columns),
                     groups,
                     main,
+                    result.scores[main[0]][main[1]][main[2]],
                     share=config.self_check,
                     fraction=config.fraction,
                     seed=config.seed,
                     folder=folder / "stores" / "self-check",
+                    checkpoints=config.checkpoints or [],
                 )
         if out is not None:
             from influence_fast.report import write_report

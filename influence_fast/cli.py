@@ -125,7 +125,7 @@ def demo(out: Path, samples: int, seed: int, as_json: bool) -> None:
 @click.option(
     "--methods",
     help="Of dot, cosine, datainf, trak, trackstar, ekfac, contrast-dot, contrast-cosine, outlier, repsim, we, we_topk, "
-    "neighbours, pool.  [default: dot,cosine,datainf, and pool for classifiers]",
+    "neighbours, fitted-trackstar, fitted-cosine, pool.  [default: dot,cosine,datainf, and pool for classifiers]",
 )
 @click.option("--aggregations", help="Such as mean,rank-c,vote-c (the default where predictions are known).")
 @click.option("--rank-by", help="METHOD:GROUP:AGGREGATION that orders scores.csv.")
@@ -134,6 +134,7 @@ def demo(out: Path, samples: int, seed: int, as_json: bool) -> None:
 @click.option(
     "--self-check", type=float, help="Plant flips in this share of a copy (such as 0.05): how far to trust the ranking."
 )
+@click.option("--checkpoints", help="For --self-check: folders of the model at other times of its training.")
 @click.option("--config", type=click.Path(path_type=Path), help="Replay this config.json; other options are ignored.")
 @_json_option
 def audit(out: Path, config: Path | None, as_json: bool, **options: Any) -> None:
@@ -151,6 +152,7 @@ def audit(out: Path, config: Path | None, as_json: bool, **options: Any) -> None
             raise click.UsageError(f"Missing option {missing[0]!r} (or --config).")
         options["methods"] = _list(options["methods"])
         options["aggregations"] = _list(options["aggregations"])
+        options["checkpoints"] = _list(options["checkpoints"])
         options["batch_tokens"] = _tokens(options["batch_tokens"])
     _print_audit(
         run(options.pop("model"), options.pop("train"), options.pop("queries"), out=out, **options), out, as_json

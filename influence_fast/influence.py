@@ -143,25 +143,39 @@ class InfluenceMatrix:
         return self._rows(name, queries)
 
     def mean(self, name: str, keep: Tensor) -> Tensor:
-        """Mean influence over sets of queries, in one pass over the layer: boolean ``(c, m)`` -> float64 ``(c, n)``.
+        """Mean influence over sets of queries, in one pass over the layer: boolean ``(c, m)`` -> float64 ``(c, n)``."""
+        share = keep.double()
+        return self.weighted(name, share / share.sum(1, keepdim=True))
 
-        The mean of inner products is the inner product with the mean query, so no row of influence is formed.
+    def weighted(self, name: str, weights: Tensor) -> Tensor:
+        """Influence summed over the queries with weights, in one pass over the layer: ``(c, m)`` -> float64 ``(c, n)``.
+
+        The sum of inner products is the inner product with the summed query, so no row of influence is formed.
         """
         values = self.query(self._checked(name)).double()
         bad = values.isfinite().all(1).logical_not().nonzero()
         if len(bad):
             raise InputError(f"influence: layer {name!r} has NaN or infinity for query {int(bad[0])}")
-        share = keep.double()
-        average = (share @ values) / share.sum(1, keepdim=True)
-        out = torch.empty(len(keep), self.shape[1], dtype=torch.float64)
+        summed = weights.double() @ values
+        out = torch.empty(len(weights), self.shape[1], dtype=torch.float64)
         for train in self._train.blocks(name):
-            out[:, train] = average @ self._train.read(name, train).double().T
+            out[:, train] = summed @ self._train.read(name, train).double().T
             if name in self._scale:
                 out[:, train] *= self._scale[name][train]
         bad = out.isfinite().all(0).logical_not().nonzero()
         if len(bad):
             raise InputError(f"influence: layer {name!r} has NaN or infinity for training row {int(bad[0])}")
         return out
+
+    def between_queries(self, name: str) -> Tensor:
+        """Influence of the queries on each other, by the curvature of the training gradients: float64 ``(m, m)``."""
+        values, gradients = self.query(self._checked(name)).double(), self._queries.read(name).double()
+        out = values @ gradients.T
+        if name not in self._scale:
+            return out
+        # The left side is of unit length already, so the diagonal holds the lengths of the right one.
+        length = out.diagonal()
+        return out * torch.where(length > 0, 1 / length, 0)
 
     @property
     def digest(self) -> str:

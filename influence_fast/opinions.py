@@ -1,6 +1,7 @@
-"""What says of a sample's label without its gradient: the model itself, like samples, a probe; and their pooled opinion.
+"""What says of a sample's label: the model itself, like samples, a probe; and what all say together.
 
-An opinion is of every class: log-probabilities ``(rows, classes)``, of the training samples and of the trusted queries.
+An opinion is of every class: log-probabilities ``(rows, classes)``, of the training samples and of the trusted queries. What
+is added to all classes of a row changes nothing, so log-odds of one class beside zeros are an opinion too.
 """
 
 from __future__ import annotations
@@ -122,7 +123,7 @@ def pooled(
     says nothing of them gets no weight, and no noise needs to be known.
 
     Args:
-        opinions: log-probabilities of the training samples and of the queries, the model's own first.
+        opinions: of the training samples and of the queries, the model's own first.
 
     Returns:
         Scores float64 ``(n,)``, the log-probability of the given label, and the weights ``(opinions,)``.

@@ -17,13 +17,13 @@ from torch import Tensor
 from influence_fast import noise, ops
 from influence_fast.aggregate import Matrix, aggregate
 from influence_fast.build import build_store
-from influence_fast.data import Samples
+from influence_fast.data import Samples, load_model
 from influence_fast.errors import InputError
 from influence_fast.evaluate import aggregated, compare, ndr_auc
 from influence_fast.influence import influence
 from influence_fast.losses import IGNORED
 from influence_fast.projection import Projection
-from influence_fast.sources import Settings, Sources
+from influence_fast.sources import FITTED_TO_QUERIES, Settings, Sources
 from influence_fast.store import GradientStore
 
 FRACTIONS = (0.1, 0.2, 0.3)
@@ -76,13 +76,18 @@ def self_check(
     aggregations: Sequence[str],
     groups: Mapping[str, Sequence[str]],
     main: tuple[str, str, str],
+    scores: Tensor,
     *,
     share: float = 0.05,
     fraction: float = 0.2,
     seed: int = 0,
     folder: Path,
+    checkpoints: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """``{"planted": ..., "stability": ..., "fidelity": ...}``, plain numbers and text; see the functions of these names."""
+    """``{"planted", "stability", "checkpoints", "fidelity"}``: numbers and text of the functions of these names.
+
+    ``scores`` are those of ``main``; ``checkpoints`` are folders of the model at other times of the same training.
+    """
     n = len(sources.train)
     random = torch.Generator().manual_seed(seed)
     chosen = torch.randperm(n, generator=random)[:ROWS].sort().values.tolist()
@@ -94,7 +99,8 @@ def self_check(
     matrices = {method: copied.matrix(method) for method in methods}
     return {
         "planted": planted(matrices, store, mask, aggregations, groups, main, fraction, random),
-        "stability": stability(sources.matrix(main[0]), main, groups, fraction, random),
+        "stability": stability(sources, main, groups, fraction, random),
+        "checkpoints": over_checkpoints(sources, settings, checkpoints, scores, main, groups, fraction, folder),
         "fidelity": fidelity(sources, settings, copy, groups, seed, folder),
     }
 
@@ -153,20 +159,54 @@ def planted(
 
 
 def stability(
-    matrix: Matrix,
+    sources: Sources,
     main: tuple[str, str, str],
     groups: Mapping[str, Sequence[str]],
     fraction: float,
     random: torch.Generator,
 ) -> dict[str, Any]:
-    """Share of the filtered set (the lowest 30 %) that two disjoint halves of the queries agree on, over some splits."""
-    if matrix.shape[0] == 1:
-        return {"skipped": f"{main[0]} is fitted on all queries at once", "ranking": " ".join(main)}
-    overlaps = []
-    for _ in range(_REPEATS):
-        sets = [_lowest(_scores(Subset(matrix, half), main, groups, fraction)) for half in split(matrix, random)]
-        overlaps.append(len(sets[0] & sets[1]) / max(1, len(sets[0])))
+    """Share of the filtered set (the lowest 30 %) that two disjoint halves of the queries agree on, over some splits.
+
+    A method that is fitted to the queries is fitted anew to each half.
+    """
+    if main[0] in FITTED_TO_QUERIES:
+        m = sources.fitted_queries
+        halves = [half for _ in range(_REPEATS) for half in torch.randperm(m, generator=random).chunk(2)]
+        parts = sources.fitted(main[0], halves) if m > 1 else []
+    else:
+        matrix = sources.matrix(main[0])
+        splits = [split(matrix, random) for _ in range(_REPEATS)] if matrix.shape[0] > 1 else []
+        parts = [Subset(matrix, half) for halves in splits for half in halves]
+    if not parts:
+        return {"skipped": f"{main[0]} has nothing that is computed query by query", "ranking": " ".join(main)}
+    overlaps = [
+        _agreement(*(_scores(part, main, groups, fraction) for part in pair))
+        for pair in zip(parts[::2], parts[1::2], strict=True)
+    ]
     return {"drop": DROP, "overlaps": overlaps, "chance": DROP, "ranking": " ".join(main)}
+
+
+def over_checkpoints(
+    sources: Sources,
+    settings: Settings,
+    checkpoints: Sequence[str],
+    scores: Tensor,
+    main: tuple[str, str, str],
+    groups: Mapping[str, Sequence[str]],
+    fraction: float,
+    folder: Path,
+) -> dict[str, float]:
+    """Share of the filtered set that the same ranking at each other checkpoint agrees on."""
+    out = {}
+    for place, path in enumerate(checkpoints):
+        at = folder / f"checkpoint-{place}"
+        there = replace(sources, model=load_model(path, sources.task)[0], folder=at)
+        there.train, there.queries = (
+            _build(at / name, there, settings, part.rows)
+            for name, part in (("train", sources.samples), ("queries", sources.trusted))
+        )
+        out[path] = _agreement(scores, _scores(there.matrix(main[0]), main, groups, fraction))
+    return out
 
 
 def fidelity(
@@ -218,8 +258,7 @@ def fidelity(
             found = scores[name][method]
             rho = float(spearmanr(exact, found).statistic) if float(exact.std()) and float(found.std()) else 0.0
             out["correlation"].setdefault(name, {})[method] = rho
-            kept = _lowest(exact)
-            out["overlap"].setdefault(name, {})[method] = len(kept & _lowest(found)) / max(1, len(kept))
+            out["overlap"].setdefault(name, {})[method] = _agreement(exact, found)
     out["index"] = _indexed(GradientStore.open(folder / "train"))
     return out
 
@@ -293,6 +332,8 @@ def sentences(found: Mapping[str, Any]) -> list[str]:
             f"{len(steady['overlaps'])} splits; {steady['chance']:.0%} by chance)."
             + (" More queries would help." if mean < 0.7 else "")
         )
+    for path, share in found["checkpoints"].items():
+        out.append(f"Stability: at the checkpoint {path}, {share:.0%} of what would be dropped is the same.")
     if "skipped" in true:
         return [*out, f"Fidelity: not measured, {true['skipped']}."]
     for name, values in true["correlation"].items():
@@ -330,8 +371,10 @@ def _with_loss(values: Tensor, loss: Tensor) -> Tensor:
     return ops.rank(torch.stack([values, loss]).float()).double().mean(0)
 
 
-def _lowest(scores: Tensor) -> set[int]:
-    return set(scores.argsort(stable=True)[: int(DROP * len(scores))].tolist())
+def _agreement(one: Tensor, other: Tensor) -> float:
+    """Share of the lowest 30 % by one that are among those by the other."""
+    kept = [set(scores.argsort(stable=True)[: int(DROP * len(scores))].tolist()) for scores in (one, other)]
+    return len(kept[0] & kept[1]) / max(1, len(kept[0]))
 
 
 def _halves(row: Mapping[str, Any]) -> tuple[list[int], list[int]]:

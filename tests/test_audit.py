@@ -16,10 +16,12 @@ from tokenizers import models as tokenizer_models
 from transformers import PreTrainedTokenizerFast
 
 import influence_fast as inf
-from influence_fast.audit import AuditResult
+from influence_fast.audit import AuditConfig, AuditResult, default_layers
 from influence_fast.cli import main
-from influence_fast.data import load_model
+from influence_fast.data import Samples, load_model
+from influence_fast.noise import uniform
 from influence_fast.report import findings
+from influence_fast.sources import Sources
 
 WORDS = [f"w{i}" for i in range(models.VOCAB - 2)]
 
@@ -132,7 +134,7 @@ def test_scores_equal_a_literal_loop(folder: Path) -> None:
         torch.testing.assert_close(result.scores["dot"]["all"][aggregation], expected, rtol=1e-4, atol=1e-4)
 
 
-def test_a_classifier_is_ranked_by_the_pool_of_the_model_before_and_after(folder: Path) -> None:
+def test_a_classifier_is_ranked_by_the_pool_of_the_model_before_and_after(folder: Path, tmp_path: Path) -> None:
     data = [str(folder / f"{name}.jsonl") for name in ("train", "queries")]
     result = inf.audit(str(folder / "adapter"), *data, progress=False)
     assert result.main == ("pool", "all", "mean")
@@ -152,10 +154,45 @@ def test_a_classifier_is_ranked_by_the_pool_of_the_model_before_and_after(folder
         (own[0], own[1]),
         inf.neighbour_opinion(last[0], labels, last[1], k=5),
         inf.probe_opinion(every[0], labels, every[1]),
+        (torch.zeros(len(labels), 3), torch.zeros(len(trusted), 3)),
     ]
+    # Half of the queries, in another order, are shown with a wrong label; influence speaks of the label shown alone.
+    some = torch.randperm(len(trusted), generator=torch.Generator().manual_seed(0)).tolist()
+    shown, wrong = uniform([trusted[i] for i in some], 0.5, 3)
+    asked = [{**sides[1][i], "labels": label} for i, label in zip(some, shown, strict=True)]
+    stores = [
+        inf.build_store(tmp_path / name, model, rows, default_layers(model), "identity", progress=False)
+        for name, rows in (("train", sides[0]), ("shown", asked))
+    ]
+    by_layer, of_queries = inf.fitted_influence(inf.influence(*stores, "trackstar"), ~wrong)
+    for i, label in enumerate(labels):
+        opinions[3][0][i, label] = sum(float(scores[0, i]) for scores in by_layer.values())
+    for i, label, value in zip(some, shown, of_queries, strict=True):
+        opinions[3][1][i, label] = value
     expected, weights = inf.pooled(opinions, labels, trusted)
     torch.testing.assert_close(result.scores["pool"]["all"]["mean"], expected, rtol=1e-5, atol=1e-6)
     assert list(result.facts["pool_weights"].values()) == pytest.approx(weights.tolist(), abs=1e-5)
+    # Fitted to some of the queries, as the self-check does it.
+    whole = [Samples(side, None, None, None, None) for side in sides]
+    settings = AuditConfig("", "", "")
+    sources = Sources(model, *whole, stores[0], stores[1], tmp_path, settings, "classification", False)
+    half = torch.arange(0, len(trusted), 2)
+    by_layer, held_out = inf.fitted_influence(inf.influence(*stores, "trackstar"), ~wrong, half)
+    for i, label in enumerate(labels):
+        opinions[3][0][i, label] = sum(float(scores[0, i]) for scores in by_layer.values())
+    kept = torch.tensor(some)[half]
+    opinions[3][1][:] = 0
+    for j in half.tolist():
+        opinions[3][1][some[j], shown[j]] = held_out[j]
+    parts = [(train, queries[kept]) for train, queries in opinions]
+    expected, _ = inf.pooled(parts, labels, torch.tensor(trusted)[kept])
+    by_method = {
+        method: [{name: values for name, _, values in matrix} for matrix in sources.fitted(method, [half, None])]
+        for method in ("pool", "fitted-trackstar")
+    }
+    torch.testing.assert_close(by_method["pool"][0]["pool"][0].double(), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(by_method["pool"][1]["pool"][0].double(), result.scores["pool"]["all"]["mean"])
+    torch.testing.assert_close(by_method["fitted-trackstar"][0], by_layer)
     assert inf.audit(str(folder / "adapter"), *data, progress=False, methods=["dot"]).main[0] == "dot"
 
 
@@ -345,7 +382,9 @@ def test_demo(tmp_path: Path) -> None:
 
 
 def test_every_method_in_one_audit(folder: Path, tmp_path: Path) -> None:
-    methods = "trak,trackstar,ekfac,contrast-dot,contrast-cosine,outlier,repsim,we,we_topk,neighbours,pool"
+    methods = (
+        "trak,trackstar,ekfac,contrast-dot,contrast-cosine,outlier,repsim,we,we_topk,neighbours,fitted-trackstar,pool"
+    )
     given = ["--noise-column", "noise", "--layers", "attention,head", "--methods", methods, "--out", tmp_path / "a"]
     code, out, err = run("audit", *options(folder), *given, "--json")
     assert code == 0, err

@@ -66,12 +66,23 @@ def test_the_better_method_is_chosen_and_held_out_figures_are_its_own(tmp_path: 
     assert found["rows"]["chosen"]["auc_ndr"] > 0.95 > 0.7 > found["rows"]["default"]["auc_ndr"]
     assert found["worst"] < found["median"] < found["best_in_hindsight"]
     assert found["candidates"] == 2 * 2 * 5 * 2
-    sure = stability(_wrap({"head": torch.arange(200.0).repeat(6, 1)}), ("x", "all", "mean"), groups, 0.2, random)
+    sure = stability(_Ready({"head": torch.arange(200.0).repeat(6, 1)}), ("x", "all", "mean"), groups, 0.2, random)
     assert sure["overlaps"] == [1.0] * 5
-    chance = stability(
-        _wrap({"head": torch.randn(6, 200, generator=random)}), ("x", "all", "mean"), groups, 0.2, random
-    )
+    noisy = {"head": torch.randn(6, 200, generator=random)}
+    chance = stability(_Ready(noisy), ("x", "all", "mean"), groups, 0.2, random)
     assert 0.1 < sum(chance["overlaps"]) / 5 < 0.5
+    alone = stability(_Ready({"head": torch.randn(1, 200)}), ("x", "all", "mean"), groups, 0.2, random)
+    assert "nothing that is computed query by query" in alone["skipped"]
+
+
+class _Ready:
+    """Influence that is there already."""
+
+    def __init__(self, values: dict[str, torch.Tensor]) -> None:
+        self.values = values
+
+    def matrix(self, method: str):
+        return _wrap(self.values)
 
 
 def _wrap(values: dict[str, torch.Tensor]):
@@ -117,8 +128,35 @@ def test_a_method_of_one_row_goes_beside_those_of_many(folder: Path, tmp_path: P
     found = json.loads(out)["facts"]["self_check"]
     assert found["planted"]["default"] == "pool all mean"
     assert min(found["planted"]["queries"]) >= 4
-    assert "fitted on all queries at once" in found["stability"]["skipped"]
-    assert any("Stability over queries: not measured" in line for line in sentences(found))
+    assert len(found["stability"]["overlaps"]) == 5
+    assert all(0 <= share <= 1 for share in found["stability"]["overlaps"])
+    assert found["checkpoints"] == {}
+
+
+@pytest.mark.parametrize("method", ["pool", "fitted-cosine", "dot"])
+def test_other_checkpoints(folder: Path, tmp_path: Path, method: str) -> None:  # noqa: F811
+    other = models.make("bert")
+    with torch.no_grad():
+        for weights in other.parameters():
+            weights += 0.2 * torch.randn_like(weights)
+    other.save_pretrained(tmp_path / "other")
+    data = write_rows(tmp_path / "train.jsonl", texts(60, 1))
+    same, another = str(folder / "model"), str(tmp_path / "other")
+    given = ["--layers", "attention", "--methods", method, "--aggregations", "mean", "--out", tmp_path / "a"]
+    given += ["--checkpoints", f"{same},{another}"]
+    code, _, err = run("audit", *options(folder, train=data), *given)
+    assert (code, "checkpoints: the self-check compares them" in err) == (1, True)
+    code, out, err = run("audit", *options(folder, train=data), *given, "--self-check", 0.2, "--json")
+    assert code == 0, err
+    found = json.loads(out)["facts"]["self_check"]
+    assert found["checkpoints"][same] == 1.0
+    assert found["checkpoints"][another] < 1.0
+    assert "at the checkpoint " + another in " ".join(sentences(found))
+    assert len(found["stability"]["overlaps"]) == 5
+    lacking = [*given, "--self-check", 0.2, "--checkpoints", folder / "causal"]
+    code, _, err = run("audit", *options(folder, train=data), *lacking, "--out", tmp_path / "b")
+    assert (code, "checkpoints: " in err) == (1, True), err
+    assert not (tmp_path / "b").exists()
 
 
 def test_in_an_audit_of_a_causal_model(folder: Path, tmp_path: Path) -> None:  # noqa: F811
