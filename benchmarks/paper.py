@@ -45,9 +45,8 @@ METHODS = (
     "outlier", "repsim", "we", "we_topk", "neighbours", "fitted-trackstar", "pool",
 )  # fmt: skip
 AGGREGATIONS = ("mean", "rank-c", "vote-c")
-# Fixed before any full run but for the pool, whose opinions were chosen on sst2 and cola, seed 0, with the mask in view:
-# those two runs are no test of it. The first two are the paper's plain TracIn and its recommendation; pool is an audit's
-# default.
+# Fixed before any full run but for the pool, whose opinions were chosen on seed 0 of each task with the mask in view: those
+# runs are no test of it. The first two are the paper's plain TracIn and its recommendation; pool is an audit's default.
 ARMS = {
     "dot all mean": ("dot", "all", "mean"),
     "datainf middle vote-c": ("datainf", "attention middle", "vote-c"),
