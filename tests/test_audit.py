@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+import sys
 from pathlib import Path
 
 import models
@@ -134,7 +135,9 @@ def test_scores_equal_a_literal_loop(folder: Path) -> None:
         torch.testing.assert_close(result.scores["dot"]["all"][aggregation], expected, rtol=1e-4, atol=1e-4)
 
 
-def test_a_classifier_is_ranked_by_the_pool_of_the_model_before_and_after(folder: Path, tmp_path: Path) -> None:
+def test_a_classifier_is_ranked_by_the_pool_of_the_model_before_and_after(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     data = [str(folder / f"{name}.jsonl") for name in ("train", "queries")]
     result = inf.audit(str(folder / "adapter"), *data, progress=False)
     assert result.main == ("pool", "all", "mean")
@@ -194,6 +197,8 @@ def test_a_classifier_is_ranked_by_the_pool_of_the_model_before_and_after(folder
     torch.testing.assert_close(by_method["pool"][1]["pool"][0].double(), result.scores["pool"]["all"]["mean"])
     torch.testing.assert_close(by_method["fitted-trackstar"][0], by_layer)
     assert inf.audit(str(folder / "adapter"), *data, progress=False, methods=["dot"]).main[0] == "dot"
+    monkeypatch.setattr(sys.modules["influence_fast.audit"], "_POOL_BYTES", 2 * 4 * 20 * 16 * 5 - 1)
+    assert inf.audit(str(folder / "adapter"), *data, progress=False).main == ("cosine", "all", "rank-c")
 
 
 def test_report_stands_alone_and_escapes_text(folder: Path, tmp_path: Path) -> None:
