@@ -57,6 +57,7 @@ ARMS = {
     "loss": ("loss", "", ""),
 }
 BATCH, DROP = 32, 0.3
+USUAL = {"lr": 3e-4, "flip": 0.2}
 # Fixed, so that a run goes on after the default has changed.
 _SHARD_ROWS = 1024
 
@@ -92,10 +93,10 @@ class Clock:
 @click.option("--out", type=click.Path(path_type=Path), default=Path(__file__).parent / "results" / "paper")
 @click.option("--samples", default=4500)
 @click.option("--query-samples", default=500)
-@click.option("--flip", default=0.2)
+@click.option("--flip", default=USUAL["flip"])
 @click.option("--noise", "kind", default="uniform", type=click.Choice([k for k in noises.KINDS if k != "answers"]))
 @click.option("--epochs", default=3)
-@click.option("--lr", default=3e-4)
+@click.option("--lr", default=USUAL["lr"])
 @click.option("--arms", default=",".join(ARMS), help="Rankings to retrain after, joined by commas.")
 @click.option("--checkpoints/--no-checkpoints", default=True, help="TracInCP over all epochs.")
 @click.option("--seconds", default=math.inf, help="Stop before a step that would take longer; run again to go on.")
@@ -142,8 +143,13 @@ def run_name(task: str, seed: int, settings: dict[str, Any]) -> str:
     """Settings that are not the default show in the name, so runs of other sizes are never taken for these."""
     if task in GENERATIVE:
         return f"{task}-e{settings['epochs']}-seed{seed}"
-    parts = [task, f"n{settings['samples']}", f"e{settings['epochs']}", settings["kind"], f"seed{seed}"]
-    return "-".join(parts)
+    parts = [task, f"n{settings['samples']}", f"e{settings['epochs']}", settings["kind"], *unusual(settings)]
+    return "-".join([*parts, f"seed{seed}"])
+
+
+def unusual(settings: dict[str, Any]) -> list[str]:
+    """Settings beside samples, epochs and noise that are not the protocol's, such as ``lr0.001``."""
+    return [f"{name}{settings[name]:g}" for name, usual in USUAL.items() if settings[name] != usual]
 
 
 def classification_run(task: str, seed: int, work: Path, clock: Clock, settings: dict[str, Any]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.paper import ARMS, unusual
 from influence_fast.evaluate import rank_correlation
 
 Run = dict[str, Any]
@@ -110,9 +111,9 @@ def _by(runs: list[Run], key: Callable[[Run], str]) -> dict[str, list[Run]]:
 
 
 def _label(run: Run) -> str:
-    return (
-        f"{run['task']}, {run['settings']['kind']} noise, n {run['sizes']['train']}, {run['settings']['epochs']} epochs"
-    )
+    settings = run["settings"]
+    parts = [run["task"], f"{settings['kind']} noise", f"n {run['sizes']['train']}", f"{settings['epochs']} epochs"]
+    return ", ".join(parts + unusual(settings))
 
 
 def _table(head: list[str], rows: Iterable[list[Any]]) -> list[str]:
@@ -138,7 +139,7 @@ def _best_of_paper(runs: list[Run]) -> tuple[str, str, str]:
 
 
 def _default_arm() -> str:
-    return next(name for name, key in _arm_keys().items() if key == DEFAULT)
+    return next(name for name, key in ARMS.items() if key == DEFAULT)
 
 
 def _rankings(runs: list[Run], most: int = 12) -> list[str]:
@@ -287,12 +288,6 @@ def _claims(runs: list[Run]) -> list[str]:
         "the flips in view, after tables of seeds 0 and 1 had shown that whitened gradients help: seed 2 is the clean test.",
     ]
     return _table(["claim", "runs", "mean", "95 % interval", "verdict"], rows) + notes
-
-
-def _arm_keys() -> dict[str, tuple[str, str, str]]:
-    from benchmarks.paper import ARMS
-
-    return ARMS
 
 
 def _heat(runs: list[Run]) -> str:
