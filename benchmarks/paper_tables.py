@@ -88,15 +88,17 @@ def _summary(runs: list[Run]) -> list[str]:
         row: list[Any] = [name, len(some), *(_mean(some, *key) for key in (DEFAULT, ("loss", "", ""), best))]
         row.append(f"{sum(low > 0 for low, _ in over)} / {sum(high < 0 for _, high in over)}")
         whole = [run for run in some if filtered in run["arms"]]
+        row.append(len(whole))
         row += [
             float(np.mean([run["arms"][arm]["accuracy"] for run in whole])) if whole else "-" for arm in arms.values()
         ]
         rows.append(row)
-    head = ["task", "runs", "default", "loss", " ".join(best), "default over / under loss"]
+    head = ["task", "runs", "default", "loss", " ".join(best), "default over / under loss", "retrained"]
     return [
         f"Mean AUC_NDR of the default of an audit ({' '.join(DEFAULT)}), of the training loss and of the cell of dot, "
-        "cosine and datainf that is best over all runs; in how many runs the 95 % interval of the difference to the loss is "
-        "above and below 0; mean accuracy after dropping the lowest 30 % by each:",
+        "cosine and datainf that is best over the runs with uniform noise; in how many runs the 95 % interval of the "
+        "difference to the loss is above and below 0; how many runs were retrained, and their mean accuracy after dropping "
+        "the lowest 30 % by each:",
         "",
         *_table([*head, *(f"accuracy: {name}" for name in arms)], rows),
     ]
