@@ -170,15 +170,14 @@ def stability(
     A method that is fitted to the queries is fitted anew to each half.
     """
     if main[0] in FITTED_TO_QUERIES:
-        m = sources.fitted_queries
-        halves = [half for _ in range(_REPEATS) for half in torch.randperm(m, generator=random).chunk(2)]
-        parts = sources.fitted(main[0], halves) if m > 1 else []
+        halves = [half for _ in range(_REPEATS) for half in sources.halves(random)]
+        parts = sources.fitted(main[0], halves) if halves else []
     else:
         matrix = sources.matrix(main[0])
         splits = [split(matrix, random) for _ in range(_REPEATS)] if matrix.shape[0] > 1 else []
         parts = [Subset(matrix, half) for halves in splits for half in halves]
     if not parts:
-        return {"skipped": f"{main[0]} has nothing that is computed query by query", "ranking": " ".join(main)}
+        return {"skipped": f"{main[0]} has too few queries, or none that count one by one", "ranking": " ".join(main)}
     overlaps = [
         _agreement(*(_scores(part, main, groups, fraction) for part in pair))
         for pair in zip(parts[::2], parts[1::2], strict=True)

@@ -110,10 +110,14 @@ class Sources:
         matrix = self._between(shown, method.removeprefix("fitted-"))
         return [self._of_no_query(fitted_influence(matrix, right, some)[0]) for some in subsets]
 
-    @property
-    def fitted_queries(self) -> int:
-        """How many queries a method is fitted to at most."""
-        return min(len(self.trusted.rows), _FITTED_QUERIES)
+    def halves(self, random: torch.Generator) -> list[Tensor]:
+        """Two disjoint halves of the queries to fit to; none where a half would lack right labels or wrong ones."""
+        _, right = self._shown()
+        kinds = [kind.nonzero()[:, 0] for kind in (right, ~right)]
+        if min(len(kind) for kind in kinds) < 2:
+            return []
+        parts = [kind[torch.randperm(len(kind), generator=random)].chunk(2) for kind in kinds]
+        return [torch.cat(half) for half in zip(*parts, strict=True)]
 
     @staticmethod
     def _of_no_query(scores: dict[str, Tensor]) -> Matrix:

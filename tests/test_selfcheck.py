@@ -72,7 +72,7 @@ def test_the_better_method_is_chosen_and_held_out_figures_are_its_own(tmp_path: 
     chance = stability(_Ready(noisy), ("x", "all", "mean"), groups, 0.2, random)
     assert 0.1 < sum(chance["overlaps"]) / 5 < 0.5
     alone = stability(_Ready({"head": torch.randn(1, 200)}), ("x", "all", "mean"), groups, 0.2, random)
-    assert "nothing that is computed query by query" in alone["skipped"]
+    assert "too few queries" in alone["skipped"]
 
 
 class _Ready:
@@ -157,6 +157,14 @@ def test_other_checkpoints(folder: Path, tmp_path: Path, method: str) -> None:  
     code, _, err = run("audit", *options(folder, train=data), *lacking, "--out", tmp_path / "b")
     assert (code, "checkpoints: " in err) == (1, True), err
     assert not (tmp_path / "b").exists()
+
+
+def test_too_few_queries_to_fit_on_halves(folder: Path, tmp_path: Path) -> None:  # noqa: F811
+    train, queries = (write_rows(tmp_path / f"{n}.jsonl", texts(n, n)) for n in (60, 3))
+    given = ["--layers", "attention", "--methods", "fitted-cosine", "--self-check", 0.2, "--out", tmp_path / "a"]
+    code, out, err = run("audit", *options(folder, train=train, queries=queries), *given, "--json")
+    assert code == 0, err
+    assert "too few queries" in json.loads(out)["facts"]["self_check"]["stability"]["skipped"]
 
 
 def test_in_an_audit_of_a_causal_model(folder: Path, tmp_path: Path) -> None:  # noqa: F811
