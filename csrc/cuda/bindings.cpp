@@ -213,9 +213,10 @@ void vote_py(uint64_t ranks, bool wide, int64_t rows, int64_t columns, double k,
 
 PYBIND11_MODULE(MODULE, m) {
   m.doc() = "CUDA kernels of influence_fast on raw device pointers.";
-  py::class_<Side>(m, "Side").def(py::init(&make_side), py::arg("kind"), py::arg("key0"), py::arg("key1"),
-                                  py::arg("k"), py::arg("scale"));
-  py::class_<ProjectedLayer>(m, "Layer")
+  // Local, so that the tests' build for the host and this one live in one process.
+  py::class_<Side>(m, "Side", py::module_local())
+      .def(py::init(&make_side), py::arg("kind"), py::arg("key0"), py::arg("key1"), py::arg("k"), py::arg("scale"));
+  py::class_<ProjectedLayer>(m, "Layer", py::module_local())
       .def(py::init(&make_layer), py::kw_only(), py::arg("x"), py::arg("dy"), py::arg("x_sample"), py::arg("x_token"),
            py::arg("dy_sample"), py::arg("dy_token"), py::arg("features_in"), py::arg("features_out"), py::arg("p_in"),
            py::arg("p_out"), py::arg("result"), py::arg("parts"));
