@@ -37,8 +37,8 @@ from torch import Tensor, nn
 
 import influence_fast as inf
 from influence_fast import bench, build, losses
+from influence_fast.data.batching import Rows, batches, collate
 from influence_fast.layers import named_layers
-from influence_fast.rows import Rows, batches, collate
 
 Samples = list[dict[str, Any]]
 Gradients = dict[str, Tensor]

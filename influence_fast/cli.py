@@ -225,10 +225,10 @@ def build(model: str, data: str, out: Path, dry_run: bool, as_json: bool, **opti
     Runs on the GPU if there is one. Several processes share the work, on folders that all of them see:
     torchrun --nproc-per-node 2 -m influence_fast build ...
     """
-    from influence_fast import processes
+    from influence_fast import _distributed as processes
     from influence_fast.audit import default_layers
     from influence_fast.build import build_store, estimate_build
-    from influence_fast.data import Columns, load_model, prepare, read_table, task_of
+    from influence_fast.data.loading import Columns, load_model, prepare, read_table, task_of
 
     columns = Columns(options.pop("text_column"), options.pop("label_column"), options.pop("answer_column"))
     network, tokenizer = load_model(model, options["task"])
@@ -417,7 +417,7 @@ def _rows_where(index: Any, where: str) -> Any:
 def _text_gradient(index: Any, model: str, text: str, label: str | None, answer: str | None) -> Any:
     """Gradients of one text in the index's layers and projection."""
     from influence_fast.build import fingerprint, gradients_of
-    from influence_fast.data import Columns, load_model, prepare, task_of
+    from influence_fast.data.loading import Columns, load_model, prepare, task_of
     from influence_fast.errors import StoreError
 
     network, tokenizer = load_model(model, "auto")
@@ -572,7 +572,7 @@ def _numbers(path: Path, columns: list[str]) -> list[Any]:
     """Columns of numbers, ``true`` and ``false`` among them: float64 ``(n,)`` each."""
     import torch
 
-    from influence_fast.data import read_table
+    from influence_fast.data.loading import read_table
 
     table = read_table("scores", str(path))
     for column in columns:

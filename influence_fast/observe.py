@@ -14,9 +14,9 @@ from tqdm import tqdm
 
 from influence_fast import losses
 from influence_fast.build import as_evaluated
+from influence_fast.data.batching import batches, checked_rows, collate, device_of, token_budget
 from influence_fast.errors import InputError
 from influence_fast.layers import layer_shape, named_layers, select_layers
-from influence_fast.rows import batches, checked_rows, collate, device_of, token_budget
 
 POOLING = ("last", "mean", "first")
 _LARGEST_FACTOR = 8192

@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from influence_fast import noise, ops
+from influence_fast import ops
 from influence_fast.aggregate import Matrix, aggregate
 from influence_fast.build import build_store
-from influence_fast.data import Samples, load_model
+from influence_fast.data import label_noise as noise
+from influence_fast.data.loading import Samples, load_model
 from influence_fast.errors import InputError
 from influence_fast.evaluate import aggregated, compare, ndr_auc
 from influence_fast.influence import influence

@@ -19,8 +19,8 @@ from transformers import PreTrainedTokenizerFast
 import influence_fast as inf
 from influence_fast.audit import AuditConfig, AuditResult, default_layers
 from influence_fast.cli import main
-from influence_fast.data import Samples, load_model
-from influence_fast.noise import uniform
+from influence_fast.data.label_noise import uniform
+from influence_fast.data.loading import Samples, load_model
 from influence_fast.report import findings
 from influence_fast.sources import Sources
 

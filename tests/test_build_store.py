@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import influence_fast as inf
-from influence_fast import rows as rows_room
+from influence_fast.data import batching as rows_room
 
 IDENTITY = inf.Projection("identity")
 

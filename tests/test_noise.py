@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import influence_fast as inf
-from influence_fast import noise
+from influence_fast.data import label_noise as noise
 
 LABELS = [i % 3 for i in range(300)]
 TEXTS = [f"w{i} x{i} y{i} z{i}" for i in range(300)]

@@ -24,7 +24,7 @@ sys.path.insert(0, {tests!r})
 import torch, models
 import torch.distributed as dist
 import influence_fast as inf
-from influence_fast import processes
+from influence_fast import _distributed as processes
 from influence_fast.store import StoreWriter
 
 torch.set_num_threads(1)
@@ -106,7 +106,7 @@ def test_every_rank_says_what_is_wrong(tmp_path: Path) -> None:
 
 
 _AGREE = """
-from influence_fast import processes
+from influence_fast import _distributed as processes
 from influence_fast.errors import StoreError
 
 def fail():
