@@ -54,7 +54,7 @@ if TYPE_CHECKING:
     from influence_fast.opinions import neighbours as neighbours
     from influence_fast.opinions import pooled as pooled
     from influence_fast.opinions import probe_opinion as probe_opinion
-    from influence_fast.projection import Projection as Projection
+    from influence_fast.ops.projections import Projection as Projection
     from influence_fast.store import GradientStore as GradientStore
 
 __version__ = "0.1.0"
@@ -100,7 +100,7 @@ _ROOMS = {
     "neighbours": "opinions",
     "pooled": "opinions",
     "probe_opinion": "opinions",
-    "Projection": "projection",
+    "Projection": "ops.projections",
     "GradientStore": "store",
 }
 __all__ = ["__version__", "ops", *_ROOMS]

@@ -29,7 +29,7 @@ from influence_fast.influence import METHODS as GRADIENT_METHODS
 from influence_fast.influence import InfluenceMatrix
 from influence_fast.layers import block_of, layer_groups, named_layers, select_layers
 from influence_fast.opinions import FOLDS
-from influence_fast.projection import Projection
+from influence_fast.ops.projections import Projection
 from influence_fast.selfcheck import ROWS, plant, self_check
 from influence_fast.sources import METHODS, NEED_CLASSES, Sources
 from influence_fast.store import DTYPES

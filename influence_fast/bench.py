@@ -18,7 +18,7 @@ from torch import Tensor
 
 from influence_fast import __version__, ops
 from influence_fast.errors import InfluenceError
-from influence_fast.projection import Side
+from influence_fast.ops.projections import Side
 
 Call = Callable[[], Any]
 _TOLERANCE = 1e-4

@@ -33,7 +33,7 @@ from influence_fast.data.batching import Rows, batches, checked_rows, collate, d
 from influence_fast.errors import InfluenceError, InputError
 from influence_fast.layers import uncompiled
 from influence_fast.losses import Loss
-from influence_fast.projection import Projection
+from influence_fast.ops.projections import Projection
 from influence_fast.store import DTYPES, GradientStore, StoreWriter, recorded
 
 __all__ = ["Estimate", "build_store", "estimate_build", "fingerprint"]

@@ -23,7 +23,7 @@ from influence_fast.errors import InputError
 from influence_fast.layers import check_supported, layer_shape, named_layers, select_layers
 from influence_fast.ops import philox
 from influence_fast.ops.common import accumulator
-from influence_fast.projection import Projection, Side
+from influence_fast.ops.projections import Projection, Side
 
 __all__ = ["GradientCapture"]
 

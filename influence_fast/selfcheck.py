@@ -23,7 +23,7 @@ from influence_fast.errors import InputError
 from influence_fast.evaluate import aggregated, compare, ndr_auc
 from influence_fast.influence import influence
 from influence_fast.losses import IGNORED
-from influence_fast.projection import Projection
+from influence_fast.ops.projections import Projection
 from influence_fast.sources import FITTED_TO_QUERIES, Settings, Sources
 from influence_fast.store import GradientStore
 

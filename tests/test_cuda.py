@@ -24,7 +24,7 @@ from torch import Tensor
 
 from influence_fast import BackendError, InputError, ops
 from influence_fast.ops import cuda, reference
-from influence_fast.projection import Projection, Side
+from influence_fast.ops.projections import Projection, Side
 
 CUDA = Path(__file__).parents[1] / "csrc" / "cuda"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -512,7 +512,7 @@ STRAY_READS = """
 import ctypes, importlib.util, math, mmap, sys
 import torch
 from influence_fast.ops import cuda
-from influence_fast.projection import Side
+from influence_fast.ops.projections import Side
 
 spec = importlib.util.spec_from_file_location("influence_fast_simt", sys.argv[1])
 cuda._native = importlib.util.module_from_spec(spec)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from influence_fast import ops
 from influence_fast.errors import BackendError, InputError
-from influence_fast.projection import Projection, Side
+from influence_fast.ops.projections import Projection, Side
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 

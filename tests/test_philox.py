@@ -8,7 +8,7 @@ from backends import Backend
 
 from influence_fast import ops
 from influence_fast.ops import philox
-from influence_fast.projection import Side
+from influence_fast.ops.projections import Side
 
 # Known-answer vectors published with Random123 (Salmon et al. 2011): counter, key, output.
 ONES = 0xFFFFFFFF

@@ -10,7 +10,7 @@ import torch
 
 from influence_fast import ops
 from influence_fast.errors import InputError
-from influence_fast.projection import Projection, Side
+from influence_fast.ops.projections import Projection, Side
 
 
 @pytest.mark.parametrize(

@@ -72,7 +72,10 @@ def test_integers_are_exact(op: str, generator: torch.Generator) -> None:
 @pytest.mark.parametrize("kind", ["rademacher", "sjlt", "gaussian"])
 @pytest.mark.parametrize(("n", "d", "k"), [(3, 700, 19), (1, 129, 40), (18, 64, 5), (2, 40, 100), (0, 8, 4)])
 def test_sketch(kind: str, n: int, d: int, k: int, generator: torch.Generator) -> None:
-    g, side = torch.randn(n, d, generator=generator).to(DEVICE), influence_fast.projection.Side(kind, "a/single", k, d)
+    g, side = (
+        torch.randn(n, d, generator=generator).to(DEVICE),
+        influence_fast.ops.projections.Side(kind, "a/single", k, d),
+    )
     expected = ops.sketch(g.double(), side, backend="reference")
     torch.testing.assert_close(ops.sketch(g, side, backend="triton").double(), expected, rtol=1e-5, atol=1e-4)
 

@@ -29,7 +29,7 @@ from influence_fast.errors import BackendError, InputError
 from influence_fast.ops.common import FLOATS, Side, accumulator, check_float, pair
 
 if TYPE_CHECKING:
-    from influence_fast.projection import Projection
+    from influence_fast.ops.projections import Projection
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")
 OPS = (

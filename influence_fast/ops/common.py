@@ -13,7 +13,7 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 class Side(Protocol):
-    """What a backend needs to know of an implicit random matrix (``influence_fast.projection.Side`` is one)."""
+    """What a backend needs to know of an implicit random matrix (``influence_fast.ops.projections.Side`` is one)."""
 
     @property
     def kind(self) -> str: ...
