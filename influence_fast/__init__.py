@@ -18,10 +18,6 @@ if TYPE_CHECKING:
     from influence_fast.aggregate import aggregate as aggregate
     from influence_fast.aggregate import aggregate_many as aggregate_many
     from influence_fast.audit import audit as audit
-    from influence_fast.build import Estimate as Estimate
-    from influence_fast.build import build_store as build_store
-    from influence_fast.build import estimate_build as estimate_build
-    from influence_fast.capture import GradientCapture as GradientCapture
     from influence_fast.errors import BackendError as BackendError
     from influence_fast.errors import InfluenceError as InfluenceError
     from influence_fast.errors import InputError as InputError
@@ -37,10 +33,15 @@ if TYPE_CHECKING:
     from influence_fast.evaluate import rank_correlation as rank_correlation
     from influence_fast.evaluate import roc_auc as roc_auc
     from influence_fast.evaluate import wins as wins
+    from influence_fast.gradients.build import Estimate as Estimate
+    from influence_fast.gradients.build import build_store as build_store
+    from influence_fast.gradients.build import estimate_build as estimate_build
+    from influence_fast.gradients.capture import GradientCapture as GradientCapture
+    from influence_fast.gradients.layers import select_layers as select_layers
+    from influence_fast.gradients.store import GradientStore as GradientStore
     from influence_fast.index import InfluenceIndex as InfluenceIndex
     from influence_fast.influence import InfluenceMatrix as InfluenceMatrix
     from influence_fast.influence import influence as influence
-    from influence_fast.layers import select_layers as select_layers
     from influence_fast.methods import Checkpoints as Checkpoints
     from influence_fast.methods import fitted_influence as fitted_influence
     from influence_fast.methods import label_contrast as label_contrast
@@ -55,7 +56,6 @@ if TYPE_CHECKING:
     from influence_fast.opinions import pooled as pooled
     from influence_fast.opinions import probe_opinion as probe_opinion
     from influence_fast.ops.projections import Projection as Projection
-    from influence_fast.store import GradientStore as GradientStore
 
 __version__ = "0.1.0"
 
@@ -64,10 +64,10 @@ _ROOMS = {
     "aggregate": "aggregate",
     "aggregate_many": "aggregate",
     "audit": "audit",
-    "GradientCapture": "capture",
-    "Estimate": "build",
-    "build_store": "build",
-    "estimate_build": "build",
+    "GradientCapture": "gradients.capture",
+    "Estimate": "gradients.build",
+    "build_store": "gradients.build",
+    "estimate_build": "gradients.build",
     "BackendError": "errors",
     "InfluenceError": "errors",
     "InputError": "errors",
@@ -86,7 +86,7 @@ _ROOMS = {
     "InfluenceIndex": "index",
     "InfluenceMatrix": "influence",
     "influence": "influence",
-    "select_layers": "layers",
+    "select_layers": "gradients.layers",
     "Checkpoints": "methods",
     "fitted_influence": "methods",
     "label_contrast": "methods",
@@ -101,7 +101,7 @@ _ROOMS = {
     "pooled": "opinions",
     "probe_opinion": "opinions",
     "Projection": "ops.projections",
-    "GradientStore": "store",
+    "GradientStore": "gradients.store",
 }
 __all__ = ["__version__", "ops", *_ROOMS]
 

@@ -20,19 +20,19 @@ from torch import Tensor, nn
 
 from influence_fast.aggregate import METHODS as AGGREGATIONS
 from influence_fast.aggregate import order
-from influence_fast.build import build_store
 from influence_fast.data.batching import checked_rows
 from influence_fast.data.loading import TASKS, Columns, Samples, load_model, prepare, read_table, task_of
 from influence_fast.errors import InputError
 from influence_fast.evaluate import Evaluation, aggregated, baselines, compare
+from influence_fast.gradients.build import build_store
+from influence_fast.gradients.layers import block_of, layer_groups, named_layers, select_layers
+from influence_fast.gradients.store import DTYPES
 from influence_fast.influence import METHODS as GRADIENT_METHODS
 from influence_fast.influence import InfluenceMatrix
-from influence_fast.layers import block_of, layer_groups, named_layers, select_layers
 from influence_fast.opinions import FOLDS
 from influence_fast.ops.projections import Projection
 from influence_fast.selfcheck import ROWS, plant, self_check
 from influence_fast.sources import METHODS, NEED_CLASSES, Sources
-from influence_fast.store import DTYPES
 
 _MOST_BLOCKS = 48
 # Hidden states of the training set that an audit holds unless asked to: 200,000 samples of a MiniLM, 50,000 of a BERT-base.

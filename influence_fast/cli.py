@@ -227,8 +227,8 @@ def build(model: str, data: str, out: Path, dry_run: bool, as_json: bool, **opti
     """
     from influence_fast import _distributed as processes
     from influence_fast.audit import default_layers
-    from influence_fast.build import build_store, estimate_build
     from influence_fast.data.loading import Columns, load_model, prepare, read_table, task_of
+    from influence_fast.gradients.build import build_store, estimate_build
 
     columns = Columns(options.pop("text_column"), options.pop("label_column"), options.pop("answer_column"))
     network, tokenizer = load_model(model, options["task"])
@@ -293,8 +293,8 @@ def index(
     as_json: bool,
 ) -> None:
     """Build an index over a store: exact, or by FAISS."""
+    from influence_fast.gradients.store import GradientStore
     from influence_fast.index import InfluenceIndex
-    from influence_fast.store import GradientStore
 
     opened = GradientStore.open(store, verify)
     share = None
@@ -351,8 +351,8 @@ def search(
     """
     import os
 
+    from influence_fast.gradients.store import GradientStore
     from influence_fast.index import InfluenceIndex
-    from influence_fast.store import GradientStore
 
     if (queries is None) == (text is None) or (text is not None and model is None):
         raise click.UsageError("Give --queries, or --text with --model.")
@@ -416,9 +416,9 @@ def _rows_where(index: Any, where: str) -> Any:
 
 def _text_gradient(index: Any, model: str, text: str, label: str | None, answer: str | None) -> Any:
     """Gradients of one text in the index's layers and projection."""
-    from influence_fast.build import fingerprint, gradients_of
     from influence_fast.data.loading import Columns, load_model, prepare, task_of
     from influence_fast.errors import StoreError
+    from influence_fast.gradients.build import fingerprint, gradients_of
 
     network, tokenizer = load_model(model, "auto")
     if fingerprint(network) != index.meta["model"]:
@@ -464,8 +464,8 @@ def score(
 ) -> None:
     """One score per training sample from two stores, lowest = most harmful."""
     from influence_fast.aggregate import aggregate_many, order
+    from influence_fast.gradients.store import GradientStore
     from influence_fast.influence import influence
-    from influence_fast.store import GradientStore
 
     store = GradientStore.open(train, verify)
     matrix = influence(store, GradientStore.open(queries, verify), method, _list(layers), memory=memory)
@@ -521,7 +521,7 @@ def evaluate(
     """
     from influence_fast.evaluate import compare
     from influence_fast.evaluate import evaluate as whole_table
-    from influence_fast.store import GradientStore
+    from influence_fast.gradients.store import GradientStore
 
     if (train is None) != (queries is None):
         raise click.UsageError("--train and --queries go together.")

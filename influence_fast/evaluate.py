@@ -20,8 +20,8 @@ from torch import Tensor
 
 from influence_fast.aggregate import Matrix, aggregate_many
 from influence_fast.errors import InputError
+from influence_fast.gradients.layers import block_of, kind_of
 from influence_fast.influence import Gradients, Source, chosen_layers, influence
-from influence_fast.layers import block_of, kind_of
 
 Key = tuple[str, str, str]
 BASELINES = ("random", "loss", "self-influence")

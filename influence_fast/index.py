@@ -29,9 +29,9 @@ from torch import Tensor
 
 from influence_fast import ops
 from influence_fast.errors import BackendError, InfluenceError, InputError, StoreError
+from influence_fast.gradients.store import GradientStore, sha256
 from influence_fast.influence import Gradients, Source, chosen_layers, parse_memory
 from influence_fast.scan import Rows, Scan, parts_of, rescore, segment_name
-from influence_fast.store import GradientStore, sha256
 
 METRICS = ("dot", "cosine")
 _BLOCK_BYTES = 32 << 20

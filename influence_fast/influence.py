@@ -30,7 +30,7 @@ from torch import Tensor
 
 from influence_fast.curvature import Whitening, eigenvalue_corrected
 from influence_fast.errors import InputError, StoreError
-from influence_fast.store import GradientStore
+from influence_fast.gradients.store import GradientStore
 
 METHODS = ("dot", "cosine", "datainf", "trak", "trackstar", "ekfac")
 Gradients = GradientStore | Mapping[str, Tensor]

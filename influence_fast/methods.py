@@ -12,9 +12,9 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from influence_fast import losses
 from influence_fast.aggregate import Matrix
 from influence_fast.errors import InputError
+from influence_fast.gradients import losses
 from influence_fast.influence import Gradients, InfluenceMatrix, Source, chosen_layers
 from influence_fast.observe import WordGradients
 

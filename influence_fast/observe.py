@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from influence_fast import losses
-from influence_fast.build import as_evaluated
 from influence_fast.data.batching import batches, checked_rows, collate, device_of, token_budget
 from influence_fast.errors import InputError
-from influence_fast.layers import layer_shape, named_layers, select_layers
+from influence_fast.gradients import losses
+from influence_fast.gradients.build import as_evaluated
+from influence_fast.gradients.layers import layer_shape, named_layers, select_layers
 
 POOLING = ("last", "mean", "first")
 _LARGEST_FACTOR = 8192

@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from influence_fast.errors import BackendError, InputError, StoreError
-from influence_fast.store import GradientStore
+from influence_fast.gradients.store import GradientStore
 
 try:
     import influence_fast_cpu as _native

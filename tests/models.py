@@ -9,7 +9,7 @@ import transformers as hf
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from influence_fast.layers import named_layers
+from influence_fast.gradients.layers import named_layers
 
 VOCAB = 37
 _ENCODER = {

@@ -236,7 +236,7 @@ import os, signal, sys
 sys.path.insert(0, {tests!r})
 import models
 import influence_fast as inf
-from influence_fast import build
+from influence_fast.gradients import build
 step, left = build._step, [int(sys.argv[2])]
 def dying(*args):
     left[0] -= 1

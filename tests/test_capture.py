@@ -12,7 +12,7 @@ import transformers as hf
 from torch import Tensor, nn
 
 import influence_fast as inf
-from influence_fast import build
+from influence_fast.gradients import build
 
 IDENTITY = inf.Projection("identity")
 
@@ -269,7 +269,7 @@ def test_whole_embedding_gradients_that_cannot_fit_are_refused() -> None:
 
 def test_layers_that_share_an_input_read_it_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also when they are known only from the second forward on, and when one is called with another input."""
-    from influence_fast import capture as room
+    from influence_fast.gradients import capture as room
 
     widths: list[int] = []
     project = room._Matrices.project

@@ -9,7 +9,7 @@ import pytest
 from torch import nn
 
 import influence_fast as inf
-from influence_fast.layers import block_of, layer_groups
+from influence_fast.gradients.layers import block_of, layer_groups
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import transformers as hf
 from torch import Tensor, nn
 
 import influence_fast as inf
-from influence_fast import losses
+from influence_fast.gradients import losses
 
 
 def whole(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:

@@ -15,8 +15,8 @@ import torch
 from click.testing import CliRunner
 
 import influence_fast as inf
-from influence_fast.build import fingerprint
 from influence_fast.cli import main
+from influence_fast.gradients.build import fingerprint
 
 _BUILD = """
 import os, signal, sys
@@ -25,7 +25,7 @@ import torch, models
 import torch.distributed as dist
 import influence_fast as inf
 from influence_fast import _distributed as processes
-from influence_fast.store import StoreWriter
+from influence_fast.gradients.store import StoreWriter
 
 torch.set_num_threads(1)
 path, kind = sys.argv[1:3]

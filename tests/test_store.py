@@ -13,7 +13,7 @@ from stores import write_store, writer
 from torch import Tensor
 
 import influence_fast as inf
-from influence_fast import store as room
+from influence_fast.gradients import store as room
 
 
 @pytest.fixture

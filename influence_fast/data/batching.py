@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from influence_fast.errors import InputError
-from influence_fast.losses import IGNORED, Loss
+from influence_fast.gradients.losses import IGNORED, Loss
 
 LOSSES = ("auto", "classification", "causal-lm", "causal-lm-sum")
 _TOKEN_COLUMNS = ("input_ids", "token_type_ids", "position_ids")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from influence_fast.errors import InputError
-from influence_fast.losses import IGNORED
+from influence_fast.gradients.losses import IGNORED
 
 TASKS = ("auto", "classification", "causal-lm")
 

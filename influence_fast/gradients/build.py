@@ -27,14 +27,14 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from influence_fast import _distributed as processes
-from influence_fast import losses
-from influence_fast.capture import GradientCapture
 from influence_fast.data.batching import Rows, batches, checked_rows, collate, device_of, token_budget
 from influence_fast.errors import InfluenceError, InputError
-from influence_fast.layers import uncompiled
-from influence_fast.losses import Loss
+from influence_fast.gradients import losses
+from influence_fast.gradients.capture import GradientCapture
+from influence_fast.gradients.layers import uncompiled
+from influence_fast.gradients.losses import Loss
+from influence_fast.gradients.store import DTYPES, GradientStore, StoreWriter, recorded
 from influence_fast.ops.projections import Projection
-from influence_fast.store import DTYPES, GradientStore, StoreWriter, recorded
 
 __all__ = ["Estimate", "build_store", "estimate_build", "fingerprint"]
 

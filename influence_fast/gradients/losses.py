@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from influence_fast.layers import layer_shape
+from influence_fast.gradients.layers import layer_shape
 
 IGNORED = -100
 _CHUNK_ENTRIES = 1 << 25

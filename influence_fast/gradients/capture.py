@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from influence_fast import ops
 from influence_fast.errors import InputError
-from influence_fast.layers import check_supported, layer_shape, named_layers, select_layers
+from influence_fast.gradients.layers import check_supported, layer_shape, named_layers, select_layers
 from influence_fast.ops import philox
 from influence_fast.ops.common import accumulator
 from influence_fast.ops.projections import Projection, Side
