@@ -30,12 +30,12 @@ from tqdm import tqdm
 
 import influence_fast as inf
 from influence_fast import ops
+from influence_fast.attribution.method_inputs import Sources
 from influence_fast.audit import AuditConfig, default_layers, groups_of
 from influence_fast.data import label_noise as noises
 from influence_fast.data.batching import collate
 from influence_fast.data.loading import Samples
 from influence_fast.evaluate import aggregated, baselines, filter_and_retrain
-from influence_fast.sources import Sources
 
 CLASSIFICATION = {"sst2": ("sentence",), "cola": ("sentence",), "mrpc": ("sentence1", "sentence2")}
 GENERATIVE = {"grammars": "answer", "math_with_reason": "reason"}

@@ -15,8 +15,23 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from influence_fast import ops as ops
-    from influence_fast.aggregate import aggregate as aggregate
-    from influence_fast.aggregate import aggregate_many as aggregate_many
+    from influence_fast.attribution.aggregation import aggregate as aggregate
+    from influence_fast.attribution.aggregation import aggregate_many as aggregate_many
+    from influence_fast.attribution.influence_matrix import InfluenceMatrix as InfluenceMatrix
+    from influence_fast.attribution.influence_matrix import influence as influence
+    from influence_fast.attribution.label_quality import neighbour_opinion as neighbour_opinion
+    from influence_fast.attribution.label_quality import neighbours as neighbours
+    from influence_fast.attribution.label_quality import pooled as pooled
+    from influence_fast.attribution.label_quality import probe_opinion as probe_opinion
+    from influence_fast.attribution.methods import Checkpoints as Checkpoints
+    from influence_fast.attribution.methods import fitted_influence as fitted_influence
+    from influence_fast.attribution.methods import label_contrast as label_contrast
+    from influence_fast.attribution.methods import outlier as outlier
+    from influence_fast.attribution.methods import word_influence as word_influence
+    from influence_fast.attribution.model_passes import class_opinion as class_opinion
+    from influence_fast.attribution.model_passes import hidden_states as hidden_states
+    from influence_fast.attribution.model_passes import kronecker_factors as kronecker_factors
+    from influence_fast.attribution.model_passes import word_gradients as word_gradients
     from influence_fast.audit import audit as audit
     from influence_fast.errors import BackendError as BackendError
     from influence_fast.errors import InfluenceError as InfluenceError
@@ -40,29 +55,14 @@ if TYPE_CHECKING:
     from influence_fast.gradients.layers import select_layers as select_layers
     from influence_fast.gradients.store import GradientStore as GradientStore
     from influence_fast.index import InfluenceIndex as InfluenceIndex
-    from influence_fast.influence import InfluenceMatrix as InfluenceMatrix
-    from influence_fast.influence import influence as influence
-    from influence_fast.methods import Checkpoints as Checkpoints
-    from influence_fast.methods import fitted_influence as fitted_influence
-    from influence_fast.methods import label_contrast as label_contrast
-    from influence_fast.methods import outlier as outlier
-    from influence_fast.methods import word_influence as word_influence
-    from influence_fast.observe import class_opinion as class_opinion
-    from influence_fast.observe import hidden_states as hidden_states
-    from influence_fast.observe import kronecker_factors as kronecker_factors
-    from influence_fast.observe import word_gradients as word_gradients
-    from influence_fast.opinions import neighbour_opinion as neighbour_opinion
-    from influence_fast.opinions import neighbours as neighbours
-    from influence_fast.opinions import pooled as pooled
-    from influence_fast.opinions import probe_opinion as probe_opinion
     from influence_fast.ops.projections import Projection as Projection
 
 __version__ = "0.1.0"
 
 # Public name -> the room it lives in. `aggregate` and the like name both a room and its function: the function wins.
 _ROOMS = {
-    "aggregate": "aggregate",
-    "aggregate_many": "aggregate",
+    "aggregate": "attribution.aggregation",
+    "aggregate_many": "attribution.aggregation",
     "audit": "audit",
     "GradientCapture": "gradients.capture",
     "Estimate": "gradients.build",
@@ -84,22 +84,22 @@ _ROOMS = {
     "roc_auc": "evaluate",
     "wins": "evaluate",
     "InfluenceIndex": "index",
-    "InfluenceMatrix": "influence",
-    "influence": "influence",
+    "InfluenceMatrix": "attribution.influence_matrix",
+    "influence": "attribution.influence_matrix",
     "select_layers": "gradients.layers",
-    "Checkpoints": "methods",
-    "fitted_influence": "methods",
-    "label_contrast": "methods",
-    "outlier": "methods",
-    "word_influence": "methods",
-    "class_opinion": "observe",
-    "hidden_states": "observe",
-    "kronecker_factors": "observe",
-    "word_gradients": "observe",
-    "neighbour_opinion": "opinions",
-    "neighbours": "opinions",
-    "pooled": "opinions",
-    "probe_opinion": "opinions",
+    "Checkpoints": "attribution.methods",
+    "fitted_influence": "attribution.methods",
+    "label_contrast": "attribution.methods",
+    "outlier": "attribution.methods",
+    "word_influence": "attribution.methods",
+    "class_opinion": "attribution.model_passes",
+    "hidden_states": "attribution.model_passes",
+    "kronecker_factors": "attribution.model_passes",
+    "word_gradients": "attribution.model_passes",
+    "neighbour_opinion": "attribution.label_quality",
+    "neighbours": "attribution.label_quality",
+    "pooled": "attribution.label_quality",
+    "probe_opinion": "attribution.label_quality",
     "Projection": "ops.projections",
     "GradientStore": "gradients.store",
 }

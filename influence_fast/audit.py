@@ -18,8 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from influence_fast.aggregate import METHODS as AGGREGATIONS
-from influence_fast.aggregate import order
+from influence_fast.attribution.aggregation import METHODS as AGGREGATIONS
+from influence_fast.attribution.aggregation import order
+from influence_fast.attribution.influence_matrix import METHODS as GRADIENT_METHODS
+from influence_fast.attribution.influence_matrix import InfluenceMatrix
+from influence_fast.attribution.label_quality import FOLDS
+from influence_fast.attribution.method_inputs import METHODS, NEED_CLASSES, Sources
 from influence_fast.data.batching import checked_rows
 from influence_fast.data.loading import TASKS, Columns, Samples, load_model, prepare, read_table, task_of
 from influence_fast.errors import InputError
@@ -27,12 +31,8 @@ from influence_fast.evaluate import Evaluation, aggregated, baselines, compare
 from influence_fast.gradients.build import build_store
 from influence_fast.gradients.layers import block_of, layer_groups, named_layers, select_layers
 from influence_fast.gradients.store import DTYPES
-from influence_fast.influence import METHODS as GRADIENT_METHODS
-from influence_fast.influence import InfluenceMatrix
-from influence_fast.opinions import FOLDS
 from influence_fast.ops.projections import Projection
 from influence_fast.selfcheck import ROWS, plant, self_check
-from influence_fast.sources import METHODS, NEED_CLASSES, Sources
 
 _MOST_BLOCKS = 48
 # Hidden states of the training set that an audit holds unless asked to: 200,000 samples of a MiniLM, 50,000 of a BERT-base.

@@ -463,9 +463,9 @@ def score(
     as_json: bool,
 ) -> None:
     """One score per training sample from two stores, lowest = most harmful."""
-    from influence_fast.aggregate import aggregate_many, order
+    from influence_fast.attribution.aggregation import aggregate_many, order
+    from influence_fast.attribution.influence_matrix import influence
     from influence_fast.gradients.store import GradientStore
-    from influence_fast.influence import influence
 
     store = GradientStore.open(train, verify)
     matrix = influence(store, GradientStore.open(queries, verify), method, _list(layers), memory=memory)

@@ -15,9 +15,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from influence_fast.attribution.influence_matrix import Gradients
 from influence_fast.errors import InfluenceError, InputError
 from influence_fast.index import InfluenceIndex
-from influence_fast.influence import Gradients
 
 
 def search_all(

@@ -18,10 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from influence_fast.aggregate import Matrix, aggregate_many
+from influence_fast.attribution.aggregation import Matrix, aggregate_many
+from influence_fast.attribution.influence_matrix import Gradients, Source, chosen_layers, influence
 from influence_fast.errors import InputError
 from influence_fast.gradients.layers import block_of, kind_of
-from influence_fast.influence import Gradients, Source, chosen_layers, influence
 
 Key = tuple[str, str, str]
 BASELINES = ("random", "loss", "self-influence")

@@ -28,9 +28,9 @@ import torch
 from torch import Tensor
 
 from influence_fast import ops
+from influence_fast.attribution.influence_matrix import Gradients, Source, chosen_layers, parse_memory
 from influence_fast.errors import BackendError, InfluenceError, InputError, StoreError
 from influence_fast.gradients.store import GradientStore, sha256
-from influence_fast.influence import Gradients, Source, chosen_layers, parse_memory
 from influence_fast.scan import Rows, Scan, parts_of, rescore, segment_name
 
 METRICS = ("dot", "cosine")

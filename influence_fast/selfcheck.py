@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 
 from influence_fast import ops
-from influence_fast.aggregate import Matrix, aggregate
+from influence_fast.attribution.aggregation import Matrix, aggregate
+from influence_fast.attribution.influence_matrix import influence
+from influence_fast.attribution.method_inputs import FITTED_TO_QUERIES, Settings, Sources
 from influence_fast.data import label_noise as noise
 from influence_fast.data.loading import Samples, load_model
 from influence_fast.errors import InputError
@@ -23,9 +25,7 @@ from influence_fast.evaluate import aggregated, compare, ndr_auc
 from influence_fast.gradients.build import build_store
 from influence_fast.gradients.losses import IGNORED
 from influence_fast.gradients.store import GradientStore
-from influence_fast.influence import influence
 from influence_fast.ops.projections import Projection
-from influence_fast.sources import FITTED_TO_QUERIES, Settings, Sources
 
 FRACTIONS = (0.1, 0.2, 0.3)
 DROP = 0.3

@@ -15,7 +15,7 @@ from stores import write_store
 from torch import Tensor
 
 import influence_fast as inf
-from influence_fast.aggregate import order
+from influence_fast.attribution.aggregation import order
 
 L, M, N = 3, 5, 12
 
@@ -170,7 +170,7 @@ def test_the_mean_forms_no_row_of_influence(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_a_stopped_job_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    room = importlib.import_module("influence_fast.aggregate")
+    room = importlib.import_module("influence_fast.attribution.aggregation")
     monkeypatch.setattr(room, "_SAVE_SECONDS", 0)
     store, queries = stored(tmp_path)
     names = ["rank", "vote", "mean"]

@@ -17,12 +17,12 @@ from tokenizers import models as tokenizer_models
 from transformers import PreTrainedTokenizerFast
 
 import influence_fast as inf
+from influence_fast.attribution.method_inputs import Sources
 from influence_fast.audit import AuditConfig, AuditResult, default_layers
 from influence_fast.cli import main
 from influence_fast.data.label_noise import uniform
 from influence_fast.data.loading import Samples, load_model
 from influence_fast.report import findings
-from influence_fast.sources import Sources
 
 WORDS = [f"w{i}" for i in range(models.VOCAB - 2)]
 

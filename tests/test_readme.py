@@ -46,8 +46,8 @@ def test_the_library_itself_brings_no_heavy_side_loads(tmp_path: Path) -> None:
 
 def test_a_room_and_its_function_of_the_same_name(tmp_path: Path) -> None:
     code = (
-        "import influence_fast as inf; from influence_fast.influence import InfluenceMatrix; "
-        "from influence_fast.aggregate import order; from influence_fast.audit import AuditConfig; "
+        "import influence_fast as inf; from influence_fast.attribution.influence_matrix import InfluenceMatrix; "
+        "from influence_fast.attribution.aggregation import order; from influence_fast.audit import AuditConfig; "
         "from influence_fast.evaluate import compare; "
         "print(callable(inf.influence), callable(inf.aggregate), callable(inf.audit), callable(inf.evaluate))"
     )

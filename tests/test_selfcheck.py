@@ -86,7 +86,7 @@ class _Ready:
 
 
 def _wrap(values: dict[str, torch.Tensor]):
-    from influence_fast.aggregate import InMemory
+    from influence_fast.attribution.aggregation import InMemory
 
     return InMemory(values)
 

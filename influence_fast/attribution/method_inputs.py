@@ -10,17 +10,23 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from influence_fast.aggregate import InMemory, Matrix
+from influence_fast.attribution.aggregation import InMemory, Matrix
+from influence_fast.attribution.influence_matrix import METHODS as GRADIENT_METHODS
+from influence_fast.attribution.influence_matrix import InfluenceMatrix, influence
+from influence_fast.attribution.label_quality import neighbour_opinion, neighbours, pooled, probe_opinion
+from influence_fast.attribution.methods import FITTED, fitted_influence, label_contrast, outlier, word_influence
+from influence_fast.attribution.model_passes import (
+    before_fine_tuning,
+    class_opinion,
+    hidden_states,
+    kronecker_factors,
+    word_gradients,
+)
 from influence_fast.data import label_noise as noise
 from influence_fast.data.batching import checked_rows
 from influence_fast.data.loading import Samples
 from influence_fast.gradients.build import build_store
 from influence_fast.gradients.store import GradientStore
-from influence_fast.influence import METHODS as GRADIENT_METHODS
-from influence_fast.influence import InfluenceMatrix, influence
-from influence_fast.methods import FITTED, fitted_influence, label_contrast, outlier, word_influence
-from influence_fast.observe import before_fine_tuning, class_opinion, hidden_states, kronecker_factors, word_gradients
-from influence_fast.opinions import neighbour_opinion, neighbours, pooled, probe_opinion
 
 _CONTRAST = tuple(f"contrast-{method}" for method in ("dot", "cosine", "datainf", "trak", "trackstar"))
 _FITTED = tuple(f"fitted-{method}" for method in FITTED)

@@ -32,8 +32,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from influence_fast import ops
+from influence_fast.attribution.influence_matrix import InfluenceMatrix
 from influence_fast.errors import InputError, StoreError
-from influence_fast.influence import InfluenceMatrix
 
 BASES = ("mean", "rank", "vote", "min", "median", "trimmed")
 METHODS = (*BASES, *(f"{base}-c" for base in BASES))

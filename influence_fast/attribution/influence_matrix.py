@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from influence_fast.curvature import Whitening, eigenvalue_corrected
+from influence_fast.attribution.preconditioners import Whitening, eigenvalue_corrected
 from influence_fast.errors import InputError, StoreError
 from influence_fast.gradients.store import GradientStore
 

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from influence_fast.attribution.influence_matrix import chosen_layers
 from influence_fast.errors import InputError
-from influence_fast.influence import chosen_layers
 
 _ROWS = 1024
 # A probe learns no better from more.

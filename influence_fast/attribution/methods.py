@@ -12,11 +12,11 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from influence_fast.aggregate import Matrix
+from influence_fast.attribution.aggregation import Matrix
+from influence_fast.attribution.influence_matrix import Gradients, InfluenceMatrix, Source, chosen_layers
+from influence_fast.attribution.model_passes import WordGradients
 from influence_fast.errors import InputError
 from influence_fast.gradients import losses
-from influence_fast.influence import Gradients, InfluenceMatrix, Source, chosen_layers
-from influence_fast.observe import WordGradients
 
 FITTED = ("cosine", "trackstar")
 # How freely fitted weights may follow the queries: the prior's variance, chosen out of fold.
