@@ -54,8 +54,8 @@ if TYPE_CHECKING:
     from influence_fast.gradients.capture import GradientCapture as GradientCapture
     from influence_fast.gradients.layers import select_layers as select_layers
     from influence_fast.gradients.store import GradientStore as GradientStore
-    from influence_fast.index import InfluenceIndex as InfluenceIndex
     from influence_fast.ops.projections import Projection as Projection
+    from influence_fast.search.influence_index import InfluenceIndex as InfluenceIndex
 
 __version__ = "0.1.0"
 
@@ -83,7 +83,7 @@ _ROOMS = {
     "rank_correlation": "evaluate",
     "roc_auc": "evaluate",
     "wins": "evaluate",
-    "InfluenceIndex": "index",
+    "InfluenceIndex": "search.influence_index",
     "InfluenceMatrix": "attribution.influence_matrix",
     "influence": "attribution.influence_matrix",
     "select_layers": "gradients.layers",

@@ -294,7 +294,7 @@ def index(
 ) -> None:
     """Build an index over a store: exact, or by FAISS."""
     from influence_fast.gradients.store import GradientStore
-    from influence_fast.index import InfluenceIndex
+    from influence_fast.search.influence_index import InfluenceIndex
 
     opened = GradientStore.open(store, verify)
     share = None
@@ -352,7 +352,7 @@ def search(
     import os
 
     from influence_fast.gradients.store import GradientStore
-    from influence_fast.index import InfluenceIndex
+    from influence_fast.search.influence_index import InfluenceIndex
 
     if (queries is None) == (text is None) or (text is not None and model is None):
         raise click.UsageError("Give --queries, or --text with --model.")
@@ -369,7 +369,7 @@ def search(
     if world > 1:
         import torch.distributed as dist
 
-        from influence_fast.distributed import search_all
+        from influence_fast.search.distributed import search_all
 
         dist.init_process_group("gloo")
         try:

@@ -410,7 +410,7 @@ def _indexed(store: GradientStore) -> dict[str, Any]:
     if 4 * len(store) * sum(store.dims.values()) > _EXACT_BYTES:
         return {"skipped": "the copy is too large to index"}
     try:
-        from influence_fast.index import InfluenceIndex
+        from influence_fast.search.influence_index import InfluenceIndex
     except ImportError:
         return {"skipped": "faiss is not installed"}
     index = InfluenceIndex.build(store)

@@ -18,7 +18,7 @@ from stores import write_store
 from torch import Tensor
 
 import influence_fast as inf
-from influence_fast import scan as room
+from influence_fast.search import exact as room
 
 native = pytest.importorskip("influence_fast_cpu")
 
@@ -235,7 +235,7 @@ def test_a_damaged_index_is_found_on_demand(tmp_path: Path) -> None:
 
 
 def test_votes_from_an_index(tmp_path: Path) -> None:
-    from influence_fast.index import vote_from_index
+    from influence_fast.search.influence_index import vote_from_index
 
     dims = {"a": 12, "b": 30}
     data, queries = draw(400, dims, 0), draw(6, dims, 1)
@@ -252,7 +252,7 @@ def test_votes_from_an_index(tmp_path: Path) -> None:
 WORKER = """
 import json, sys, torch, torch.distributed as dist
 import influence_fast as inf
-from influence_fast.distributed import search_all
+from influence_fast.search.distributed import search_all
 dist.init_process_group("gloo")
 folder, harmful = sys.argv[1], sys.argv[2] == "1"
 index = inf.InfluenceIndex.load(f"{folder}/part-{dist.get_rank()}")

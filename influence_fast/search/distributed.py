@@ -17,7 +17,7 @@ from torch import Tensor
 
 from influence_fast.attribution.influence_matrix import Gradients
 from influence_fast.errors import InfluenceError, InputError
-from influence_fast.index import InfluenceIndex
+from influence_fast.search.influence_index import InfluenceIndex
 
 
 def search_all(

@@ -1,7 +1,7 @@
 """Nearest training samples by influence: an index over a gradient store.
 
 An index is over its layers' gradients side by side, so an inner product is the sum of the layers' inner products.
-``cosine`` divides by the length of that whole vector. ``Flat`` is exact: :mod:`influence_fast.scan`, which needs no FAISS,
+``cosine`` divides by the length of that whole vector. ``Flat`` is exact: :mod:`influence_fast.search.exact`, which needs no FAISS,
 reads an 8-bit copy and proves its answer. Any other factory string makes FAISS indexes over directions ``g / |g|``: rows of
 similar length share one (a *band*), since inner products with lengths of a heavy tail follow no direction. The longest rows,
 too few of any length to train on, are a band of whole vectors that is searched exactly. Candidates of all bands are scored
@@ -31,7 +31,7 @@ from influence_fast import ops
 from influence_fast.attribution.influence_matrix import Gradients, Source, chosen_layers, parse_memory
 from influence_fast.errors import BackendError, InfluenceError, InputError, StoreError
 from influence_fast.gradients.store import GradientStore, sha256
-from influence_fast.scan import Rows, Scan, parts_of, rescore, segment_name
+from influence_fast.search.exact import Rows, Scan, parts_of, rescore, segment_name
 
 METRICS = ("dot", "cosine")
 _BLOCK_BYTES = 32 << 20
