@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.paper import ARMS, unusual
-from influence_fast.evaluate import rank_correlation
+from influence_fast.evaluation.comparison import rank_correlation
 
 Run = dict[str, Any]
 PAPER_METHODS, PAPER_AGGREGATIONS = ("dot", "cosine", "datainf"), ("mean", "rank-c", "vote-c")

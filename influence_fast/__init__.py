@@ -37,17 +37,17 @@ if TYPE_CHECKING:
     from influence_fast.errors import InfluenceError as InfluenceError
     from influence_fast.errors import InputError as InputError
     from influence_fast.errors import StoreError as StoreError
-    from influence_fast.evaluate import bootstrap as bootstrap
-    from influence_fast.evaluate import cancellation as cancellation
-    from influence_fast.evaluate import compare as compare
-    from influence_fast.evaluate import evaluate as evaluate
-    from influence_fast.evaluate import ndr as ndr
-    from influence_fast.evaluate import ndr_auc as ndr_auc
-    from influence_fast.evaluate import ndr_curve as ndr_curve
-    from influence_fast.evaluate import precision as precision
-    from influence_fast.evaluate import rank_correlation as rank_correlation
-    from influence_fast.evaluate import roc_auc as roc_auc
-    from influence_fast.evaluate import wins as wins
+    from influence_fast.evaluation.comparison import bootstrap as bootstrap
+    from influence_fast.evaluation.comparison import cancellation as cancellation
+    from influence_fast.evaluation.comparison import compare as compare
+    from influence_fast.evaluation.comparison import evaluate as evaluate
+    from influence_fast.evaluation.comparison import ndr as ndr
+    from influence_fast.evaluation.comparison import ndr_auc as ndr_auc
+    from influence_fast.evaluation.comparison import ndr_curve as ndr_curve
+    from influence_fast.evaluation.comparison import precision as precision
+    from influence_fast.evaluation.comparison import rank_correlation as rank_correlation
+    from influence_fast.evaluation.comparison import roc_auc as roc_auc
+    from influence_fast.evaluation.comparison import wins as wins
     from influence_fast.gradients.build import Estimate as Estimate
     from influence_fast.gradients.build import build_store as build_store
     from influence_fast.gradients.build import estimate_build as estimate_build
@@ -72,17 +72,17 @@ _ROOMS = {
     "InfluenceError": "errors",
     "InputError": "errors",
     "StoreError": "errors",
-    "bootstrap": "evaluate",
-    "cancellation": "evaluate",
-    "compare": "evaluate",
-    "evaluate": "evaluate",
-    "ndr": "evaluate",
-    "ndr_auc": "evaluate",
-    "ndr_curve": "evaluate",
-    "precision": "evaluate",
-    "rank_correlation": "evaluate",
-    "roc_auc": "evaluate",
-    "wins": "evaluate",
+    "bootstrap": "evaluation.comparison",
+    "cancellation": "evaluation.comparison",
+    "compare": "evaluation.comparison",
+    "evaluate": "evaluation.comparison",
+    "ndr": "evaluation.comparison",
+    "ndr_auc": "evaluation.comparison",
+    "ndr_curve": "evaluation.comparison",
+    "precision": "evaluation.comparison",
+    "rank_correlation": "evaluation.comparison",
+    "roc_auc": "evaluation.comparison",
+    "wins": "evaluation.comparison",
     "InfluenceIndex": "search.influence_index",
     "InfluenceMatrix": "attribution.influence_matrix",
     "influence": "attribution.influence_matrix",

@@ -27,7 +27,7 @@ from influence_fast.attribution.method_inputs import METHODS, NEED_CLASSES, Sour
 from influence_fast.data.batching import checked_rows
 from influence_fast.data.loading import TASKS, Columns, Samples, load_model, prepare, read_table, task_of
 from influence_fast.errors import InputError
-from influence_fast.evaluate import Evaluation, aggregated, baselines, compare
+from influence_fast.evaluation.comparison import Evaluation, aggregated, baselines, compare
 from influence_fast.gradients.build import build_store
 from influence_fast.gradients.layers import block_of, layer_groups, named_layers, select_layers
 from influence_fast.gradients.store import DTYPES

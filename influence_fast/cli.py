@@ -519,8 +519,8 @@ def evaluate(
 
     With --train and --queries, stores of gradients, SCORES need only have the noise column.
     """
-    from influence_fast.evaluate import compare
-    from influence_fast.evaluate import evaluate as whole_table
+    from influence_fast.evaluation.comparison import compare
+    from influence_fast.evaluation.comparison import evaluate as whole_table
     from influence_fast.gradients.store import GradientStore
 
     if (train is None) != (queries is None):

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from influence_fast.evaluate import BASELINES, ndr_curve
+from influence_fast.evaluation.comparison import BASELINES, ndr_curve
 from influence_fast.selfcheck import sentences
 
 if TYPE_CHECKING:

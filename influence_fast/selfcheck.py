@@ -21,7 +21,7 @@ from influence_fast.attribution.method_inputs import FITTED_TO_QUERIES, Settings
 from influence_fast.data import label_noise as noise
 from influence_fast.data.loading import Samples, load_model
 from influence_fast.errors import InputError
-from influence_fast.evaluate import aggregated, compare, ndr_auc
+from influence_fast.evaluation.comparison import aggregated, compare, ndr_auc
 from influence_fast.gradients.build import build_store
 from influence_fast.gradients.losses import IGNORED
 from influence_fast.gradients.store import GradientStore

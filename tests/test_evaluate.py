@@ -14,7 +14,7 @@ from sklearn.metrics import recall_score, roc_auc_score
 from stores import write_store
 
 import influence_fast as inf
-from influence_fast.evaluate import baselines, filter_and_retrain, groups_by_name
+from influence_fast.evaluation.comparison import baselines, filter_and_retrain, groups_by_name
 
 
 def test_a_perfect_and_a_reversed_order() -> None:

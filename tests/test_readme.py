@@ -48,7 +48,7 @@ def test_a_room_and_its_function_of_the_same_name(tmp_path: Path) -> None:
     code = (
         "import influence_fast as inf; from influence_fast.attribution.influence_matrix import InfluenceMatrix; "
         "from influence_fast.attribution.aggregation import order; from influence_fast.audit import AuditConfig; "
-        "from influence_fast.evaluate import compare; "
+        "from influence_fast.evaluation.comparison import compare; "
         "print(callable(inf.influence), callable(inf.aggregate), callable(inf.audit), callable(inf.evaluate))"
     )
     assert python(code, tmp_path).strip() == "True True True True"
