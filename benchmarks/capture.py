@@ -36,8 +36,8 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import influence_fast as inf
-from influence_fast import bench
 from influence_fast.data.batching import Rows, batches, collate
+from influence_fast.diagnostics import kernel_bench as bench
 from influence_fast.gradients import build, losses
 from influence_fast.gradients.layers import named_layers
 

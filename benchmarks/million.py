@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 import influence_fast as inf
-from influence_fast import bench
+from influence_fast.diagnostics import kernel_bench as bench
 from influence_fast.gradients.store import StoreWriter
 
 LAYERS, SIDES, DIM = 4, (8, 16), 512

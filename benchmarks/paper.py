@@ -31,7 +31,7 @@ from tqdm import tqdm
 import influence_fast as inf
 from influence_fast import ops
 from influence_fast.attribution.method_inputs import Sources
-from influence_fast.audit import AuditConfig, default_layers, groups_of
+from influence_fast.auditing.run import AuditConfig, default_layers, groups_of
 from influence_fast.data import label_noise as noises
 from influence_fast.data.batching import collate
 from influence_fast.data.loading import Samples

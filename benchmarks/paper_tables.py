@@ -297,7 +297,7 @@ def _claims(runs: list[Run]) -> list[str]:
 
 
 def _heat(runs: list[Run]) -> str:
-    from influence_fast.report import heat
+    from influence_fast.auditing.report import heat
 
     methods = list(dict.fromkeys(m for m, g, _ in _keys(runs) if g))
     groups = list(dict.fromkeys(g for m, g, _ in _keys(runs) if m in ("dot", "repsim") and g))

@@ -21,8 +21,8 @@ from typing import Any
 import click
 import torch
 
-from influence_fast import bench
-from influence_fast.cli import bench_table
+from influence_fast.cli.main import bench_table
+from influence_fast.diagnostics import kernel_bench as bench
 from influence_fast.errors import InfluenceError
 
 

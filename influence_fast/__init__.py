@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from influence_fast.attribution.model_passes import hidden_states as hidden_states
     from influence_fast.attribution.model_passes import kronecker_factors as kronecker_factors
     from influence_fast.attribution.model_passes import word_gradients as word_gradients
-    from influence_fast.audit import audit as audit
+    from influence_fast.auditing.run import audit as audit
     from influence_fast.errors import BackendError as BackendError
     from influence_fast.errors import InfluenceError as InfluenceError
     from influence_fast.errors import InputError as InputError
@@ -63,7 +63,7 @@ __version__ = "0.1.0"
 _ROOMS = {
     "aggregate": "attribution.aggregation",
     "aggregate_many": "attribution.aggregation",
-    "audit": "audit",
+    "audit": "auditing.run",
     "GradientCapture": "gradients.capture",
     "Estimate": "gradients.build",
     "build_store": "gradients.build",

@@ -18,11 +18,11 @@ from transformers import PreTrainedTokenizerFast
 
 import influence_fast as inf
 from influence_fast.attribution.method_inputs import Sources
-from influence_fast.audit import AuditConfig, AuditResult, default_layers
-from influence_fast.cli import main
+from influence_fast.auditing.report import findings
+from influence_fast.auditing.run import AuditConfig, AuditResult, default_layers
+from influence_fast.cli.main import main
 from influence_fast.data.label_noise import uniform
 from influence_fast.data.loading import Samples, load_model
-from influence_fast.report import findings
 
 WORDS = [f"w{i}" for i in range(models.VOCAB - 2)]
 
@@ -197,7 +197,7 @@ def test_a_classifier_is_ranked_by_the_pool_of_the_model_before_and_after(
     torch.testing.assert_close(by_method["pool"][1]["pool"][0].double(), result.scores["pool"]["all"]["mean"])
     torch.testing.assert_close(by_method["fitted-trackstar"][0], by_layer)
     assert inf.audit(str(folder / "adapter"), *data, progress=False, methods=["dot"]).main[0] == "dot"
-    monkeypatch.setattr(sys.modules["influence_fast.audit"], "_POOL_BYTES", 2 * 4 * 20 * 16 * 5 - 1)
+    monkeypatch.setattr(sys.modules["influence_fast.auditing.run"], "_POOL_BYTES", 2 * 4 * 20 * 16 * 5 - 1)
     assert inf.audit(str(folder / "adapter"), *data, progress=False).main == ("cosine", "all", "rank-c")
 
 

@@ -11,7 +11,9 @@ from click.testing import CliRunner
 
 import influence_fast as inf
 from benchmarks import run
-from influence_fast import bench, cli, ops
+from influence_fast import ops
+from influence_fast.cli import main as cli
+from influence_fast.diagnostics import kernel_bench as bench
 
 
 @pytest.fixture(autouse=True)

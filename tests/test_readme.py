@@ -47,7 +47,7 @@ def test_the_library_itself_brings_no_heavy_side_loads(tmp_path: Path) -> None:
 def test_a_room_and_its_function_of_the_same_name(tmp_path: Path) -> None:
     code = (
         "import influence_fast as inf; from influence_fast.attribution.influence_matrix import InfluenceMatrix; "
-        "from influence_fast.attribution.aggregation import order; from influence_fast.audit import AuditConfig; "
+        "from influence_fast.attribution.aggregation import order; from influence_fast.auditing.run import AuditConfig; "
         "from influence_fast.evaluation.comparison import compare; "
         "print(callable(inf.influence), callable(inf.aggregate), callable(inf.audit), callable(inf.evaluate))"
     )

@@ -12,8 +12,8 @@ from test_audit import folder, options, run, write_rows  # noqa: F401 (folder is
 from test_audit import sentences as texts
 
 import influence_fast as inf
+from influence_fast.auditing.self_check import Subset, plant, planted, sentences, split, stability
 from influence_fast.evaluation.comparison import groups_by_name
-from influence_fast.selfcheck import Subset, plant, planted, sentences, split, stability
 
 
 def test_planted_labels_and_targets() -> None:

@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from influence_fast.auditing.self_check import sentences
 from influence_fast.evaluation.comparison import BASELINES, ndr_curve
-from influence_fast.selfcheck import sentences
 
 if TYPE_CHECKING:
-    from influence_fast.audit import AuditResult
+    from influence_fast.auditing.run import AuditResult
 
 _SHOWN = 50
 _COLOURS = ("#2563eb", "#d97706", "#059669", "#9333ea", "#dc2626", "#64748b")

@@ -104,7 +104,7 @@ def _table(columns: list[str], rows: list[list[Any]], title: str | None = None) 
 @_json_option
 def demo(out: Path, samples: int, seed: int, as_json: bool) -> None:
     """Train a small transformer on labels of which 20 % are flipped, and find them. Offline, about a minute."""
-    from influence_fast.demo import run_demo
+    from influence_fast.auditing.demo import run_demo
 
     result = run_demo(out, samples=samples, seed=seed)
     _print_audit(result, out, as_json)
@@ -139,7 +139,7 @@ def demo(out: Path, samples: int, seed: int, as_json: bool) -> None:
 @_json_option
 def audit(out: Path, config: Path | None, as_json: bool, **options: Any) -> None:
     """Rank training samples from most harmful to most helpful, with a report on how far to trust it."""
-    from influence_fast.audit import audit as run
+    from influence_fast.auditing.run import audit as run
 
     if config is not None:
         try:
@@ -160,7 +160,7 @@ def audit(out: Path, config: Path | None, as_json: bool, **options: Any) -> None
 
 
 def _print_audit(result: Any, out: Path, as_json: bool) -> None:
-    from influence_fast.report import findings
+    from influence_fast.auditing.report import findings
 
     files = {name: str(out / name) for name in ("scores.csv", "report.html", "config.json")}
     evaluation = result.evaluate() if result.noise is not None else []
@@ -226,7 +226,7 @@ def build(model: str, data: str, out: Path, dry_run: bool, as_json: bool, **opti
     torchrun --nproc-per-node 2 -m influence_fast build ...
     """
     from influence_fast import _distributed as processes
-    from influence_fast.audit import default_layers
+    from influence_fast.auditing.run import default_layers
     from influence_fast.data.loading import Columns, load_model, prepare, read_table, task_of
     from influence_fast.gradients.build import build_store, estimate_build
 
@@ -601,7 +601,7 @@ def _show_wins(found: Any, most: int = 8) -> None:
 @_json_option
 def doctor(as_json: bool) -> None:
     """Say what hardware and libraries there are, and which backend each operation takes and why."""
-    from influence_fast.doctor import examine
+    from influence_fast.diagnostics.doctor import examine
 
     found = examine()
 
@@ -628,7 +628,7 @@ def bench(op_names: tuple[str, ...], device: str, dtype: str, repeats: int, as_j
     """Time the kernels on this machine, each verified first, beside plain torch."""
     import torch
 
-    from influence_fast import bench as room
+    from influence_fast.diagnostics import kernel_bench as room
 
     unknown = [name for name in op_names if name not in room.OPS]
     if unknown:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from influence_fast.audit import AuditResult, audit
+from influence_fast.auditing.run import AuditResult, audit
 from influence_fast.errors import InputError
 
 FLIPPED = 0.2

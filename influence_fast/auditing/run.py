@@ -24,6 +24,7 @@ from influence_fast.attribution.influence_matrix import METHODS as GRADIENT_METH
 from influence_fast.attribution.influence_matrix import InfluenceMatrix
 from influence_fast.attribution.label_quality import FOLDS
 from influence_fast.attribution.method_inputs import METHODS, NEED_CLASSES, Sources
+from influence_fast.auditing.self_check import ROWS, plant, self_check
 from influence_fast.data.batching import checked_rows
 from influence_fast.data.loading import TASKS, Columns, Samples, load_model, prepare, read_table, task_of
 from influence_fast.errors import InputError
@@ -32,7 +33,6 @@ from influence_fast.gradients.build import build_store
 from influence_fast.gradients.layers import block_of, layer_groups, named_layers, select_layers
 from influence_fast.gradients.store import DTYPES
 from influence_fast.ops.projections import Projection
-from influence_fast.selfcheck import ROWS, plant, self_check
 
 _MOST_BLOCKS = 48
 # Hidden states of the training set that an audit holds unless asked to: 200,000 samples of a MiniLM, 50,000 of a BERT-base.
@@ -239,7 +239,7 @@ def audit(
                     checkpoints=config.checkpoints or [],
                 )
         if out is not None:
-            from influence_fast.report import write_report
+            from influence_fast.auditing.report import write_report
 
             with _timed(times, "report"):
                 _write(folder / "scores.csv", _scores_csv(result))

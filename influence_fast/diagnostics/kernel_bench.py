@@ -288,7 +288,7 @@ def ceilings(device: str = "cpu", dtype: torch.dtype = torch.float32) -> dict[st
 
 def machine(device: str = "cpu") -> dict[str, Any]:
     """What figures were measured on."""
-    from influence_fast.doctor import examine
+    from influence_fast.diagnostics.doctor import examine
 
     found = examine()
     return {
