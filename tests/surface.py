@@ -29,7 +29,7 @@ def python() -> list[str]:
 
 def command_line() -> list[str]:
     """Every command with its arguments and options: flags, type, default."""
-    from influence_fast.cli.main import main
+    from influence_fast.cli import main
 
     context = click.Context(main)
     lines = []

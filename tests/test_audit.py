@@ -20,7 +20,7 @@ import influence_fast as inf
 from influence_fast.attribution.method_inputs import Sources
 from influence_fast.auditing.report import findings
 from influence_fast.auditing.run import AuditConfig, AuditResult, default_layers
-from influence_fast.cli.main import main
+from influence_fast.cli import main
 from influence_fast.data.label_noise import uniform
 from influence_fast.data.loading import Samples, load_model
 

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 import influence_fast as inf
 from benchmarks import run
 from influence_fast import ops
-from influence_fast.cli import main as cli
+from influence_fast.cli import main
 from influence_fast.diagnostics import kernel_bench as bench
 
 
@@ -46,12 +46,12 @@ def test_a_wrong_kernel_is_not_timed(monkeypatch: pytest.MonkeyPatch, tmp_path: 
 
 def test_both_commands_print_the_same_document(tmp_path: Path) -> None:
     arguments = ["--op", "rank", "--repeats", "2", "--json"]
-    from_package = json.loads(CliRunner().invoke(cli.main, ["bench", *arguments]).stdout)
+    from_package = json.loads(CliRunner().invoke(main, ["bench", *arguments]).stdout)
     result = CliRunner().invoke(run.main, [*arguments, "--no-compile", "--out", str(tmp_path)])
     assert result.exit_code == 0, result.output
     (file,) = tmp_path.iterdir()
     written = json.loads(file.read_text())
     assert written == json.loads(result.stdout)
     assert [r["case"] for r in written["results"]] == [r["case"] for r in from_package["results"]] == ["tiny"]
-    assert CliRunner().invoke(cli.main, ["bench", "--op", "rank", "--repeats", "2"]).exit_code == 0
-    assert CliRunner().invoke(cli.main, ["bench", "--op", "nope"]).exit_code == 1
+    assert CliRunner().invoke(main, ["bench", "--op", "rank", "--repeats", "2"]).exit_code == 0
+    assert CliRunner().invoke(main, ["bench", "--op", "nope"]).exit_code == 1

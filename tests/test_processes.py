@@ -15,7 +15,7 @@ import torch
 from click.testing import CliRunner
 
 import influence_fast as inf
-from influence_fast.cli.main import main
+from influence_fast.cli import main
 from influence_fast.gradients.build import fingerprint
 
 _BUILD = """

@@ -1,0 +1,3 @@
+"""The command line: one module per family of commands."""
+
+from influence_fast.cli.main import main as main

@@ -1,0 +1,45 @@
+from . import ops as ops
+from .attribution.aggregation import aggregate as aggregate
+from .attribution.aggregation import aggregate_many as aggregate_many
+from .attribution.influence_matrix import InfluenceMatrix as InfluenceMatrix
+from .attribution.influence_matrix import influence as influence
+from .attribution.label_quality import neighbour_opinion as neighbour_opinion
+from .attribution.label_quality import neighbours as neighbours
+from .attribution.label_quality import pooled as pooled
+from .attribution.label_quality import probe_opinion as probe_opinion
+from .attribution.methods import Checkpoints as Checkpoints
+from .attribution.methods import fitted_influence as fitted_influence
+from .attribution.methods import label_contrast as label_contrast
+from .attribution.methods import outlier as outlier
+from .attribution.methods import word_influence as word_influence
+from .attribution.model_passes import class_opinion as class_opinion
+from .attribution.model_passes import hidden_states as hidden_states
+from .attribution.model_passes import kronecker_factors as kronecker_factors
+from .attribution.model_passes import word_gradients as word_gradients
+from .auditing.run import audit as audit
+from .errors import BackendError as BackendError
+from .errors import InfluenceError as InfluenceError
+from .errors import InputError as InputError
+from .errors import StoreError as StoreError
+from .evaluation.comparison import bootstrap as bootstrap
+from .evaluation.comparison import cancellation as cancellation
+from .evaluation.comparison import compare as compare
+from .evaluation.comparison import evaluate as evaluate
+from .evaluation.comparison import ndr as ndr
+from .evaluation.comparison import ndr_auc as ndr_auc
+from .evaluation.comparison import ndr_curve as ndr_curve
+from .evaluation.comparison import precision as precision
+from .evaluation.comparison import rank_correlation as rank_correlation
+from .evaluation.comparison import roc_auc as roc_auc
+from .evaluation.comparison import wins as wins
+from .gradients.build import Estimate as Estimate
+from .gradients.build import build_store as build_store
+from .gradients.build import estimate_build as estimate_build
+from .gradients.capture import GradientCapture as GradientCapture
+from .gradients.layers import select_layers as select_layers
+from .gradients.store import GradientStore as GradientStore
+from .ops.projections import Projection as Projection
+from .search.influence_index import InfluenceIndex as InfluenceIndex
+
+__version__: str
+__all__: list[str]
