@@ -123,7 +123,7 @@ class Job:
         """The model with bfloat16 weights."""
         return copy.deepcopy(self.model).to(torch.bfloat16)
 
-    def loss(self, **kwargs: Any) -> losses.Loss:
+    def loss(self, **kwargs: Any) -> Any:
         causal = isinstance(self.rows[0]["labels"], list)
         return losses.CausalLM(**kwargs) if causal else losses.classification
 

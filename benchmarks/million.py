@@ -34,7 +34,7 @@ from torch import Tensor
 
 import influence_fast as inf
 from influence_fast.diagnostics import kernel_bench as bench
-from influence_fast.gradients.store import StoreWriter
+from influence_fast.gradients.store_writer import StoreWriter
 
 LAYERS, SIDES, DIM = 4, (8, 16), 512
 BASE_ROWS, CLUSTERS, SHARD = 4096, 1000, 32768

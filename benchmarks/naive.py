@@ -21,7 +21,7 @@ from scipy.stats import rankdata
 from torch import Tensor, nn
 
 import influence_fast as inf
-from influence_fast.data.loading import load_model
+from influence_fast.data.models import load_model
 
 FRACTION = 0.2
 

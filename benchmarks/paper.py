@@ -34,7 +34,7 @@ from influence_fast.attribution.method_inputs import Sources
 from influence_fast.auditing.run import AuditConfig, default_layers, groups_of
 from influence_fast.data import label_noise as noises
 from influence_fast.data.batching import collate
-from influence_fast.data.loading import Samples
+from influence_fast.data.samples import Samples
 from influence_fast.evaluation.comparison import aggregated, baselines, filter_and_retrain
 
 CLASSIFICATION = {"sst2": ("sentence",), "cola": ("sentence",), "mrpc": ("sentence1", "sentence2")}

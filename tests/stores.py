@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import Tensor
 
 import influence_fast as inf
-from influence_fast.gradients.store import StoreWriter
+from influence_fast.gradients.store_writer import StoreWriter
 
 
 def writer(

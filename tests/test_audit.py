@@ -22,7 +22,8 @@ from influence_fast.auditing.report import findings
 from influence_fast.auditing.run import AuditConfig, AuditResult, default_layers
 from influence_fast.cli import main
 from influence_fast.data.label_noise import uniform
-from influence_fast.data.loading import Samples, load_model
+from influence_fast.data.models import load_model
+from influence_fast.data.samples import Samples
 
 WORDS = [f"w{i}" for i in range(models.VOCAB - 2)]
 

@@ -158,7 +158,7 @@ def test_running_out_of_memory_halves_the_budget(tmp_path: Path, monkeypatch: py
 def test_automatic_budget_follows_from_memory_and_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, samples = models.make("bert"), models.rows(count=9)
     free = [1 << 40]
-    monkeypatch.setattr(rows_room, "_free_memory", lambda device: free[0])
+    monkeypatch.setattr(rows_room, "free_memory", lambda device: free[0])
     plenty = make_store(tmp_path / "a", model, samples, layers="head")
     assert plenty.meta["settings"]["batch_tokens"] == rows_room._CPU_TOKENS
     free[0] = 1 << 20

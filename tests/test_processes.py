@@ -25,7 +25,7 @@ import torch, models
 import torch.distributed as dist
 import influence_fast as inf
 from influence_fast import _distributed as processes
-from influence_fast.gradients.store import StoreWriter
+from influence_fast.gradients.store_writer import StoreWriter
 
 torch.set_num_threads(1)
 path, kind = sys.argv[1:3]

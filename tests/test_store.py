@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import re
 from pathlib import Path
 
@@ -125,19 +126,20 @@ def test_an_unfinished_store_does_not_open(tmp_path: Path, gradients: dict[str, 
 
 
 def test_a_full_disk_loses_nothing(tmp_path: Path, gradients: dict[str, Tensor], monkeypatch) -> None:
-    plain = room._write
+    fsync = os.fsync
 
-    def full(file, data: bytes) -> None:
-        if "shard-00001" in file.name:
-            file.write(data[:10])
+    def full(number: int) -> None:
+        if "shard-00001" in os.readlink(f"/proc/self/fd/{number}"):
             raise OSError(errno.ENOSPC, "No space left on device")
-        plain(file, data)
+        fsync(number)
 
-    monkeypatch.setattr(room, "_write", full)
-    with pytest.raises(inf.InfluenceError, match=r"disk is full; shard-00001.* needs \d+ bytes, \d+ are free"):
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(
+        inf.InfluenceError, match=r"shard-00001.safetensors: the disk is full \([\d,]+ bytes are free\)"
+    ):
         write_store(tmp_path / "s", gradients)
-    assert sorted(p.name for p in (tmp_path / "s").iterdir()) == ["manifest.json", "shard-00000.safetensors"]
-    monkeypatch.setattr(room, "_write", plain)
+    assert sorted(p.name for p in (tmp_path / "s").iterdir()) == [".lock", "manifest.json", "shard-00000.safetensors"]
+    monkeypatch.undo()
     write_store(tmp_path / "s", gradients).verify()
     write_store(tmp_path / "t", gradients)
     for file in (tmp_path / "t").iterdir():

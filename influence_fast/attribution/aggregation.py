@@ -32,6 +32,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from influence_fast import ops
+from influence_fast._files import atomic_path
 from influence_fast.attribution.influence_matrix import InfluenceMatrix
 from influence_fast.errors import InputError, StoreError
 
@@ -281,9 +282,8 @@ class _Partial:
         if self.path is None or time.monotonic() - self.saved < _SAVE_SECONDS:
             return
         entry = {"job": self.job, "done": self.done, "sha256": _digest(self.sums)}
-        part = self.path.with_name(self.path.name + ".part")
-        save_file(self.sums, part, metadata={"sums": json.dumps(entry)})
-        part.rename(self.path)
+        with atomic_path(self.path) as temporary:
+            save_file(self.sums, temporary, metadata={"sums": json.dumps(entry)})
         self.saved = time.monotonic()
 
     def remove(self) -> None:

@@ -21,13 +21,13 @@ others: each costs one matrix product per layer. No matrix of n x n is formed, b
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from influence_fast._memory import parse_memory
 from influence_fast.attribution.preconditioners import Whitening, eigenvalue_corrected
 from influence_fast.errors import InputError, StoreError
 from influence_fast.gradients.store import GradientStore
@@ -363,19 +363,6 @@ class Source:
             mine, theirs = self.store.meta["layers"][name], other.store.meta["layers"][name]
             if mine != theirs:
                 raise StoreError(f"{other.argument}: layer {name!r} is {theirs}, {self.argument} has {mine}")
-
-
-def parse_memory(memory: int | str) -> int:
-    """Bytes from an int or from text such as ``512MiB``, ``2GiB`` or ``1.5GB``."""
-    units = {"": 1, "b": 1, **{f"{u}b": 1000**i for i, u in enumerate("kmgt", 1)}}
-    units |= {f"{u}ib": 1024**i for i, u in enumerate("kmgt", 1)}
-    if isinstance(memory, str):
-        found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", memory.lower())
-        if found and found[2] in units:
-            memory = int(float(found[1]) * units[found[2]])
-    if isinstance(memory, bool) or not isinstance(memory, int) or memory < 1:
-        raise InputError(f"memory: expected bytes, or text such as 2GiB, got {memory!r}")
-    return memory
 
 
 def _inverse_norm(sqnorm: Tensor) -> Tensor:

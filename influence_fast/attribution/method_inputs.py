@@ -24,7 +24,7 @@ from influence_fast.attribution.model_passes import (
 )
 from influence_fast.data import label_noise as noise
 from influence_fast.data.batching import checked_rows
-from influence_fast.data.loading import Samples
+from influence_fast.data.samples import Samples
 from influence_fast.gradients.build import build_store
 from influence_fast.gradients.store import GradientStore
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from influence_fast.data.batching import batches, checked_rows, collate, device_of, token_budget
+from influence_fast.data.batching import IGNORED, batches, checked_rows, collate, device_of, token_budget
 from influence_fast.errors import InputError
 from influence_fast.gradients import losses
 from influence_fast.gradients.build import as_evaluated
@@ -231,7 +231,7 @@ def _backward(model: nn.Module, batch: dict[str, Tensor], seen: dict[str, Any], 
     else:
         targets = batch["labels"][:, 1:]
         each = losses.cross_entropy(losses.logits(model, batch)[:, :-1], targets).sum(1)
-        each = each / (targets != losses.IGNORED).sum(1)
+        each = each / (targets != IGNORED).sum(1)
     each.sum().backward()
 
 

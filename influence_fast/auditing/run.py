@@ -26,7 +26,9 @@ from influence_fast.attribution.label_quality import FOLDS
 from influence_fast.attribution.method_inputs import METHODS, NEED_CLASSES, Sources
 from influence_fast.auditing.self_check import ROWS, plant, self_check
 from influence_fast.data.batching import checked_rows
-from influence_fast.data.loading import TASKS, Columns, Samples, load_model, prepare, read_table, task_of
+from influence_fast.data.loading import read_table
+from influence_fast.data.models import load_model
+from influence_fast.data.samples import TASKS, Columns, Samples, prepare, task_of
 from influence_fast.errors import InputError
 from influence_fast.evaluation.comparison import Evaluation, aggregated, baselines, compare
 from influence_fast.gradients.build import build_store

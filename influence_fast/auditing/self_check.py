@@ -19,11 +19,12 @@ from influence_fast.attribution.aggregation import Matrix, aggregate
 from influence_fast.attribution.influence_matrix import influence
 from influence_fast.attribution.method_inputs import FITTED_TO_QUERIES, Settings, Sources
 from influence_fast.data import label_noise as noise
-from influence_fast.data.loading import Samples, load_model
+from influence_fast.data.batching import IGNORED
+from influence_fast.data.models import load_model
+from influence_fast.data.samples import Samples
 from influence_fast.errors import InputError
 from influence_fast.evaluation.comparison import aggregated, compare, ndr_auc
 from influence_fast.gradients.build import build_store
-from influence_fast.gradients.losses import IGNORED
 from influence_fast.gradients.store import GradientStore
 from influence_fast.ops.projections import Projection
 

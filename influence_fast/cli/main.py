@@ -227,7 +227,9 @@ def build(model: str, data: str, out: Path, dry_run: bool, as_json: bool, **opti
     """
     from influence_fast import _distributed as processes
     from influence_fast.auditing.run import default_layers
-    from influence_fast.data.loading import Columns, load_model, prepare, read_table, task_of
+    from influence_fast.data.loading import read_table
+    from influence_fast.data.models import load_model
+    from influence_fast.data.samples import Columns, prepare, task_of
     from influence_fast.gradients.build import build_store, estimate_build
 
     columns = Columns(options.pop("text_column"), options.pop("label_column"), options.pop("answer_column"))
@@ -416,7 +418,8 @@ def _rows_where(index: Any, where: str) -> Any:
 
 def _text_gradient(index: Any, model: str, text: str, label: str | None, answer: str | None) -> Any:
     """Gradients of one text in the index's layers and projection."""
-    from influence_fast.data.loading import Columns, load_model, prepare, task_of
+    from influence_fast.data.models import load_model
+    from influence_fast.data.samples import Columns, prepare, task_of
     from influence_fast.errors import StoreError
     from influence_fast.gradients.build import fingerprint, gradients_of
 

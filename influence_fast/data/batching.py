@@ -1,21 +1,22 @@
-"""A data set as checked rows, and rows as batches by a budget of tokens."""
+"""Rows of tokens checked before the first forward, and cut into batches by a budget of tokens."""
 
 from __future__ import annotations
 
 import hashlib
-import os
 from array import array
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from influence_fast._memory import free_memory
 from influence_fast.errors import InputError
-from influence_fast.gradients.losses import IGNORED, Loss
 
+# Label of a token that is no target.
+IGNORED = -100
+Loss = Callable[[nn.Module, dict[str, Tensor]], Tensor]
 LOSSES = ("auto", "classification", "causal-lm", "causal-lm-sum")
 _TOKEN_COLUMNS = ("input_ids", "token_type_ids", "position_ids")
 # Where more tokens in a batch are no faster: activations leave a CPU's caches, and a GPU is busy.
@@ -170,19 +171,8 @@ def _tokens_in_memory(model: nn.Module) -> int:
     # Inputs, outputs and what is between them: twice what enters and leaves the weights, which a backward doubles.
     bytes_per_token = 4 * 4 * max(1, sum(m.in_features + m.out_features for m in linear if m.out_features < 1 << 15))
     most = _GPU_TOKENS if device.type == "cuda" else _CPU_TOKENS
-    fitting = _free_memory(device) // 2 // bytes_per_token
+    fitting = free_memory(device) // 2 // bytes_per_token
     return min(most, 1 << max(4, fitting.bit_length() - 1))
-
-
-def _free_memory(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    try:
-        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-        return 1024 * int(lines["MemAvailable"].split()[0]) // processes
-    except (OSError, KeyError):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2 // processes
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -10,6 +10,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from influence_fast import __version__, ops
@@ -26,9 +27,9 @@ def examine() -> dict[str, Any]:
         "machine": {
             "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
             "cpu": _cpu(),
-            "cores": len(os.sched_getaffinity(0)),
+            "cores": psutil.cpu_count(),
             "threads": torch.get_num_threads(),
-            "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+            "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
             "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         },
         "packages": {name: _version(name) for name in _PACKAGES},

@@ -7,7 +7,6 @@ baselines for the same work. All of them run in turn, in both orders, in one pro
 from __future__ import annotations
 
 import platform
-import resource
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from influence_fast import __version__, ops
+from influence_fast._memory import peak_memory
 from influence_fast.errors import InfluenceError
 from influence_fast.ops.projections import Side
 
@@ -323,8 +323,4 @@ def _percentiles(values: list[float]) -> dict[str, float]:
 
 def _peak(device: str) -> int:
     """Most memory so far: the device's, or the process's resident set."""
-    return (
-        torch.cuda.max_memory_allocated()
-        if device == "cuda"
-        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    )
+    return torch.cuda.max_memory_allocated() if device == "cuda" else peak_memory()

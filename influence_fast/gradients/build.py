@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import resource
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -27,13 +26,14 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from influence_fast import _distributed as processes
-from influence_fast.data.batching import Rows, batches, checked_rows, collate, device_of, token_budget
+from influence_fast._memory import peak_memory
+from influence_fast.data.batching import Loss, Rows, batches, checked_rows, collate, device_of, token_budget
 from influence_fast.errors import InfluenceError, InputError
 from influence_fast.gradients import losses
 from influence_fast.gradients.capture import GradientCapture
 from influence_fast.gradients.layers import uncompiled
-from influence_fast.gradients.losses import Loss
-from influence_fast.gradients.store import DTYPES, GradientStore, StoreWriter, recorded
+from influence_fast.gradients.store import DTYPES, GradientStore
+from influence_fast.gradients.store_writer import StoreWriter, recorded
 from influence_fast.ops.projections import Projection
 
 __all__ = ["Estimate", "build_store", "estimate_build", "fingerprint"]
@@ -242,7 +242,7 @@ def estimate_build(
         seconds=seconds,
         samples_per_s=rows / seconds,
         disk_bytes=rows * row_bytes + shards * (header + 300) + 400 * len(dims),
-        memory_bytes=1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss + held,
+        memory_bytes=peak_memory() + held,
         device_bytes=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0,
     )
 

@@ -13,12 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from influence_fast.data.batching import IGNORED
 from influence_fast.gradients.layers import layer_shape
 
-IGNORED = -100
 _CHUNK_ENTRIES = 1 << 25
-
-Loss = Callable[[nn.Module, dict[str, Tensor]], Tensor]
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:

@@ -55,25 +55,22 @@ that was killed goes on with the shards that are missing. A reader in plain NumP
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import hashlib
 import json
 import math
 import os
-import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
-from safetensors.torch import save
 from torch import Tensor
 
-from influence_fast.errors import InfluenceError, InputError, StoreError
+from influence_fast._files import atomic_path, sha256
+from influence_fast.errors import InputError, StoreError
 
 FORMAT, VERSION = "influence_fast.gradients", 1
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "int8": torch.int8}
@@ -122,7 +119,7 @@ class GradientStore:
                 shard is missing or cut short.
         """
         folder = Path(path)
-        manifest = _read_manifest(folder)
+        manifest = read_manifest(folder)
         done = sum(shard["rows"] for shard in manifest["shards"])
         if done != manifest["rows"]:
             raise StoreError(f"{folder}: unfinished, {done} of {manifest['rows']} rows; build it again to go on")
@@ -209,10 +206,9 @@ class GradientStore:
         if len(kinds) > 1:
             raise InputError("ids: a column is of one type; these are numbers and names")
         target = Path(path)
-        part = target.with_name(target.name + ".part")
         target.parent.mkdir(parents=True, exist_ok=True)
-        writer: Any = None
-        try:
+        with atomic_path(target) as temporary, ExitStack() as stack:
+            writer: Any = None
             for shard, begin in zip(self._shards, self.firsts, strict=False):
                 columns = {"id": pa.array(list(self.ids[begin : begin + shard.rows]))}
                 for name in names:
@@ -223,12 +219,8 @@ class GradientStore:
                     columns[name] = pa.array(shard.tensor(f"@column/{name}").numpy())
                 table = pa.table(columns)
                 if writer is None:
-                    writer = pq.ParquetWriter(part, table.schema)
+                    writer = stack.enter_context(pq.ParquetWriter(temporary, table.schema))
                 writer.write_table(table, row_group_size=shard.rows)
-            writer.close()
-            part.rename(target)
-        finally:
-            part.unlink(missing_ok=True)
 
     @cached_property
     def _shards(self) -> list[_Shard]:
@@ -254,200 +246,6 @@ class GradientStore:
                 if len(places):
                     out[torch.from_numpy(places)] = shard.gradients(layer, numbers[places] - begin)
         return out
-
-
-class StoreWriter:
-    """Writes the shards of one store, in any order; the manifest follows each.
-
-    The ranks of one build write together, each its own shards: rank 0 ``leads``, enters first and leaves last, the
-    others add their shards to the manifest that it has begun.
-    """
-
-    def __init__(self, path: Path, manifest: dict[str, Any], leads: bool = True, together: bool = False) -> None:
-        self.path = path
-        self.manifest = manifest
-        self._leads = leads
-        self._together = together
-        self._lock: IO[str] | None = None
-
-    @classmethod
-    def create(
-        cls,
-        path: str | os.PathLike[str],
-        *,
-        layers: Mapping[str, tuple[int, int]],
-        dims: Mapping[str, int],
-        ids: Sequence[int | str],
-        projection: str,
-        identifiers: Mapping[str, Mapping[str, str]],
-        model: str,
-        loss: str,
-        dtype: str,
-        shard_rows: int,
-        settings: Mapping[str, Any],
-        resume: bool = True,
-        leads: bool = True,
-        together: bool = False,
-    ) -> StoreWriter:
-        """Begin a store, or go on with one that was begun with the same arguments.
-
-        Raises:
-            InputError: unknown dtype; something is there already and ``resume`` is false.
-            StoreError: what is there was begun with other arguments (names the first that differs).
-        """
-        if dtype not in DTYPES:
-            raise InputError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
-        folder = Path(path)
-        manifest: dict[str, Any] = {
-            "format": FORMAT,
-            "version": VERSION,
-            "model": model,
-            "projection": projection,
-            "layers": {
-                name: {"shape": list(shape), "dim": dims[name], "matrices": dict(identifiers.get(name, {}))}
-                for name, shape in layers.items()
-            },
-            "dtype": dtype,
-            "loss": loss,
-            "rows": len(ids),
-            "shard_rows": shard_rows,
-            "ids": None if all(name == row for row, name in enumerate(ids)) else list(ids),
-            "settings": dict(settings),
-            "shards": [],
-        }
-        if (folder / "manifest.json").exists():
-            earlier = _read_manifest(folder)
-            if not resume:
-                raise InputError(f"{folder}: holds a store already; remove it, or pass resume=True")
-            _check_same(folder, earlier, json.loads(json.dumps(manifest)))
-            manifest["shards"] = earlier["shards"]
-        elif folder.exists() and any(folder.iterdir()):
-            raise InputError(f"{folder}: is not empty and holds no store; choose a new folder")
-        elif not leads:
-            raise StoreError(f"{folder}: rank 0 has begun this store, another rank does not see it; share the folder")
-        return cls(folder, manifest, leads, together)
-
-    def __enter__(self) -> StoreWriter:
-        if not self._leads:
-            return self
-        self.path.mkdir(parents=True, exist_ok=True)
-        self._lock = open(self.path / ".lock", "w")
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self._lock.close()
-            self._lock = None
-            raise StoreError(f"{self.path}: another process is building this store") from None
-        for left in self.path.glob("*.part"):
-            left.unlink()
-        if not (self.path / "manifest.json").exists():
-            self._publish()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self._lock is not None:
-            (self.path / ".lock").unlink(missing_ok=True)
-            (self.path / ".manifest.lock").unlink(missing_ok=True)
-            self._lock.close()
-            self._lock = None
-
-    def span(self, shard: int) -> range:
-        """Rows of one shard."""
-        size = self.manifest["shard_rows"]
-        return range(shard * size, min((shard + 1) * size, self.manifest["rows"]))
-
-    @property
-    def missing(self) -> list[int]:
-        """Numbers of the shards that are not written yet."""
-        done = {shard["file"] for shard in self.manifest["shards"]}
-        count = -(-self.manifest["rows"] // self.manifest["shard_rows"])
-        return [number for number in range(count) if _shard_name(number) not in done]
-
-    def write(self, shard: int, gradients: Mapping[str, Tensor], columns: Mapping[str, Tensor]) -> None:
-        """Write one shard: ``{layer: (rows, dim)}`` and ``{column: (rows,)}``.
-
-        Raises:
-            InputError: a gradient that is not finite, or overflows the store's dtype; names layer and row.
-            InfluenceError: the disk is full. Shards written so far stay valid, and the build can go on later.
-        """
-        data = save(self._tensors(self.span(shard), gradients, columns))
-        name = _shard_name(shard)
-        self._put(name, data)
-        entry = {
-            "file": name,
-            "rows": len(self.span(shard)),
-            "bytes": len(data),
-            "sha256": hashlib.sha256(data).hexdigest(),
-        }
-        with self._alone():
-            if self._together:
-                self.manifest["shards"] = _read_manifest(self.path)["shards"]
-            self.manifest["shards"] = sorted([*self.manifest["shards"], entry], key=lambda item: item["file"])
-            self._publish()
-
-    @contextmanager
-    def _alone(self) -> Iterator[None]:
-        """No other rank changes the manifest meanwhile."""
-        if not self._together:
-            yield
-            return
-        with open(self.path / ".manifest.lock", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            yield
-
-    def _tensors(
-        self, span: range, gradients: Mapping[str, Tensor], columns: Mapping[str, Tensor]
-    ) -> dict[str, Tensor]:
-        tensors = {f"@column/{name}": column.cpu().contiguous() for name, column in columns.items()}
-        dtype = DTYPES[self.manifest["dtype"]]
-        for name, layer in self.manifest["layers"].items():
-            gradient = gradients[name].detach().cpu()
-            if tuple(gradient.shape) != (len(span), layer["dim"]):
-                raise InputError(f"{name}: expected ({len(span)}, {layer['dim']}), got {tuple(gradient.shape)}")
-            sqnorm = torch.linalg.vecdot(gradient.double(), gradient.double())
-            self._check_finite(name, span, sqnorm, "is not finite")
-            if dtype == torch.int8:
-                scale = gradient.abs().amax(1).float() / 127
-                tensors[f"@scale/{name}"] = scale
-                rounded = (gradient / scale.clamp_min(torch.finfo(torch.float32).tiny)[:, None]).round().to(dtype)
-            else:
-                rounded = gradient.to(dtype)
-                self._check_finite(name, span, rounded.float().abs().amax(1), f"overflows {self.manifest['dtype']}")
-            tensors[name], tensors[f"@sqnorm/{name}"] = rounded.contiguous(), sqnorm
-        return tensors
-
-    def _check_finite(self, layer: str, span: range, values: Tensor, what: str) -> None:
-        bad = values.isfinite().logical_not().nonzero()
-        if len(bad):
-            row = span[int(bad[0])]
-            name = row if self.manifest["ids"] is None else self.manifest["ids"][row]
-            raise InputError(f"gradient of layer {layer!r} for row {name!r} {what}")
-
-    def _publish(self) -> None:
-        self._put("manifest.json", (json.dumps(self.manifest, indent=1) + "\n").encode())
-
-    def _put(self, name: str, data: bytes) -> None:
-        part = self.path / f"{name}.part"
-        try:
-            with open(part, "wb") as file:
-                _write(file, data)
-                file.flush()
-                os.fsync(file.fileno())
-            part.rename(self.path / name)
-        except OSError as error:
-            part.unlink(missing_ok=True)
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                raise
-            free = shutil.disk_usage(self.path).free
-            raise InfluenceError(
-                f"{self.path}: the disk is full; {name} needs {len(data)} bytes, {free} are free. "
-                "What is written stays valid: make room and build again to go on"
-            ) from error
-        folder = os.open(self.path, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
 
 
 class _Shard:
@@ -559,24 +357,8 @@ class _Shard:
             raise StoreError(f"{self.path}: cannot be read ({error})") from None
 
 
-def _write(file: IO[bytes], data: bytes) -> None:
-    file.write(data)
-
-
-def sha256(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _shard_name(number: int) -> str:
-    return f"shard-{number:05d}.safetensors"
-
-
-def _read_manifest(folder: Path) -> dict[str, Any]:
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a store, finished or not; StoreError where there is none, or it is damaged or of another version."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
     except FileNotFoundError:
@@ -591,30 +373,6 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     if missing:
         raise StoreError(f"{folder}: manifest.json is damaged, it lacks {', '.join(sorted(missing))}")
     return manifest
-
-
-def recorded(path: str | os.PathLike[str] | None, setting: str) -> Any:
-    """A setting that an earlier build of the store at ``path`` began with, None if there is no store."""
-    if path is None or not (Path(path) / "manifest.json").exists():
-        return None
-    return _read_manifest(Path(path)).get("settings", {}).get(setting)
-
-
-def _check_same(folder: Path, earlier: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    pairs = [(key, earlier.get(key), now[key]) for key in now if key not in ("shards", "settings")]
-    pairs += [(key, earlier.get("settings", {}).get(key), value) for key, value in now["settings"].items()]
-    for key, was, wanted in pairs:
-        if was != wanted:
-            if isinstance(was, dict) and isinstance(wanted, dict):
-                was, wanted = list(was), list(wanted)
-            raise StoreError(
-                f"{folder}: was built with another {key}: {_short(was)}, not {_short(wanted)}; choose a new folder"
-            )
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _row_numbers(rows: Rows, count: int) -> range | list[int]:

@@ -21,7 +21,6 @@ of 64 bytes, one behind the other (P parts of a row: a layer, or 65,536 numbers 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +31,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from influence_fast._files import atomic_path
 from influence_fast.errors import BackendError, InputError, StoreError
 from influence_fast.gradients.store import GradientStore
 
@@ -355,16 +355,12 @@ class Scan:
         return out
 
     def _write(self, path: Path, arrays: dict[str, np.ndarray]) -> None:
-        part = path.with_name(path.name + ".part")
         layout = self._layout(len(arrays["order"]))
-        with open(part, "wb") as file:
+        with atomic_path(path) as temporary, open(temporary, "wb") as file:
             for name in _NAMES:
                 file.seek(layout[name][0])
                 file.write(arrays[name].data.cast("B") if arrays[name].size else b"")
             file.truncate(layout["end"][0])
-            file.flush()
-            os.fsync(file.fileno())
-        part.rename(path)
 
     def _mapped(self, path: Path, rows: int) -> dict[str, np.ndarray]:
         layout = self._layout(rows)

@@ -1,7 +1,7 @@
 """Nearest training samples by influence: an index over a gradient store.
 
 An index is over its layers' gradients side by side, so an inner product is the sum of the layers' inner products.
-``cosine`` divides by the length of that whole vector. ``Flat`` is exact: :mod:`influence_fast.search.exact`, which needs no FAISS,
+``cosine`` divides by the length of that whole vector. ``Flat`` is exact (``exact.py``), needs no FAISS,
 reads an 8-bit copy and proves its answer. Any other factory string makes FAISS indexes over directions ``g / |g|``: rows of
 similar length share one (a *band*), since inner products with lengths of a heavy tail follow no direction. The longest rows,
 too few of any length to train on, are a band of whole vectors that is searched exactly. Candidates of all bands are scored
@@ -28,9 +28,11 @@ import torch
 from torch import Tensor
 
 from influence_fast import ops
-from influence_fast.attribution.influence_matrix import Gradients, Source, chosen_layers, parse_memory
+from influence_fast._files import atomic_path, atomic_write, sha256
+from influence_fast._memory import parse_memory
+from influence_fast.attribution.influence_matrix import Gradients, Source, chosen_layers
 from influence_fast.errors import BackendError, InfluenceError, InputError, StoreError
-from influence_fast.gradients.store import GradientStore, sha256
+from influence_fast.gradients.store import GradientStore
 from influence_fast.search.exact import Rows, Scan, parts_of, rescore, segment_name
 
 METRICS = ("dot", "cosine")
@@ -265,9 +267,7 @@ class InfluenceIndex:
         document = {**self.meta, "stores": stores, "segments": sizes, "files": hashes}
         document["bands"] = [band.longest for band in self._bands]
         document["tail"] = bool(self._bands) and self._bands[-1].whole
-        part = folder / "index.json.part"
-        part.write_text(json.dumps(document, indent=1) + "\n")
-        part.rename(folder / "index.json")
+        atomic_write(folder / "index.json", json.dumps(document, indent=1) + "\n")
 
     @classmethod
     def load(
@@ -458,11 +458,10 @@ class _Band:
         faiss = _faiss()
 
         names = [f"band-{number}.faiss", f"band-{number}.npy"]
-        faiss.write_index(self.index, str(folder / f"{names[0]}.part"))
-        with open(folder / f"{names[1]}.part", "wb") as file:
+        with atomic_path(folder / names[0]) as temporary:
+            faiss.write_index(self.index, str(temporary))
+        with atomic_path(folder / names[1]) as temporary, open(temporary, "wb") as file:
             np.save(file, self.rows, allow_pickle=False)
-        for name in names:
-            (folder / f"{name}.part").rename(folder / name)
         return names
 
     @classmethod
