@@ -24,7 +24,7 @@ _MADE_ELSEWHERE = ("inf.InfluenceIndex", "inf.InfluenceMatrix", "inf.GradientSto
 def python() -> list[str]:
     """Names of ``influence_fast.__all__`` and ``influence_fast.ops``, with signatures and public members of classes."""
     lines = [line for name in inf.__all__ for line in _described(f"inf.{name}", getattr(inf, name))]
-    return lines + [line for name in ops.__all__ for line in _described(f"ops.{name}", getattr(ops, name))]
+    return sorted(lines + [line for name in ops.__all__ for line in _described(f"ops.{name}", getattr(ops, name))])
 
 
 def command_line() -> list[str]:

@@ -12,6 +12,7 @@ import transformers as hf
 from torch import Tensor, nn
 
 import influence_fast as inf
+from influence_fast import ops
 from influence_fast.gradients import build
 
 IDENTITY = inf.Projection("identity")
@@ -269,12 +270,12 @@ def test_whole_embedding_gradients_that_cannot_fit_are_refused() -> None:
 
 def test_layers_that_share_an_input_read_it_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also when they are known only from the second forward on, and when one is called with another input."""
-    from influence_fast.gradients import capture as room
-
     widths: list[int] = []
-    project = room._Matrices.project
+    project = ops.Matrices.project
     monkeypatch.setattr(
-        room._Matrices, "project", lambda self, x, sides: (widths.append(len(sides)), project(self, x, sides))[1]
+        ops.Matrices,
+        "project",
+        lambda self, x, sides, *rest: (widths.append(len(sides)), project(self, x, sides, *rest))[1],
     )
 
     class Attention(nn.Module):

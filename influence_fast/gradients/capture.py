@@ -2,8 +2,8 @@
 
 For a linear layer with inputs ``x[t]`` and output gradients ``dy[t]`` the gradient of one sample's loss is
 ``G = sum_t dy[t] (outer) x[t]``, so both factors are all it takes: ``x`` is seen (and projected) in the forward, ``dy``
-in the backward, and no weight gradient is ever computed. A tap behind each selected layer joins its output to the
-autograd graph, so weights need no ``requires_grad``; where nothing below does, the backward ends at the lowest tap.
+in the backward, and no weight gradient is ever computed. A hook behind each selected layer joins its output to the
+autograd graph, so weights need no ``requires_grad``; where nothing below does, the backward ends at the lowest one.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ from influence_fast import ops
 from influence_fast.errors import InputError
 from influence_fast.gradients.layers import check_supported, layer_shape, named_layers, select_layers
 from influence_fast.ops import philox
-from influence_fast.ops.common import accumulator
+from influence_fast.ops.arguments import accumulator
 from influence_fast.ops.projections import Projection, Side
 
 __all__ = ["GradientCapture"]
@@ -35,7 +35,7 @@ _TOKEN_ENTRIES = 1 << 20
 _GROUP_ENTRIES = 1 << 22
 
 
-class _Tap(torch.autograd.Function):
+class _OutputHook(torch.autograd.Function):
     """Identity whose backward hands the output gradient to ``receive``; ``anchor`` makes it part of a graph."""
 
     @staticmethod
@@ -84,12 +84,11 @@ _Operand = Tensor | _Tokens
 _Factors = tuple[Tensor, Tensor]
 
 
-@dataclass(frozen=True, eq=False)
-class _Acting:
-    """A side, and whether what it acts on gets a constant 1 as one more feature, for a bias. Told apart by identity."""
+class _Operator(NamedTuple):
+    """A side, and the constant that what it projects gets as one more feature where it has one too few: 1 for a bias."""
 
     side: Side
-    constant: bool = False
+    constant: float = 0.0
 
 
 @dataclass
@@ -103,84 +102,40 @@ class _Layer:
     left: Side | None = None
     right: Side | None = None
     single: Side | None = None
-    acting: tuple[tuple[_Acting, _Acting], ...] = ()
+    operators: tuple[tuple[_Operator, _Operator], ...] = ()
+    """Of the input and of the output gradient of a use; then of a use with the weight transposed. None for one side."""
 
     def __post_init__(self) -> None:
         if self.left is not None and self.right is not None:
-            # On the input and on the output gradient of a use; then of a use with the weight transposed.
-            straight = _Acting(self.right, self.bias), _Acting(self.left)
-            self.acting = straight, (straight[1], _Acting(self.right))
+            straight = _Operator(self.right, float(self.bias)), _Operator(self.left)
+            self.operators = straight, (straight[1], _Operator(self.right))
 
 
 @dataclass
-class _Shared:
+class _SharedInput:
     """One input of the layers called with it in a row (q, k, v; gate, up), projected for all of them at once.
 
-    ``kept`` has the ``(N, T, k)`` of each of ``sides`` once they are projected; ``taken`` says which layers came.
+    ``projected`` has the ``(N, T, k)`` of each of ``operators`` once there are; ``users`` are those of the layers that came.
     """
 
-    given: Tensor
+    tensor: Tensor
     rows: Tensor
     version: int
-    sides: tuple[_Acting, ...] = ()
-    taken: list[_Acting] = field(default_factory=list)
-    kept: tuple[Tensor, ...] = ()
+    operators: tuple[_Operator, ...] = ()
+    users: list[_Operator] = field(default_factory=list)
+    projected: tuple[Tensor, ...] = ()
 
-    def fits(self, x: Tensor, side: _Acting) -> bool:
-        same = self.given is x and self.version == x._version and side not in self.taken
-        return same and (side in self.sides or not self.kept)
+    def serves(self, x: Tensor, operator: _Operator) -> bool:
+        same = self.tensor is x and self.version == x._version and operator not in self.users
+        return same and (operator in self.operators or not self.projected)
 
-    def project(self, matrices: _Matrices) -> None:
-        if not self.kept:
-            if self.given._version != self.version:
-                layer = self.sides[0].side.identifier.rsplit("/", 1)[0]
+    def project(self, matrices: ops.Matrices) -> None:
+        if not self.projected:
+            if self.tensor._version != self.version:
+                layer = self.operators[0].side.identifier.rsplit("/", 1)[0]
                 raise InputError(f"layer {layer!r}: its input was changed in place after the layer saw it")
-            self.kept = matrices.project(self.rows, self.sides)
-
-
-class _Matrices:
-    """Dense matrices of sides, made once for each device and dtype; those that act on one input are stacked."""
-
-    def __init__(self) -> None:
-        self._made: dict[tuple[Any, ...], Any] = {}
-
-    def project(self, x: Tensor, sides: tuple[_Acting, ...]) -> tuple[Tensor, ...]:
-        """``x P^T`` for each side: ``(N, T, features) -> (N, T, k)``, float32 (float64 for float64)."""
-        dtype = accumulator(x.dtype)
-        if x.dtype != dtype:
-            x = x.to(dtype)
-        if sides[0].side.kind == "sjlt":
-            return tuple(self._sketch(x, acting) for acting in sides)
-        weight, constant = self._stacked(sides, dtype, x.device, x.shape[-1])
-        product = x @ weight
-        if constant is not None:
-            product += constant
-        return (product,) if len(sides) == 1 else product.split([acting.side.k for acting in sides], dim=-1)
-
-    def gather(self, tokens: _Tokens, acting: _Acting, dtype: torch.dtype) -> Tensor:
-        """The same of one-hot rows: columns of P."""
-        weight, _ = self._stacked((acting,), dtype, tokens.ids.device, tokens.size)
-        return nn.functional.embedding(tokens.ids, weight)
-
-    @staticmethod
-    def _sketch(x: Tensor, acting: _Acting) -> Tensor:
-        # Features that the side has and x lacks are a bias: the constant 1 in its own use, nothing in others.
-        missing = acting.side.features - x.shape[-1]
-        if missing:
-            x = nn.functional.pad(x, (0, missing), value=float(acting.constant))
-        return ops.sketch(x.flatten(0, 1), acting.side).unflatten(0, x.shape[:2])
-
-    def _stacked(
-        self, sides: tuple[_Acting, ...], dtype: torch.dtype, device: torch.device, features: int
-    ) -> tuple[Tensor, Tensor | None]:
-        """``(features, sum of k)``, and the row that a bias adds, if any side has one."""
-        key = (sides, dtype, device)
-        if key not in self._made:
-            whole = [acting.side.matrix(dtype, device) for acting in sides]
-            row = [p[:, -1] if acting.constant else p.new_zeros(len(p)) for p, acting in zip(whole, sides, strict=True)]
-            constant = torch.cat(row) if any(acting.constant for acting in sides) else None
-            self._made[key] = torch.cat([p[:, :features] for p in whole]).T, constant
-        return self._made[key]
+            sides, constants = zip(*self.operators, strict=True)
+            self.projected = matrices.project(self.rows, sides, constants)
 
 
 class GradientCapture:
@@ -239,9 +194,9 @@ class GradientCapture:
                 )
         self._handles: list[Any] = []
         self._stance = ExitStack()
-        self._matrices = _Matrices()
-        self._shared: _Shared | None = None
-        self._together: dict[_Acting, tuple[_Acting, ...]] = {}
+        self._matrices = ops.Matrices()
+        self._shared: _SharedInput | None = None
+        self._together: dict[_Operator, tuple[_Operator, ...]] = {}
         self._anchor = torch.zeros((), requires_grad=True)
         self._batch: int | None = None
         self._part: tuple[int, int] | None = None
@@ -399,31 +354,31 @@ class GradientCapture:
             seen = x
         with _exactly(output):
             receivers = [self._record(module, *use, seen, samples) for use in self._uses[module]]
-        return _Tap.apply(output, self._anchor, partial(self._receive, module, name, samples, seen, receivers))
+        return _OutputHook.apply(output, self._anchor, partial(self._receive, module, name, samples, seen, receivers))
 
-    def _share(self, x: Tensor, samples: _Samples, side: _Acting) -> tuple[_Shared, int]:
-        """The input that ``side`` acts on, and its place among those that do.
+    def _share(self, x: Tensor, samples: _Samples, operator: _Operator) -> tuple[_SharedInput, int]:
+        """The input that ``operator`` projects, and its place among those that do.
 
         Which layers read one tensor is known when another tensor comes along, and from then on at the first of them,
         while the tensor is in cache. Either way it is the same product, to the bit.
         """
         shared = self._shared
-        if shared is None or not shared.fits(x, side):
+        if shared is None or not shared.serves(x, operator):
             self._flush()
-            rows = samples.unfold(x.detach(), x.shape[-1], side.side.identifier.rsplit("/", 1)[0])
-            shared = self._shared = _Shared(x, rows, x._version, self._together.get(side, ()))
-            if shared.sides:
+            rows = samples.unfold(x.detach(), x.shape[-1], operator.side.identifier.rsplit("/", 1)[0])
+            shared = self._shared = _SharedInput(x, rows, x._version, self._together.get(operator, ()))
+            if shared.operators:
                 shared.project(self._matrices)
-        shared.taken.append(side)
-        if not shared.kept:
-            shared.sides = tuple(shared.taken)
-        return shared, shared.sides.index(side)
+        shared.users.append(operator)
+        if not shared.projected:
+            shared.operators = tuple(shared.users)
+        return shared, shared.operators.index(operator)
 
     def _flush(self) -> None:
         if self._shared is not None:
             self._shared.project(self._matrices)
-            self._together[self._shared.taken[0]] = tuple(self._shared.taken)
-            del self._shared.given, self._shared.rows
+            self._together[self._shared.users[0]] = tuple(self._shared.users)
+            del self._shared.tensor, self._shared.rows
             self._shared = None
 
     def _samples(self, x: Tensor) -> _Samples:
@@ -438,19 +393,8 @@ class GradientCapture:
     ) -> Callable[[Tensor], Tensor | _Factors]:
         """Keep what ``layer`` needs of a module's input; the result turns an output gradient into ``(N, dim)``, or
         into the factors of it."""
-        if layer.acting:
-            near, far = layer.acting[transposed]
-            outputs = (far,)
-            if isinstance(seen, _Tokens):
-                kept = self._matrices.gather(seen, near, accumulator(_weight(module).dtype))
-                return lambda dy: _oriented(kept, self._matrices.project(dy, outputs)[0], transposed)
-            shared, place = self._share(seen, samples, near)
-
-            def projected(dy: Tensor) -> _Factors:
-                shared.project(self._matrices)
-                return _oriented(shared.kept[place], self._matrices.project(dy, outputs)[0], transposed)
-
-            return projected
+        if layer.operators:
+            return self._record_two_sided(module, layer, transposed, seen, samples)
         if isinstance(seen, _Tokens):
             return partial(_tokens_gradient, layer, seen, transposed)
         dense = samples.unfold(seen.detach(), seen.shape[-1], layer.name)
@@ -461,12 +405,40 @@ class GradientCapture:
         def gradient(dy: Tensor) -> Tensor:
             if dense._version != version:
                 raise InputError(f"layer {layer.name!r}: its input was changed in place after the layer saw it")
-            # Autocast may hand a layer float32 and take bfloat16 gradients back.
-            dtype = torch.promote_types(dense.dtype, dy.dtype)
-            x, g = (dy.to(dtype), dense.to(dtype)) if transposed else (dense.to(dtype), dy.to(dtype))
+            x, g = _oriented(*_promoted(dense, dy), transposed)
             return ops.outer(x, g).flatten(1) if layer.single is None else ops.sketch_outer(x, g, layer.single)
 
         return gradient
+
+    def _record_two_sided(
+        self, module: nn.Module, layer: _Layer, transposed: bool, seen: _Operand, samples: _Samples
+    ) -> Callable[[Tensor], Tensor | _Factors]:
+        near, far = layer.operators[transposed]
+
+        def projected(dy: Tensor) -> Tensor:
+            return self._matrices.project(dy, (far.side,), (far.constant,))[0]
+
+        if isinstance(seen, _Tokens):
+            columns = self._matrices.columns(seen.ids, near.side, accumulator(_weight(module).dtype), near.constant)
+            return lambda dy: _oriented(columns, projected(dy), transposed)
+        if self._part is not None:
+            # A chunk's backward follows its forward at once, so its input may wait for one fused kernel.
+            x, version = _widened(samples.unfold(seen.detach(), seen.shape[-1], layer.name), near), seen._version
+
+            def fused(dy: Tensor) -> Tensor:
+                if seen._version != version:
+                    raise InputError(f"layer {layer.name!r}: its input was changed in place after the layer saw it")
+                inputs, gradients = _oriented(*_promoted(x, _widened(dy, far)), transposed)
+                return ops.project_outer(inputs, gradients, layer.right, layer.left).flatten(1)
+
+            return fused
+        shared, place = self._share(seen, samples, near)
+
+        def factors(dy: Tensor) -> _Factors:
+            shared.project(self._matrices)
+            return _oriented(shared.projected[place], projected(dy), transposed)
+
+        return factors
 
     def _receive(
         self,
@@ -522,8 +494,20 @@ def _weight(module: nn.Module) -> Any:
 
 
 def _oriented(near: Tensor, far: Tensor, transposed: bool) -> _Factors:
-    """Projected inputs and output gradients of one use; a transposed one has their places changed."""
+    """Inputs and output gradients of one use; a transposed one has their places changed."""
     return (far, near) if transposed else (near, far)
+
+
+def _promoted(x: Tensor, dy: Tensor) -> _Factors:
+    """Both in one dtype: autocast may hand a layer float32 and take bfloat16 gradients back."""
+    dtype = torch.promote_types(x.dtype, dy.dtype)
+    return x.to(dtype), dy.to(dtype)
+
+
+def _widened(x: Tensor, operator: _Operator) -> Tensor:
+    """``x`` with the constant feature that its side has and it lacks, if any."""
+    missing = operator.side.features - x.shape[-1]
+    return nn.functional.pad(x, (0, missing), value=operator.constant) if missing else x
 
 
 def _product(x: Tensor, dy: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from influence_fast.ops.common import Side, not_finite
+from influence_fast.ops.arguments import Side, not_finite
 
 try:
     import influence_fast_cpu as _native

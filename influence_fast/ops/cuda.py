@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from influence_fast.ops import reference
-from influence_fast.ops.common import Side, not_finite
+from influence_fast.ops.arguments import Side, not_finite
 
 try:
     import influence_fast_cuda as _native

@@ -5,14 +5,16 @@ from __future__ import annotations
 import hashlib
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from influence_fast import ops
 from influence_fast.errors import InputError
+from influence_fast.ops.arguments import accumulator
+from influence_fast.ops.dispatch import run
 
 Kind = Literal["identity", "rademacher", "gaussian", "sjlt"]
 Role = Literal["left", "right", "single"]
@@ -59,8 +61,16 @@ class Side:
         *,
         backend: str = "auto",
     ) -> Tensor:
-        """The dense scaled matrix, or its part ``[r0, r1) x [c0, c1)``."""
-        return ops.random_matrix(self, rows, cols, dtype=dtype, device=device, backend=backend)
+        """The dense scaled matrix ``(k, features)``, or its part ``[r0, r1) x [c0, c1)``.
+
+        Raises:
+            InputError: a part that lies outside; names what came.
+        """
+        rows, cols = rows or (0, self.k), cols or (0, self.features)
+        if not (0 <= rows[0] <= rows[1] <= self.k and 0 <= cols[0] <= cols[1] <= self.features):
+            raise InputError(f"rows, cols: expected ranges within {self.k} x {self.features}, got {rows} and {cols}")
+        device = torch.device(device)
+        return run("random_matrix", backend, device, dtype, self, rows, cols, dtype, device)
 
 
 @dataclass(frozen=True)
@@ -139,3 +149,57 @@ class Projection:
         if self.kind == "identity":
             return shape[0] * shape[1]
         return self.dim[0] * self.dim[1] if isinstance(self.dim, tuple) else self.dim
+
+
+class Matrices:
+    """Dense matrices of sides, made once for each device and dtype and kept as long as this object lives.
+
+    Sides that act on one tensor are stacked, so that one product projects for all of them. ``constants`` serves layers with
+    a bias: a side that has one feature more than the tensor takes it as this constant (1, or 0 to leave the bias out).
+    """
+
+    def __init__(self, backend: str = "auto") -> None:
+        self._backend = backend
+        self._made: dict[tuple[Any, ...], tuple[Tensor, Tensor | None]] = {}
+
+    def project(self, x: Tensor, sides: Sequence[Side], constants: Sequence[float] | None = None) -> tuple[Tensor, ...]:
+        """``x P^T`` for each side: ``(..., features) -> (..., k)``, float32 (float64 for float64)."""
+        dtype = accumulator(x.dtype)
+        x = x.to(dtype)
+        constants = constants or [0.0] * len(sides)
+        if sides[0].kind == "sjlt":
+            return tuple(self._sketch(x, *pair) for pair in zip(sides, constants, strict=True))
+        weight, constant = self._stacked(tuple(sides), tuple(constants), dtype, x.device, x.shape[-1])
+        product = x @ weight
+        if constant is not None:
+            product += constant
+        return (product,) if len(sides) == 1 else product.split([side.k for side in sides], dim=-1)
+
+    def columns(self, ids: Tensor, side: Side, dtype: torch.dtype, constant: float = 0.0) -> Tensor:
+        """The same of one-hot rows, given by their ids ``(N, T)``: columns of P, ``(N, T, k)``."""
+        weight, _ = self._stacked((side,), (constant,), dtype, ids.device, side.features)
+        return torch.nn.functional.embedding(ids, weight)
+
+    def _sketch(self, x: Tensor, side: Side, constant: float) -> Tensor:
+        missing = side.features - x.shape[-1]
+        if missing:
+            x = torch.nn.functional.pad(x, (0, missing), value=constant)
+        flat = x.flatten(0, -2)
+        return run("sketch", self._backend, x.device, x.dtype, flat, side).unflatten(0, x.shape[:-1])
+
+    def _stacked(
+        self,
+        sides: tuple[Side, ...],
+        constants: tuple[float, ...],
+        dtype: torch.dtype,
+        device: torch.device,
+        features: int,
+    ) -> tuple[Tensor, Tensor | None]:
+        """``(features, sum of k)``, and the row that constants add, if there are any."""
+        key = (sides, constants, dtype, device, features)
+        if key not in self._made:
+            whole = [side.matrix(dtype, device, backend=self._backend) for side in sides]
+            rows = [p[:, -1] * c if c else p.new_zeros(len(p)) for p, c in zip(whole, constants, strict=True)]
+            constant = torch.cat(rows) if any(constants) else None
+            self._made[key] = torch.cat([p[:, :features] for p in whole]).T, constant
+        return self._made[key]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from influence_fast.ops import philox
-from influence_fast.ops.common import Side, accumulator, not_finite
+from influence_fast.ops.arguments import Side, accumulator, not_finite
 
 _COLUMNS = 1 << 15
 _ENTRIES = 1 << 24

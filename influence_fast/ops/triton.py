@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from influence_fast.ops.common import Side
+from influence_fast.ops.arguments import Side
 
 try:
     import triton
@@ -30,12 +30,6 @@ else:
     _missing = None
 
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-_LEFT_TO_OTHERS = {
-    "rank": "a row is sorted by torch's radix sort, which the reference uses",
-    "vote": "a row is sorted by torch's radix sort, which the reference uses",
-    "tally": "a row is sorted by torch's radix sort, which the reference uses",
-    "random_matrix": "kernels make entries where they need them; the reference makes whole matrices",
-}
 # Entries of a strip of G: 16 MiB of float32, which stays in the L2 cache between being made and being sketched.
 _STRIP = 1 << 22
 # Programs that a sum over features is cut into at most.
@@ -45,8 +39,6 @@ _PARTS = 64
 def unavailable(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
     if _missing is not None:
         return _missing
-    if op in _LEFT_TO_OTHERS:
-        return _LEFT_TO_OTHERS[op]
     if dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"its kernels take float32, float16 and bfloat16, not {dtype}"
     if device.type != "cuda" and not (device.type == "cpu" and _INTERPRETED):
