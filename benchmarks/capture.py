@@ -40,6 +40,7 @@ from influence_fast.data.batching import Rows, batches, collate
 from influence_fast.diagnostics import kernel_bench as bench
 from influence_fast.gradients import build, losses
 from influence_fast.gradients.layers import named_layers
+from influence_fast.gradients.model_state import autocast
 
 Samples = list[dict[str, Any]]
 Gradients = dict[str, Tensor]
@@ -151,7 +152,7 @@ def floor(job: Job) -> None:
     handles = [modules[name].register_forward_hook(join) for name in job.layers]
     loss = job.loss()
     for batch in job.batches():
-        with build.autocast(job.model, job.work.precision):
+        with autocast(job.model, job.work.precision):
             each = loss(job.model, batch)
         each.sum().backward()
     for handle in handles:
@@ -181,7 +182,7 @@ def hooks(job: Job) -> Gradients:
     handles += [modules[name].register_full_backward_hook(take(name)) for name in job.layers]
     loss = job.loss()
     for batch in job.batches():
-        with build.autocast(job.model, job.work.precision):
+        with autocast(job.model, job.work.precision):
             each = loss(job.model, batch)
         each.sum().backward()
         job.model.zero_grad()

@@ -32,10 +32,10 @@ from .evaluation.comparison import precision as precision
 from .evaluation.comparison import rank_correlation as rank_correlation
 from .evaluation.comparison import roc_auc as roc_auc
 from .evaluation.comparison import wins as wins
-from .gradients.build import Estimate as Estimate
 from .gradients.build import build_store as build_store
-from .gradients.build import estimate_build as estimate_build
 from .gradients.capture import GradientCapture as GradientCapture
+from .gradients.estimate import Estimate as Estimate
+from .gradients.estimate import estimate_build as estimate_build
 from .gradients.layers import select_layers as select_layers
 from .gradients.store import GradientStore as GradientStore
 from .ops.projections import Projection as Projection

@@ -16,7 +16,7 @@ from click.testing import CliRunner
 
 import influence_fast as inf
 from influence_fast.cli import main
-from influence_fast.gradients.build import fingerprint
+from influence_fast.gradients.model_state import fingerprint
 
 _BUILD = """
 import os, signal, sys

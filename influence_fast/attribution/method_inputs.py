@@ -16,7 +16,6 @@ from influence_fast.attribution.influence_matrix import InfluenceMatrix, influen
 from influence_fast.attribution.label_quality import neighbour_opinion, neighbours, pooled, probe_opinion
 from influence_fast.attribution.methods import FITTED, fitted_influence, label_contrast, outlier, word_influence
 from influence_fast.attribution.model_passes import (
-    before_fine_tuning,
     class_opinion,
     hidden_states,
     kronecker_factors,
@@ -26,6 +25,7 @@ from influence_fast.data import label_noise as noise
 from influence_fast.data.batching import checked_rows
 from influence_fast.data.samples import Samples
 from influence_fast.gradients.build import build_store
+from influence_fast.gradients.model_state import before_fine_tuning
 from influence_fast.gradients.store import GradientStore
 
 _CONTRAST = tuple(f"contrast-{method}" for method in ("dot", "cosine", "datainf", "trak", "trackstar"))

@@ -4,7 +4,7 @@ Kronecker factors of the curvature."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +15,8 @@ from tqdm import tqdm
 from influence_fast.data.batching import IGNORED, batches, checked_rows, collate, device_of, token_budget
 from influence_fast.errors import InputError
 from influence_fast.gradients import losses
-from influence_fast.gradients.build import as_evaluated
 from influence_fast.gradients.layers import layer_shape, named_layers, select_layers
+from influence_fast.gradients.model_state import as_evaluated
 
 POOLING = ("last", "mean", "first")
 _LARGEST_FACTOR = 8192
@@ -70,14 +70,6 @@ def class_opinion(
             found.append(losses.logits(model, batch).float().log_softmax(1).cpu())
         order += chosen
     return torch.cat(found)[torch.tensor(order).argsort()]
-
-
-@contextmanager
-def before_fine_tuning(model: nn.Module) -> Iterator[None]:
-    """Within, a PEFT model is the one that its adapter was put on; any other model stays as it is."""
-    disabled = getattr(model, "disable_adapter", None)
-    with disabled() if callable(disabled) else nullcontext():
-        yield
 
 
 @dataclass(frozen=True)

@@ -230,7 +230,8 @@ def build(model: str, data: str, out: Path, dry_run: bool, as_json: bool, **opti
     from influence_fast.data.loading import read_table
     from influence_fast.data.models import load_model
     from influence_fast.data.samples import Columns, prepare, task_of
-    from influence_fast.gradients.build import build_store, estimate_build
+    from influence_fast.gradients.build import build_store
+    from influence_fast.gradients.estimate import estimate_build
 
     columns = Columns(options.pop("text_column"), options.pop("label_column"), options.pop("answer_column"))
     network, tokenizer = load_model(model, options["task"])
@@ -421,7 +422,8 @@ def _text_gradient(index: Any, model: str, text: str, label: str | None, answer:
     from influence_fast.data.models import load_model
     from influence_fast.data.samples import Columns, prepare, task_of
     from influence_fast.errors import StoreError
-    from influence_fast.gradients.build import fingerprint, gradients_of
+    from influence_fast.gradients.build import gradients_of
+    from influence_fast.gradients.model_state import fingerprint
 
     network, tokenizer = load_model(model, "auto")
     if fingerprint(network) != index.meta["model"]:

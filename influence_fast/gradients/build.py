@@ -8,17 +8,15 @@ of one job (``torchrun``) take shards in turn. Two shards at most are in memory,
 
 from __future__ import annotations
 
-import hashlib
 import logging
-import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from os import PathLike
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,21 +24,18 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from influence_fast import _distributed as processes
-from influence_fast._memory import peak_memory
 from influence_fast.data.batching import Loss, Rows, batches, checked_rows, collate, device_of, token_budget
 from influence_fast.errors import InfluenceError, InputError
 from influence_fast.gradients import losses
 from influence_fast.gradients.capture import GradientCapture
-from influence_fast.gradients.layers import uncompiled
-from influence_fast.gradients.store import DTYPES, GradientStore
+from influence_fast.gradients.model_state import as_evaluated, autocast, fingerprint, is_sharded
+from influence_fast.gradients.settings import BuildSettings
+from influence_fast.gradients.store import GradientStore
 from influence_fast.gradients.store_writer import StoreWriter, recorded
 from influence_fast.ops.projections import Projection
 
-__all__ = ["Estimate", "build_store", "estimate_build", "fingerprint"]
-
 _SHARD_BYTES = 32 << 20
 _SHARD_ROWS = 1 << 16
-_SAMPLED = 8
 
 _log = logging.getLogger("influence_fast")
 
@@ -95,9 +90,24 @@ def build_store(
             empty or longer than the model's context, non-finite losses or gradients (names layer and row).
         StoreError: ``path`` holds a store of another model, projection or data set.
     """
-    job = _job(
-        model, dataset, layers, projection, loss, batch_tokens, ids, dtype, shard_rows, truncate, bias, precision, path
+    settings = BuildSettings(
+        layers, Projection.parse(projection), loss, batch_tokens, dtype, shard_rows, truncate, bias, precision
     )
+    return build_from(path, model, dataset, settings, ids=ids, resume=resume, progress=progress)
+
+
+def build_from(
+    path: str | PathLike[str],
+    model: nn.Module,
+    dataset: Sequence[Mapping[str, Any]],
+    settings: BuildSettings,
+    *,
+    ids: Sequence[int | str] | None = None,
+    resume: bool = True,
+    progress: bool = True,
+) -> GradientStore:
+    """:func:`build_store` with its settings as one object."""
+    job = prepare_job(model, dataset, settings, ids, recorded(path, "batch_tokens"))
     rank, world = processes.here()
     with (
         as_evaluated(model),
@@ -129,10 +139,10 @@ def _advance(bar: Any, world: int, count: int) -> None:
 
 
 @contextmanager
-def _writing(path: str | PathLike[str], job: _Job, resume: bool) -> Iterator[StoreWriter]:
+def _writing(path: str | PathLike[str], job: Job, resume: bool) -> Iterator[StoreWriter]:
     """The store, begun by rank 0 and left by all ranks together."""
     rank, world = processes.here()
-    settings = job.settings()
+    settings = job.store_settings()
     with ExitStack() as stack:
         entered: list[StoreWriter] = []
 
@@ -148,103 +158,6 @@ def _writing(path: str | PathLike[str], job: _Job, resume: bool) -> Iterator[Sto
         processes.wait()
         yield entered[0]
         processes.wait()
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """What a build would take, from a few of its batches.
-
-    Attributes:
-        rows, batches: how many there are.
-        seconds: time of the whole build on this machine by this process alone, checks of the rows included.
-        samples_per_s: ``rows / seconds``.
-        disk_bytes: size of the finished store.
-        memory_bytes: largest resident memory of the process.
-        device_bytes: largest memory of tensors on the GPU, 0 without one.
-    """
-
-    rows: int
-    batches: int
-    seconds: float
-    samples_per_s: float
-    disk_bytes: int
-    memory_bytes: int
-    device_bytes: int
-
-
-def estimate_build(
-    model: nn.Module,
-    dataset: Sequence[Mapping[str, Any]],
-    layers: str | Iterable[str] = "all",
-    projection: Projection | str = Projection(),  # noqa: B008 (frozen)
-    loss: str | Loss = "auto",
-    batch_tokens: int | str = "auto",
-    *,
-    ids: Sequence[int | str] | None = None,
-    dtype: str = "float32",
-    shard_rows: int | str = "auto",
-    truncate: bool = False,
-    bias: bool = False,
-    precision: str | None = None,
-) -> Estimate:
-    """Time, disk and memory of :func:`build_store` with the same arguments; writes nothing.
-
-    All rows are checked. Of the batches, sorted by what they cost, one of each eighth of the cost is run and stands for
-    the others of its eighth.
-
-    Raises:
-        InputError: as :func:`build_store`.
-    """
-    begin = time.perf_counter()
-    job = _job(
-        model, dataset, layers, projection, loss, batch_tokens, ids, dtype, shard_rows, truncate, bias, precision, None
-    )
-    job.settings()
-    checked = time.perf_counter() - begin
-    device = device_of(model)
-    rows, size = len(job.rows), job.shard_rows
-    planned = [
-        batch
-        for first in range(0, rows, size)
-        for batch in batches(job.rows, range(first, min(first + size, rows)), job.budget.tokens)
-    ]
-    cost = [len(batch) * job.rows.lengths[batch[0]] for batch in planned]
-    order = sorted(range(len(planned)), key=lambda b: (-cost[b], -job.rows.lengths[planned[b][0]]))
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    shares = np.cumsum([cost[b] for b in order]) / sum(cost)
-    eighth = np.minimum(shares * _SAMPLED, _SAMPLED - 1).astype(int)
-    groups = [[order[i] for i in np.flatnonzero(part == eighth)] for part in range(_SAMPLED)]
-    seconds, columns, written = 0.0, 0, 0.0
-    with as_evaluated(model), job.capture:
-        job.step(planned[order[0]])
-        for group in filter(None, groups):
-            chosen = group[len(group) // 2]
-            begin = time.perf_counter()
-            shard = job.compute(planned[chosen])
-            taken = time.perf_counter() - begin
-            seconds += taken * sum(cost[b] for b in group) / cost[chosen]
-            columns = sum(column.element_size() for column in shard.columns.values())
-            begin = time.perf_counter()
-            hashlib.sha256(b"".join(part.numpy().tobytes() for part in shard.gradients.values())).digest()
-            written += (time.perf_counter() - begin) * sum(len(planned[b]) for b in group) / len(planned[chosen])
-    # Writing goes on beside computing, but on a CPU it takes cores from it.
-    seconds = checked + (max(seconds, written) if device.type == "cuda" else seconds + written)
-    dims = job.capture.dims
-    width = DTYPES[dtype].itemsize
-    header = sum(150 + 2 * len(name) for name in dims) + 200
-    shards = -(-rows // size)
-    row_bytes = sum(dim * width + 8 + (4 if dtype == "int8" else 0) for dim in dims.values()) + columns
-    held = min(size, rows) * (4 * sum(dims.values()) * min(2, shards) + row_bytes + 8 * max(dims.values()))
-    return Estimate(
-        rows=rows,
-        batches=len(planned),
-        seconds=seconds,
-        samples_per_s=rows / seconds,
-        disk_bytes=rows * row_bytes + shards * (header + 300) + 400 * len(dims),
-        memory_bytes=peak_memory() + held,
-        device_bytes=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0,
-    )
 
 
 def gradients_of(
@@ -268,23 +181,32 @@ class Budget:
 
 
 @dataclass
-class _Job:
+class Job:
     """A build made concrete: everything but where it is written."""
 
     model: nn.Module
     rows: Rows
     capture: GradientCapture
     loss: Loss
+    kind: str
     budget: Budget
     shard_rows: int
-    precision: str | None
-    named: dict[str, Any]
-    """Settings of the store that were known from the start."""
+    settings: BuildSettings
 
-    def settings(self) -> dict[str, Any]:
+    def store_settings(self) -> dict[str, Any]:
         """Arguments of :meth:`StoreWriter.create`."""
+        given = self.settings
         return {
-            **self.named,
+            "projection": str(given.projection),
+            "loss": getattr(given.loss, "__qualname__", "custom") if callable(given.loss) else self.kind,
+            "dtype": given.dtype,
+            "settings": {
+                "data": self.rows.digest(),
+                "batch_tokens": self.budget.tokens,
+                "truncate": given.truncate,
+                "bias": given.bias,
+                "precision": given.precision,
+            },
             "layers": self.capture.shapes,
             "dims": self.capture.dims,
             "ids": self.rows.ids,
@@ -294,13 +216,13 @@ class _Job:
         }
 
     def step(self, chosen: list[int]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        return _step(self.model, self.capture, self.loss, self.rows, chosen, self.precision)
+        return _step(self.model, self.capture, self.loss, self.rows, chosen, self.settings.precision)
 
     def compute(self, span: range | list[int], advance: Callable[[int], None] = lambda count: None) -> _Shard:
         """Gradients and columns of some rows, in their order."""
         shard = _Shard(self.rows, span, self.capture.dims)
         copies = _Copies(device_of(self.model))
-        results = run(self.model, self.capture, self.loss, self.rows, span, self.budget, self.precision)
+        results = run(self.model, self.capture, self.loss, self.rows, span, self.budget, self.settings.precision)
         for arrived in copies.behind(results):
             shard.put(*arrived)
             advance(len(arrived[0]))
@@ -308,7 +230,7 @@ class _Job:
 
     def keep_step(self, spans: list[list[range]]) -> None:
         """Run spare batches until the rank with most is done: the ranks of a sharded model compute together."""
-        if not _sharded(self.model):
+        if not has_shards(self.model):
             return
         counts = [sum(len(batches(self.rows, span, self.budget.tokens)) for span in own) for own in spans]
         spare = [int(np.argmin(self.rows.lengths))]
@@ -316,62 +238,24 @@ class _Job:
             self.step(spare)
 
 
-def _job(
+def prepare_job(
     model: nn.Module,
     dataset: Sequence[Mapping[str, Any]],
-    layers: str | Iterable[str],
-    projection: Projection | str,
-    loss: str | Loss,
-    batch_tokens: int | str,
-    ids: Sequence[int | str] | None,
-    dtype: str,
-    shard_rows: int | str,
-    truncate: bool,
-    bias: bool,
-    precision: str | None,
-    path: str | PathLike[str] | None,
-) -> _Job:
-    projection = Projection.parse(projection) if isinstance(projection, str) else projection
-    if dtype not in DTYPES:
-        raise InputError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
-    rows, kind = checked_rows(model, dataset, loss, ids, truncate)
-    autocast(model, precision)
-    capture = GradientCapture(model, layers, projection, bias=bias)
-    earlier = recorded(path, "batch_tokens") if batch_tokens == "auto" else None
-    tokens = processes.agree(lambda: earlier or token_budget(batch_tokens, model))
-    if shard_rows == "auto":
+    settings: BuildSettings,
+    ids: Sequence[int | str] | None = None,
+    earlier_tokens: int | None = None,
+) -> Job:
+    """Check everything and decide what is left open; an earlier build's ``auto`` batches are kept."""
+    rows, kind = checked_rows(model, dataset, settings.loss, ids, settings.truncate)
+    autocast(model, settings.precision)
+    capture = GradientCapture(model, settings.layers, settings.projection, bias=settings.bias)
+    earlier = earlier_tokens if settings.batch_tokens == "auto" else None
+    tokens = processes.agree(lambda: earlier or token_budget(settings.batch_tokens, model))
+    shard_rows = settings.shard_rows
+    if not isinstance(shard_rows, int):
         shard_rows = max(1, min(_SHARD_ROWS, _SHARD_BYTES // (4 * sum(capture.dims.values()))))
-    elif isinstance(shard_rows, bool) or not isinstance(shard_rows, int) or shard_rows < 1:
-        raise InputError(f"shard_rows: expected 'auto' or a positive int, got {shard_rows!r}")
-    settings = {
-        "data": rows.digest(),
-        "batch_tokens": tokens,
-        "truncate": truncate,
-        "bias": bias,
-        "precision": precision,
-    }
-    named = {
-        "projection": str(projection),
-        "loss": kind if isinstance(loss, str) else getattr(loss, "__qualname__", "custom"),
-        "dtype": dtype,
-        "settings": settings,
-    }
-    function = loss if callable(loss) else _loss(kind, capture)
-    return _Job(model, rows, capture, function, Budget(tokens), shard_rows, precision, named)
-
-
-def fingerprint(model: nn.Module) -> str:
-    """SHA-256 over every parameter and buffer that the model saves: name, dtype, shape and bytes."""
-    digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        if not isinstance(tensor, Tensor):
-            continue
-        if losses.is_sharded(tensor):
-            tensor = cast(Any, tensor).full_tensor()
-        digest.update(f"{uncompiled(name)} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        if tensor.numel():
-            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+    loss = settings.loss if callable(settings.loss) else _loss(kind, capture)
+    return Job(model, rows, capture, loss, kind, Budget(tokens), shard_rows, settings)
 
 
 _Results = tuple[dict[str, Tensor], dict[str, Tensor]]
@@ -442,34 +326,8 @@ def _loss(kind: str, capture: GradientCapture) -> Loss:
     return losses.CausalLM(mean=kind == "causal-lm", part=capture.part)
 
 
-def _sharded(model: nn.Module) -> bool:
-    return any(losses.is_sharded(parameter) for parameter in model.parameters())
-
-
-@contextmanager
-def as_evaluated(model: nn.Module) -> Iterator[None]:
-    """Eval mode, no weight gradients, no key-value cache; everything as it was afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    config = getattr(model, "config", None)
-    cache, pad = getattr(config, "use_cache", None), getattr(config, "pad_token_id", None)
-    model.eval()
-    for parameter, _ in flags:
-        parameter.requires_grad_(False)
-    if cache is not None:
-        config.use_cache = False  # type: ignore[union-attr]
-    try:
-        with torch.enable_grad():
-            yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
-        if cache is not None:
-            config.use_cache = cache  # type: ignore[union-attr]
-        if hasattr(config, "pad_token_id"):
-            config.pad_token_id = pad  # type: ignore[union-attr]
+def has_shards(model: nn.Module) -> bool:
+    return any(is_sharded(parameter) for parameter in model.parameters())
 
 
 def run(
@@ -496,7 +354,7 @@ def run(
                 raise InfluenceError(
                     f"row {rows.ids[chosen[0]]!r} ({rows.lengths[chosen[0]]} tokens) does not fit in memory alone"
                 ) from error
-            if _sharded(model):
+            if has_shards(model):
                 raise InfluenceError(
                     f"a batch of {len(chosen)} rows does not fit in memory, and the ranks of a sharded model cannot "
                     f"halve it on their own: give a batch_tokens below {budget.tokens}"
@@ -510,15 +368,6 @@ def run(
             waiting = batches(rows, left, budget.tokens)[::-1]
         else:
             yield chosen, results
-
-
-def autocast(model: nn.Module, precision: str | None) -> AbstractContextManager[Any]:
-    """Autocast of the model's device; no context for None."""
-    if precision is None:
-        return nullcontext()
-    if precision not in ("bfloat16", "float16"):
-        raise InputError(f"precision: expected None, 'bfloat16' or 'float16', got {precision!r}")
-    return torch.autocast(device_of(model).type, getattr(torch, precision))
 
 
 def _out_of_memory(error: RuntimeError) -> bool:

@@ -174,7 +174,7 @@ class GradientCapture:
         bias: bool = False,
     ) -> None:
         self.model = model
-        self.projection = Projection.parse(projection) if isinstance(projection, str) else projection
+        self.projection = Projection.parse(projection)
         self.layers = select_layers(model, layers)
         check_supported(self.layers)
         modules = named_layers(model)

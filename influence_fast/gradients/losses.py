@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from influence_fast.data.batching import IGNORED
 from influence_fast.gradients.layers import layer_shape
+from influence_fast.gradients.model_state import is_sharded
 
 _CHUNK_ENTRIES = 1 << 25
 
@@ -115,11 +116,6 @@ class _Chunked(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (gradient,) = ctx.saved_tensors
         return gradient * grad[:, None, None].to(gradient.dtype), None, None
-
-
-def is_sharded(parameter: Tensor) -> bool:
-    """Whether this process has a part of the parameter alone (a DTensor, as FSDP2 makes them)."""
-    return hasattr(parameter, "full_tensor")
 
 
 class _Seen(Exception):

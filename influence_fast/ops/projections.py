@@ -103,8 +103,13 @@ class Projection:
             raise InputError(f"dim: a one-sided projection takes an int, got {self.dim!r}")
 
     @classmethod
-    def parse(cls, text: str) -> Projection:
-        """Read ``identity``, ``rademacher:16x16``, ``sjlt:4096``, ``gaussian:8x8:seed3``; inverse of ``str``."""
+    def parse(cls, text: str | Projection) -> Projection:
+        """Read ``identity``, ``rademacher:16x16``, ``sjlt:4096``, ``gaussian:8x8:seed3``; inverse of ``str``.
+
+        A Projection passes through, so that arguments may be either.
+        """
+        if isinstance(text, Projection):
+            return text
         match = re.fullmatch(r"([a-z]+)(?::(\d+)(?:x(\d+))?)?(?::seed(-?\d+))?", text)
         if match is None or (match[1] != "identity" and match[2] is None):
             raise InputError(

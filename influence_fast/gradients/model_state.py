@@ -1,0 +1,77 @@
+"""A model's state around a pass: eval mode and back, adapters off, low precision, what identifies its weights."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from influence_fast.data.batching import device_of
+from influence_fast.errors import InputError
+from influence_fast.gradients.layers import uncompiled
+
+
+@contextmanager
+def as_evaluated(model: nn.Module) -> Iterator[None]:
+    """Eval mode, no weight gradients, no key-value cache; everything as it was afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    config = getattr(model, "config", None)
+    cache, pad = getattr(config, "use_cache", None), getattr(config, "pad_token_id", None)
+    model.eval()
+    for parameter, _ in flags:
+        parameter.requires_grad_(False)
+    if cache is not None:
+        config.use_cache = False  # type: ignore[union-attr]
+    try:
+        with torch.enable_grad():
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+        if cache is not None:
+            config.use_cache = cache  # type: ignore[union-attr]
+        if hasattr(config, "pad_token_id"):
+            config.pad_token_id = pad  # type: ignore[union-attr]
+
+
+@contextmanager
+def before_fine_tuning(model: nn.Module) -> Iterator[None]:
+    """Within, a PEFT model is the one that its adapter was put on; any other model stays as it is."""
+    disabled = getattr(model, "disable_adapter", None)
+    with disabled() if callable(disabled) else nullcontext():
+        yield
+
+
+def autocast(model: nn.Module, precision: str | None) -> AbstractContextManager[Any]:
+    """Autocast of the model's device; no context for None."""
+    if precision is None:
+        return nullcontext()
+    if precision not in ("bfloat16", "float16"):
+        raise InputError(f"precision: expected None, 'bfloat16' or 'float16', got {precision!r}")
+    return torch.autocast(device_of(model).type, getattr(torch, precision))
+
+
+def fingerprint(model: nn.Module) -> str:
+    """SHA-256 over every parameter and buffer that the model saves: name, dtype, shape and bytes."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        if not isinstance(tensor, Tensor):
+            continue
+        if is_sharded(tensor):
+            tensor = cast(Any, tensor).full_tensor()
+        digest.update(f"{uncompiled(name)} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        if tensor.numel():
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def is_sharded(parameter: Tensor) -> bool:
+    """Whether this process has a part of the parameter alone (a DTensor, as FSDP2 makes them)."""
+    return hasattr(parameter, "full_tensor")

@@ -1,0 +1,44 @@
+"""What a store depends on beside its model and rows, as one object."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from influence_fast.data.batching import LOSSES, Loss
+from influence_fast.errors import InputError
+from influence_fast.gradients.store import DTYPES
+from influence_fast.ops.projections import Projection
+
+PRECISIONS = ("bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class BuildSettings:
+    """How gradients are taken and kept; the arguments of :func:`~influence_fast.build_store` say what each means.
+
+    Raises:
+        InputError: a value that no build could use; names it.
+    """
+
+    layers: str | Iterable[str] = "all"
+    projection: Projection = field(default_factory=Projection)
+    loss: str | Loss = "auto"
+    batch_tokens: int | str = "auto"
+    dtype: str = "float32"
+    shard_rows: int | str = "auto"
+    truncate: bool = False
+    bias: bool = False
+    precision: str | None = None
+
+    def __post_init__(self) -> None:
+        if not callable(self.loss) and self.loss not in LOSSES:
+            raise InputError(f"loss: expected a callable or one of {', '.join(LOSSES)}, got {self.loss!r}")
+        if self.dtype not in DTYPES:
+            raise InputError(f"dtype: expected one of {', '.join(DTYPES)}, got {self.dtype!r}")
+        for name in ("batch_tokens", "shard_rows"):
+            value = getattr(self, name)
+            if value != "auto" and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise InputError(f"{name}: expected 'auto' or a positive int, got {value!r}")
+        if self.precision is not None and self.precision not in PRECISIONS:
+            raise InputError(f"precision: expected None or one of {', '.join(PRECISIONS)}, got {self.precision!r}")
