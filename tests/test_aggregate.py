@@ -15,7 +15,7 @@ from stores import write_store
 from torch import Tensor
 
 import influence_fast as inf
-from influence_fast.attribution.aggregation import order
+from influence_fast.evaluation.metrics import order
 
 L, M, N = 3, 5, 12
 

@@ -12,7 +12,7 @@ With ``r[l, v, i]`` the rank of sample i among all n for layer l and query v (0 
 ============  =======================================================================================================
 
 ``-c`` behind a name uses only the queries that the model predicts correctly (``rank-c`` and ``vote-c`` are the Rank and
-Vote of arXiv 2511.04715). Votes tie often: :func:`order` breaks their ties by ``rank``, then by row.
+Vote of arXiv 2511.04715). Votes tie often: ``evaluation.metrics.order`` breaks their ties by ``rank``, then by row.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -33,7 +33,7 @@ from torch import Tensor
 
 from influence_fast import ops
 from influence_fast._files import atomic_path
-from influence_fast.attribution.influence_matrix import InfluenceMatrix
+from influence_fast.attribution.influence_matrix import InfluenceMatrix, Matrix, as_matrix
 from influence_fast.errors import InputError, StoreError
 
 BASES = ("mean", "rank", "vote", "min", "median", "trimmed")
@@ -41,19 +41,6 @@ METHODS = (*BASES, *(f"{base}-c" for base in BASES))
 _STREAMED = ("mean", "rank", "vote")
 _SAVE_SECONDS = 10.0
 Layers = Sequence[str] | Mapping[str, float]
-
-
-class Matrix(Protocol):
-    """What is aggregated; :class:`~influence_fast.InfluenceMatrix` is one."""
-
-    @property
-    def layers(self) -> list[str]: ...
-    @property
-    def shape(self) -> tuple[int, int]: ...
-    @property
-    def query_correct(self) -> Tensor | None: ...
-    def __iter__(self) -> Iterator[tuple[str, slice, Tensor]]: ...
-    def columns(self) -> Iterator[tuple[slice, Tensor]]: ...
 
 
 def aggregate(
@@ -82,7 +69,7 @@ def aggregate(
     Raises:
         InputError: unknown method or layer, no query left, values out of range; NaN or infinity names layer and query.
     """
-    groups = {"scores": layers if layers is not None else _wrapped(matrix).layers}
+    groups = {"scores": layers if layers is not None else as_matrix(matrix).layers}
     found = aggregate_many(
         matrix, [method], groups, fraction=fraction, queries=queries, trim=trim, checkpoint=checkpoint
     )
@@ -103,7 +90,7 @@ def aggregate_many(
 
     Arguments and errors as of :func:`aggregate`; ``groups`` is ``{name: layers or weights}``, one of all layers by default.
     """
-    matrix, methods = _wrapped(matrix), list(dict.fromkeys(methods))
+    matrix, methods = as_matrix(matrix), list(dict.fromkeys(methods))
     n = matrix.shape[1]
     for method in methods:
         if method not in METHODS:
@@ -124,12 +111,6 @@ def aggregate_many(
     if len(streamed) < len(methods):
         _by_columns(matrix, [method for method in methods if method not in streamed], weights, chosen, trim, out)
     return out
-
-
-def order(scores: Tensor, tie: Tensor | None = None) -> Tensor:
-    """Row numbers from most harmful to most helpful: int64 ``(n,)``, ties by ``tie`` (lowest first), then by row."""
-    by_tie = torch.arange(len(scores)) if tie is None else tie.argsort(stable=True)
-    return by_tie[scores[by_tie].argsort(stable=True)]
 
 
 def _stream(
@@ -382,28 +363,3 @@ def _mask(matrix: Matrix, queries: Tensor | Sequence[bool] | Sequence[int] | Non
     if not mask.any():
         raise InputError("queries: none is left; the model predicts no query correctly, or the mask is empty")
     return mask
-
-
-class InMemory:
-    """``{layer: (m, n)}`` with the face of an influence matrix."""
-
-    def __init__(self, values: Mapping[str, Tensor], query_correct: Tensor | None = None) -> None:
-        self.query_correct = query_correct
-        self.values = {name: torch.as_tensor(value) for name, value in values.items()}
-        self.layers = list(self.values)
-        shapes = {name: tuple(value.shape) for name, value in self.values.items()}
-        if len(set(shapes.values())) != 1 or any(len(shape) != 2 or 0 in shape for shape in shapes.values()):
-            raise InputError(f"matrix: expected layers of one shape (queries, samples), got {shapes}")
-        m, n = next(iter(shapes.values()))
-        self.shape = (m, n)
-
-    def __iter__(self) -> Iterator[tuple[str, slice, Tensor]]:
-        for name, value in self.values.items():
-            yield name, slice(0, self.shape[0]), value
-
-    def columns(self) -> Iterator[tuple[slice, Tensor]]:
-        yield slice(0, self.shape[1]), torch.stack(list(self.values.values()))
-
-
-def _wrapped(matrix: Matrix | Mapping[str, Tensor]) -> Matrix:
-    return InMemory(matrix) if isinstance(matrix, Mapping) else matrix

@@ -22,58 +22,56 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from influence_fast._memory import parse_memory
+from influence_fast.attribution.gradient_source import Gradients, GradientSource, chosen_layers
 from influence_fast.attribution.preconditioners import Whitening, eigenvalue_corrected
-from influence_fast.errors import InputError, StoreError
-from influence_fast.gradients.store import GradientStore
+from influence_fast.errors import InputError
 
 METHODS = ("dot", "cosine", "datainf", "trak", "trackstar", "ekfac")
-Gradients = GradientStore | Mapping[str, Tensor]
-# Gradients read at once: small enough to be found in cache by the product that follows.
-_BLOCK_BYTES = 16 << 20
-_MEMORY = 512 << 20
+MEMORY = 512 << 20
 # Bytes that ranking takes for each training sample, apart from the influence itself: kernels' room on two threads and sums.
 _RANKING = 270
 
 
-def influence(
-    train: Gradients,
-    queries: Gradients,
-    method: str = "dot",
-    layers: list[str] | None = None,
-    *,
-    damping: float = 0.1,
-    factors: Mapping[str, tuple[Tensor, Tensor]] | None = None,
-    memory: int | str = _MEMORY,
+class Matrix(Protocol):
+    """Influence that can be aggregated: :class:`~influence_fast.InfluenceMatrix` is one, :class:`InMemory` another."""
+
+    @property
+    def layers(self) -> list[str]: ...
+    @property
+    def shape(self) -> tuple[int, int]: ...
+    @property
+    def query_correct(self) -> Tensor | None: ...
+    def __iter__(self) -> Iterator[tuple[str, slice, Tensor]]: ...
+    def columns(self) -> Iterator[tuple[slice, Tensor]]: ...
+
+
+@dataclass(frozen=True)
+class InnerProductOptions:
+    """Arguments of :func:`~influence_fast.influence` beside the gradients and the method."""
+
+    layers: Sequence[str] | None = None
+    damping: float = 0.1
+    factors: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    memory: int | str = MEMORY
+
+
+def inner_products(
+    train: Gradients, queries: Gradients, method: str, options: InnerProductOptions = InnerProductOptions()
 ) -> InfluenceMatrix:
-    """Influence of the rows of ``train`` on ``queries``, computed when asked for.
-
-    Args:
-        train: a store, or ``{layer: (n, dim)}``.
-        queries: a store, or ``{layer: (m, dim)}`` with the same layers and projection.
-        method: see the table above.
-        layers: some of the layers; all by default.
-        damping: share of the curvature's mean eigenvalue that is added to each (all but ``dot`` and ``cosine``).
-        factors: ``{layer: (E[x x^T], E[dy dy^T])}`` of :func:`~influence_fast.kronecker_factors`, for ``ekfac``.
-        memory: what blocks of influence, and aggregating them, may take, in bytes or as text such as ``2GiB``. More means
-            fewer passes over the training store. Queries, scores and one block of gradients come on top.
-
-    Raises:
-        InputError: unknown method or layer, shapes that do not fit, gradients that are not finite, missing factors, too
-            little memory.
-        StoreError: stores of different models or projections.
-    """
+    """Influence by one of :data:`METHODS`; arguments and errors as of :func:`~influence_fast.influence`."""
     if method not in METHODS:
         raise InputError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
-    if not 0 < damping < float("inf"):
-        raise InputError(f"damping: expected a positive share of the mean eigenvalue, got {damping!r}")
-    matrix = InfluenceMatrix(Source("train", train), Source("queries", queries), method, layers, memory)
-    matrix.damping, matrix.factors = damping, factors or {}
+    if not 0 < options.damping < float("inf"):
+        raise InputError(f"damping: expected a positive share of the mean eigenvalue, got {options.damping!r}")
+    source, asked = GradientSource("train", train), GradientSource("queries", queries)
+    matrix = InfluenceMatrix(source, asked, method, options)
     missing = [name for name in matrix.layers if name not in matrix.factors] if method == "ekfac" else []
     if missing:
         raise InputError(f"factors: ekfac needs those of layer {missing[0]!r}; kronecker_factors() finds them")
@@ -94,16 +92,15 @@ class InfluenceMatrix:
     """
 
     def __init__(
-        self, train: Source, queries: Source, method: str, layers: list[str] | None, memory: int | str = _MEMORY
+        self, train: GradientSource, queries: GradientSource, method: str, options: InnerProductOptions
     ) -> None:
         train.check_matches(queries)
-        self.memory = parse_memory(memory)
+        self.memory = parse_memory(options.memory)
         self.method = method
-        self.layers = chosen_layers(train.layers, layers)
+        self.layers = chosen_layers(train.layers, options.layers)
         self.shape = (queries.rows, train.rows)
         self.query_correct = queries.correct
-        self.damping = 0.1
-        self.factors: Mapping[str, tuple[Tensor, Tensor]] = {}
+        self.damping, self.factors = options.damping, options.factors
         self._train, self._queries = train, queries
         self._ready: dict[str, Tensor] = {}
         self._scale: dict[str, Tensor] = {}
@@ -189,7 +186,7 @@ class InfluenceMatrix:
         """Blocks of training rows with all layers and queries: ``(train, values)``, values ``(L, m, len(train))``."""
         m, n = self.shape
         # Sorting a block takes about four times its size.
-        step = max(1, min(self.memory, 4 * _MEMORY) // (16 * max(m * len(self.layers), 1)))
+        step = max(1, min(self.memory, 4 * MEMORY) // (16 * max(m * len(self.layers), 1)))
         for begin in range(0, n, step):
             train = slice(begin, min(begin + step, n))
             yield train, torch.stack([self._product(name, slice(0, m), train) for name in self.layers])
@@ -258,127 +255,31 @@ class InfluenceMatrix:
         return ((values.double() - correction) / damping).float()
 
 
-class Source:
-    """One face for a store and for gradients in memory."""
+class InMemory:
+    """Influence that is there as a whole, ``{layer: (m, n)}``."""
 
-    def __init__(self, argument: str, gradients: Gradients) -> None:
-        if not isinstance(gradients, GradientStore | Mapping):
-            raise InputError(
-                f"{argument}: expected a GradientStore or {{layer: tensor}}, got {type(gradients).__name__}"
-            )
-        self.argument = argument
-        self.store = gradients if isinstance(gradients, GradientStore) else None
-        self.memory: Mapping[str, Tensor] = {} if isinstance(gradients, GradientStore) else gradients
-        self.layers = list(gradients.layers if isinstance(gradients, GradientStore) else gradients)
-        if not self.layers:
-            raise InputError(f"{argument}: has no layers")
-        for name, tensor in self.memory.items():
-            if not isinstance(tensor, Tensor) or tensor.dim() != 2:
-                raise InputError(
-                    f"{argument}: expected a tensor (rows, dim) for layer {name!r}, got {_described(tensor)}"
-                )
-        counts = {name: len(tensor) for name, tensor in self.memory.items()}
-        if len(set(counts.values())) > 1:
-            raise InputError(f"{argument}: layers disagree on the number of rows: {counts}")
-        self.rows = len(self.store) if self.store is not None else next(iter(counts.values()))
-        if self.rows == 0:
-            raise InputError(f"{argument}: has no rows")
-        self._sqnorm: dict[str, Tensor] = {}
+    def __init__(self, values: Mapping[str, Tensor], query_correct: Tensor | None = None) -> None:
+        self.query_correct = query_correct
+        self.values = {name: torch.as_tensor(value) for name, value in values.items()}
+        self.layers = list(self.values)
+        shapes = {name: tuple(value.shape) for name, value in self.values.items()}
+        if len(set(shapes.values())) != 1 or any(len(shape) != 2 or 0 in shape for shape in shapes.values()):
+            raise InputError(f"matrix: expected layers of one shape (queries, samples), got {shapes}")
+        m, n = next(iter(shapes.values()))
+        self.shape = (m, n)
 
-    @property
-    def correct(self) -> Tensor | None:
-        if self.store is None or "correct" not in self.store.columns:
-            return None
-        return self.store.column("correct").bool()
+    def __iter__(self) -> Iterator[tuple[str, slice, Tensor]]:
+        for name, value in self.values.items():
+            yield name, slice(0, self.shape[0]), value
 
-    def dim(self, name: str) -> int:
-        return self.store.dims[name] if self.store is not None else self.memory[name].shape[1]
+    def columns(self) -> Iterator[tuple[slice, Tensor]]:
+        yield slice(0, self.shape[1]), torch.stack(list(self.values.values()))
 
-    def weights(self, name: str) -> int:
-        """Number of weights of the layer, before any projection; a mapping's dim stands for itself."""
-        if self.store is None:
-            return self.dim(name)
-        out, in_ = self.store.shapes[name]
-        return out * in_
 
-    def read(self, name: str, rows: slice = slice(None)) -> Tensor:
-        if self.store is not None:
-            return self.store.read(name, rows)
-        values = self.memory[name][rows].detach().float()
-        return values
-
-    def blocks(self, name: str) -> Iterator[slice]:
-        step = self.rows if self.store is None else max(1, _BLOCK_BYTES // (4 * self.dim(name)))
-        for begin in range(0, self.rows, step):
-            yield slice(begin, min(begin + step, self.rows))
-
-    def sqnorm(self, name: str) -> Tensor:
-        """Squared norms of what is read (in a rounded store, not those that were rounded), float64 ``(rows,)``."""
-        if name not in self._sqnorm:
-            if self.store is not None and self.store.meta["dtype"] == "float32":
-                found = self.store.sqnorm(name)
-            else:
-                found = torch.cat([self.read(name, block).double().square().sum(1) for block in self.blocks(name)])
-            bad = found.isfinite().logical_not().nonzero()
-            if len(bad):
-                raise InputError(f"{self.argument}: layer {name!r} has NaN or infinity in row {int(bad[0])}")
-            self._sqnorm[name] = found
-        return self._sqnorm[name]
-
-    @property
-    def digest(self) -> str:
-        """SHA-256 of a store's manifest hashes, or of the bytes in memory."""
-        if self.store is not None:
-            return self.store.digest
-        digest = hashlib.sha256()
-        for name, tensor in self.memory.items():
-            values = tensor.detach().float().contiguous()
-            digest.update(f"{name} {tuple(values.shape)}\n".encode())
-            if values.numel():
-                digest.update(values.view(torch.uint8).numpy().data)
-        return digest.hexdigest()
-
-    def check_matches(self, other: Source) -> None:
-        """Raise unless ``other``'s gradients live in the same space as these."""
-        missing = [name for name in self.layers if name not in other.layers]
-        if missing:
-            raise StoreError(
-                f"{other.argument}: lacks layer {missing[0]!r} of {self.argument}; it has {', '.join(other.layers)}"
-            )
-        for name in self.layers:
-            if self.dim(name) != other.dim(name):
-                raise StoreError(
-                    f"{other.argument}: layer {name!r} has {other.dim(name)} numbers per row, "
-                    f"{self.argument} has {self.dim(name)}: not the same projection"
-                )
-        if self.store is None or other.store is None:
-            return
-        for key in ("model", "projection"):
-            if self.store.meta[key] != other.store.meta[key]:
-                raise StoreError(
-                    f"{other.argument}: made with another {key} than {self.argument} "
-                    f"({other.store.meta[key]} and {self.store.meta[key]})"
-                )
-        for name in self.layers:
-            mine, theirs = self.store.meta["layers"][name], other.store.meta["layers"][name]
-            if mine != theirs:
-                raise StoreError(f"{other.argument}: layer {name!r} is {theirs}, {self.argument} has {mine}")
+def as_matrix(matrix: Matrix | Mapping[str, Tensor]) -> Matrix:
+    """What a method gave as something to aggregate: ``{layer: (m, n)}`` is wrapped."""
+    return InMemory(matrix) if isinstance(matrix, Mapping) else matrix
 
 
 def _inverse_norm(sqnorm: Tensor) -> Tensor:
     return torch.where(sqnorm > 0, sqnorm.rsqrt(), 0).float()
-
-
-def chosen_layers(there: list[str], layers: Sequence[str] | None) -> list[str]:
-    if layers is None:
-        return there
-    if isinstance(layers, str):
-        raise InputError(f"layers: expected a list of names, got the string {layers!r}")
-    unknown = [name for name in layers if name not in there]
-    if unknown or not layers:
-        raise InputError(f"layers: expected some of {', '.join(there)}, got {unknown[0] if unknown else 'none'!r}")
-    return [name for name in there if name in set(layers)]
-
-
-def _described(value: Any) -> str:
-    return f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__

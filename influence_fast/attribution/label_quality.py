@@ -1,77 +1,95 @@
-"""What says of a sample's label: the model itself, like samples, a probe; and what all say together.
+"""Label-quality estimates: what the model, similar samples and a probe say of a sample's label, and all of them pooled.
 
-An opinion is of every class: log-probabilities ``(rows, classes)``, of the training samples and of the trusted queries. What
-is added to all classes of a row changes nothing, so log-odds of one class beside zeros are an opinion too.
+A class estimate is log-probabilities ``(rows, classes)``, of the training samples and of the trusted queries. What is added
+to all classes of a row changes nothing, so log-odds of one class beside zeros are an estimate too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from influence_fast.attribution.influence_matrix import chosen_layers
+from influence_fast.attribution.gradient_source import GradientSource
+from influence_fast.attribution.influence_matrix import InMemory, inner_products
+from influence_fast.attribution.method_inputs import MethodInputs, of_no_query
+from influence_fast.attribution.query_weighting import fitted_influence
+from influence_fast.attribution.registry import PROBE_FOLDS
+from influence_fast.attribution.representations import class_votes, neighbour_count
 from influence_fast.errors import InputError
 
-_ROWS = 1024
 # A probe learns no better from more.
 _PROBE_ROWS = 20_000
 _PENALTIES = (1e-4, 1e-3, 1e-2)
-FOLDS = 5
 # How far pooled weights stray from those of the model alone before the queries are seen: standard deviation.
-_STRAY = 0.3
-# Log-probability of what an opinion holds impossible.
+_PRIOR_DEVIATION = 0.3
+# Log-probability of what an estimate holds impossible.
 _LEAST = -30.0
+# Multiplications that whitening all layers may take within a pool: about a minute on two cores.
+_WHITENING = 2e12
 
 # Of the training samples and of the queries.
-Opinion = tuple[Tensor, Tensor]
+ClassEstimate = tuple[Tensor, Tensor]
 
 
-def neighbours(
-    states: Mapping[str, Tensor], labels: Sequence[int] | Tensor, k: int = 50, layers: Sequence[str] | None = None
-) -> dict[str, Tensor]:
-    """Whether a sample's nearest training samples share its label: ``{layer: (1, n)}``, from 1 (all do) to -1 (none does).
+def make_pool(inputs: MethodInputs) -> InMemory:
+    """``pool``: the model, neighbours in its last block before fine-tuning, a probe of all its blocks then, influence."""
+    asked = inputs.mislabelled_queries()
+    labels, own = (torch.tensor(part) for part in inputs.labels())
+    trusted = own[asked.rows]
+    states = [inputs.passes.hidden_states(part, "mean", base=True) for part in (inputs.samples, inputs.trusted)]
+    last = [next(reversed(part.values())) for part in states]
+    every = [torch.cat(list(part.values()), 1) for part in states]
+    train, queries = (inputs.passes.class_log_probabilities(part) for part in (inputs.samples, inputs.trusted))
+    classes, rows = train.shape[1], asked.rows
+    estimates = {
+        "model": (train, queries[rows]),
+        "neighbours": neighbour_estimate(last[0], labels, last[1][rows], neighbour_count(len(labels)), classes),
+        "probe": inputs.once("probe", lambda: probe_estimate(every[0], labels, every[1][rows], classes)),
+    }
+    fit_on = torch.arange(len(rows)) if inputs.fit_on is None else inputs.fit_on
+    if len(asked.right[fit_on].unique()) > 1:
+        source = GradientSource("train", inputs.train)
+        work = sum(source.rows * dim * min(source.rows, dim) for dim in map(source.dim, source.layers))
+        method = "trackstar" if work <= _WHITENING else "cosine"
+        matrix = inputs.once(f"mislabelled {method}", lambda: inner_products(inputs.train, asked.store, method))
+        by_layer, odds = fitted_influence(matrix, asked.right, fit_on)
+        # Of the one label that a sample or query is given, the only one whose gradient there is.
+        given = labels, torch.tensor(asked.labels)
+        found = torch.cat(list(by_layer.values())).double().sum(0), odds
+        one_hot = [
+            nn.functional.one_hot(label, classes) * odds[:, None] for label, odds in zip(given, found, strict=True)
+        ]
+        estimates["influence"] = one_hot[0], one_hot[1]
+    parts = [(train, queries[fit_on]) for train, queries in estimates.values()]
+    scores, weights = pooled(parts, labels, trusted[fit_on])
+    inputs.facts["pool_weights"] = dict(zip(estimates, weights.tolist(), strict=True))
+    return of_no_query({"pool": scores[None].float()})
 
-    Cosine similarities of centred states, negative ones counting as 0, of the ``k`` nearest others: those with the same
-    label minus those with another, over all. It needs no queries and, with states of the model before fine-tuning
-    (:func:`~influence_fast.hidden_states`, for PEFT models within ``model.disable_adapter()``), nothing that was learned
-    from the labels, so that it errs elsewhere than the loss does.
 
-    Raises:
-        InputError: unknown layer, labels of another length, k out of range.
-    """
-    given = torch.as_tensor(labels)
-    out = {}
-    for name in chosen_layers(list(states), layers):
-        votes = _votes(states[name], given, k)
-        total = votes.sum(1)
-        same = votes.gather(1, given[:, None].long())[:, 0]
-        out[name] = torch.where(total > 0, (2 * same - total) / total, 0)[None]
-    return out
-
-
-def neighbour_opinion(
-    states: Tensor, labels: Sequence[int] | Tensor, asked: Tensor, k: int = 50, classes: int | None = None
-) -> Opinion:
+def neighbour_estimate(
+    states: Tensor, labels: Sequence[int] | Tensor, queries: Tensor, k: int = 50, classes: int | None = None
+) -> ClassEstimate:
     """Shares of the classes among the ``k`` nearest training samples, as of :func:`neighbours`; a sample is not its own.
 
     Args:
-        states: float ``(n, width)`` of the training samples; ``asked`` ``(m, width)`` of the queries.
+        states: float ``(n, width)`` of the training samples; ``queries`` ``(m, width)`` those of the queries.
         labels: int ``(n,)``, classes from 0; there are ``classes`` of them, by default as many as labels say.
 
     Raises:
         InputError: labels of another length, k out of range.
     """
     given = torch.as_tensor(labels)
-    return _shares(_votes(states, given, k, classes=classes)), _shares(_votes(states, given, k, asked, classes))
+    votes = class_votes(states, given, k, classes=classes), class_votes(states, given, k, queries, classes)
+    return _log_shares(votes[0]), _log_shares(votes[1])
 
 
-def probe_opinion(
-    states: Tensor, labels: Sequence[int] | Tensor, asked: Tensor, classes: int | None = None, seed: int = 0
-) -> Opinion:
+def probe_estimate(
+    states: Tensor, labels: Sequence[int] | Tensor, queries: Tensor, classes: int | None = None, seed: int = 0
+) -> ClassEstimate:
     """Logistic regression on states (standardised, L2): of a training sample by one fitted without it, in five folds.
 
     The penalty is the one of three with the lowest loss out of fold. At most 20,000 samples are learned from.
@@ -85,62 +103,62 @@ def probe_opinion(
     from sklearn.preprocessing import StandardScaler
 
     x, y = states.float().numpy(), torch.as_tensor(labels).numpy()
-    if y.shape != (len(x),) or np.bincount(y)[np.unique(y)].min() < FOLDS:
-        raise InputError(f"labels: expected ({len(x)},), each class {FOLDS} times or more, got {y.shape}")
+    if y.shape != (len(x),) or np.bincount(y)[np.unique(y)].min() < PROBE_FOLDS:
+        raise InputError(f"labels: expected ({len(x)},), each class {PROBE_FOLDS} times or more, got {y.shape}")
     random, width = np.random.default_rng(seed), classes or int(y.max()) + 1
 
     def fitted(rows: np.ndarray, penalty: float) -> Any:
         chosen = random.permutation(rows)[:_PROBE_ROWS]
         return make_pipeline(StandardScaler(), LogisticRegression(C=penalty, max_iter=500)).fit(x[chosen], y[chosen])
 
-    def said(model: Any, rows: np.ndarray) -> np.ndarray:
+    def predicted(model: Any, rows: np.ndarray) -> np.ndarray:
         out = np.full((len(rows), width), -np.inf)
         out[:, model.classes_] = model.predict_log_proba(rows)
         return out
 
-    folds = list(StratifiedKFold(FOLDS, shuffle=True, random_state=seed).split(x, y))
+    folds = list(StratifiedKFold(PROBE_FOLDS, shuffle=True, random_state=seed).split(x, y))
     best, chosen = np.inf, _PENALTIES[0]
-    opinion = np.empty((0, width))
+    estimate = np.empty((0, width))
     for penalty in _PENALTIES:
         found = np.empty((len(x), width))
         for learned, left in folds:
-            found[left] = said(fitted(learned, penalty), x[left])
+            found[left] = predicted(fitted(learned, penalty), x[left])
         # A rare class may be missing from what was learned.
         loss = -np.maximum(found[np.arange(len(y)), y], _LEAST).mean()
         if loss < best:
-            best, chosen, opinion = loss, penalty, found
-    whole = said(fitted(np.arange(len(x)), chosen), asked.float().numpy())
-    return torch.from_numpy(opinion), torch.from_numpy(whole)
+            best, chosen, estimate = loss, penalty, found
+    whole = predicted(fitted(np.arange(len(x)), chosen), queries.float().numpy())
+    return torch.from_numpy(estimate), torch.from_numpy(whole)
 
 
 def pooled(
-    opinions: Sequence[Opinion], labels: Sequence[int] | Tensor, query_labels: Sequence[int] | Tensor
+    estimates: Sequence[ClassEstimate], labels: Sequence[int] | Tensor, query_labels: Sequence[int] | Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Log-linear pool: how probable a sample's given label is by all opinions together, lowest for the most doubtful.
+    """Log-linear pool: how probable a sample's given label is by all estimates together, lowest for the most doubtful.
 
     ``log p(class) = sum_e weight_e log p_e(class) + bias_class - log Z``. Weights and biases are fitted to the labels of
-    the trusted queries (maximum a posteriori: the first opinion alone, with a standard deviation of 0.3), so an opinion that
-    says nothing of them gets no weight, and no noise needs to be known.
+    the trusted queries (maximum a posteriori: the first estimate alone, with a standard deviation of 0.3), so an estimate
+    that tells nothing of them gets no weight, and no noise needs to be known.
 
     Args:
-        opinions: of the training samples and of the queries, the model's own first.
+        estimates: of the training samples and of the queries, the model's own first.
 
     Returns:
-        Scores float64 ``(n,)``, the log-probability of the given label, and the weights ``(opinions,)``.
+        Scores float64 ``(n,)``, the log-probability of the given label, and the weights ``(estimates,)``.
 
     Raises:
-        InputError: opinions or labels of other shapes.
+        InputError: estimates or labels of other shapes.
     """
     given, trusted = torch.as_tensor(labels).long(), torch.as_tensor(query_labels).long()
-    classes = opinions[0][0].shape[1]
-    for place, opinion in enumerate(opinions):
-        shapes = [tuple(part.shape) for part in opinion]
+    classes = estimates[0][0].shape[1]
+    for place, estimate in enumerate(estimates):
+        shapes = [tuple(part.shape) for part in estimate]
         if shapes != [(len(given), classes), (len(trusted), classes)]:
             raise InputError(
-                f"opinions: expected ({len(given)}, {classes}) and ({len(trusted)}, {classes}), number {place} has {shapes}"
+                f"estimates: expected ({len(given)}, {classes}) and ({len(trusted)}, {classes}), number {place} has {shapes}"
             )
-    train, queries = (torch.stack([o[side].double().clamp_min(_LEAST) for o in opinions], -1) for side in (0, 1))
-    prior = torch.zeros(len(opinions), dtype=torch.float64)
+    train, queries = (torch.stack([both[side].double().clamp_min(_LEAST) for both in estimates], -1) for side in (0, 1))
+    prior = torch.zeros(len(estimates), dtype=torch.float64)
     prior[0] = 1
     weights, bias = prior.clone().requires_grad_(), torch.zeros(classes, dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.LBFGS([weights, bias], max_iter=200, line_search_fn="strong_wolfe")
@@ -149,7 +167,7 @@ def pooled(
         optimizer.zero_grad()
         stray = (weights - prior).square().sum() + bias.square().sum()
         loss = nn.functional.cross_entropy(queries @ weights + bias, trusted, reduction="sum")
-        loss = loss + stray / (2 * _STRAY**2)
+        loss = loss + stray / (2 * _PRIOR_DEVIATION**2)
         loss.backward()
         return loss
 
@@ -159,25 +177,6 @@ def pooled(
     return scores, weights.detach()
 
 
-def _votes(states: Tensor, labels: Tensor, k: int, asked: Tensor | None = None, classes: int | None = None) -> Tensor:
-    """Similarity of the ``k`` nearest rows of ``states``, summed by class: ``(rows asked, classes)``."""
-    n = len(states)
-    if labels.shape != (n,) or not 1 <= k < n:
-        raise InputError(f"labels, k: expected ({n},) and 1 to {n - 1}, got {tuple(labels.shape)} and {k!r}")
-    mean = states.float().mean(0)
-    unit = nn.functional.normalize(states.float() - mean, dim=1)
-    rows = unit if asked is None else nn.functional.normalize(asked.float() - mean, dim=1)
-    votes = torch.zeros(len(rows), classes or int(labels.max()) + 1)
-    for begin in range(0, len(rows), _ROWS):
-        part = slice(begin, min(begin + _ROWS, len(rows)))
-        similarity = rows[part] @ unit.T
-        if asked is None:
-            similarity[torch.arange(len(similarity)), torch.arange(part.start, part.stop)] = -2
-        near = similarity.topk(k, dim=1)
-        votes[part].scatter_add_(1, labels[near.indices].long(), near.values.clamp_min(0))
-    return votes
-
-
-def _shares(votes: Tensor) -> Tensor:
+def _log_shares(votes: Tensor) -> Tensor:
     """Log of shares, a hundredth of a vote more for each class, so that none is impossible."""
     return ((votes + 0.01) / (votes.sum(1, keepdim=True) + 0.01 * votes.shape[1])).log()

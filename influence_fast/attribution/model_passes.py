@@ -1,9 +1,11 @@
-"""What some methods need beside gradients, each in one pass over a data set: hidden states, the gradients of words,
-Kronecker factors of the curvature."""
+"""What methods need beside gradients: hidden states, predictions, gradients of words, Kronecker factors.
+
+Each is one pass of the model over a set of samples, and :class:`ModelPasses` makes each once however many methods ask.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -16,11 +18,100 @@ from influence_fast.data.batching import IGNORED, batches, checked_rows, collate
 from influence_fast.errors import InputError
 from influence_fast.gradients import losses
 from influence_fast.gradients.layers import layer_shape, named_layers, select_layers
-from influence_fast.gradients.model_state import as_evaluated
+from influence_fast.gradients.model_state import as_evaluated, before_fine_tuning, is_adapted
 
 POOLING = ("last", "mean", "first")
 _LARGEST_FACTOR = 8192
 Rows = Sequence[Mapping[str, Any]]
+
+
+class ModelPasses:
+    """Passes of one model over sets of samples, each made once and kept, whichever methods ask for it.
+
+    Args:
+        model: the model.
+        rows: what turns a set of samples into rows for the model.
+        needs: what will be asked for, of ``registry.NEEDS``: hidden states and predictions that are both needed come out of
+            one pass.
+        batch_tokens, progress: as of :func:`~influence_fast.build_store`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        rows: Callable[[Any], Rows],
+        needs: Collection[str] = (),
+        batch_tokens: int | str = "auto",
+        progress: bool = True,
+    ) -> None:
+        self._model, self._rows, self._needs = model, rows, frozenset(needs)
+        self._settings: dict[str, Any] = {"batch_tokens": batch_tokens, "progress": progress}
+        # Keyed by the set of samples itself, which is held so that its identity stays its own.
+        self._found: dict[tuple[int, str], Any] = {}
+        self._held: dict[int, Any] = {}
+        self._selections: dict[int, tuple[Any, Tensor]] = {}
+
+    def of_model(self, model: nn.Module) -> ModelPasses:
+        """Passes of another model, such as an earlier checkpoint, over the same kind of rows; none is made yet."""
+        return ModelPasses(model, self._rows, self._needs, **self._settings)
+
+    def share(self, part: Any, whole: Any, rows: Sequence[int]) -> None:
+        """``part`` has the inputs of these rows of ``whole``, with other labels: what inputs alone decide is shared."""
+        self._held[id(part)] = part
+        self._selections[id(part)] = whole, torch.tensor(rows)
+
+    def hidden_states(self, samples: Any, pooling: str = "mean", base: bool = False) -> dict[str, Tensor]:
+        """:func:`~influence_fast.hidden_states`; with ``base`` of the model before fine-tuning."""
+        if id(samples) in self._selections:
+            whole, rows = self._selections[id(samples)]
+            return {name: states[rows] for name, states in self.hidden_states(whole, pooling, base).items()}
+        adapted = base and is_adapted(self._model)
+        key = f"{'base ' if adapted else ''}states {pooling}"
+
+        def run() -> dict[str, Tensor]:
+            if adapted:
+                with before_fine_tuning(self._model):
+                    return hidden_states(self._model, self._rows(samples), pooling, **self._settings)
+            both = "predictions" in self._needs and (id(samples), "predictions") not in self._found
+            found = _forward(self._model, self._rows(samples), pooling, both, **self._settings)
+            if both:
+                self._found[id(samples), "predictions"] = found.log_probabilities
+            return found.states
+
+        return self._once(samples, key, run)
+
+    def class_log_probabilities(self, samples: Any) -> Tensor:
+        """Log-probabilities of the classes by a classifier: float32 ``(n, classes)``."""
+        if id(samples) in self._selections:
+            whole, rows = self._selections[id(samples)]
+            return self.class_log_probabilities(whole)[rows]
+        states = "hidden states" in self._needs or ("base states" in self._needs and not is_adapted(self._model))
+        if states and (id(samples), "predictions") not in self._found:
+            self.hidden_states(samples)
+        return self._once(
+            samples,
+            "predictions",
+            lambda: class_log_probabilities(self._model, self._rows(samples), **self._settings),
+        )
+
+    def word_gradients(self, samples: Any) -> WordGradients:
+        """:func:`~influence_fast.word_gradients`."""
+        return self._once(samples, "words", lambda: word_gradients(self._model, self._rows(samples), **self._settings))
+
+    def kronecker_factors(self, samples: Any, layers: Sequence[str]) -> dict[str, tuple[Tensor, Tensor]]:
+        """:func:`~influence_fast.kronecker_factors`."""
+        return self._once(
+            samples,
+            f"factors {' '.join(layers)}",
+            lambda: kronecker_factors(self._model, self._rows(samples), layers, **self._settings),
+        )
+
+    def _once(self, samples: Any, what: str, run: Callable[[], Any]) -> Any:
+        self._held[id(samples)] = samples
+        key = id(samples), what
+        if key not in self._found:
+            self._found[key] = run()
+        return self._found[key]
 
 
 def hidden_states(
@@ -43,33 +134,58 @@ def hidden_states(
     """
     if pooling not in POOLING:
         raise InputError(f"pooling: expected one of {', '.join(POOLING)}, got {pooling!r}")
-    found: list[tuple[list[int], list[Tensor]]] = []
-    for chosen, batch in _batches(model, dataset, batch_tokens, progress, "hidden states"):
-        with torch.no_grad():
-            inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
-            states = getattr(model(**inputs, output_hidden_states=True), "hidden_states", None)
-        if states is None:
-            raise InputError(f"model: {type(model).__name__} returns no hidden states")
-        found.append((chosen, [_pooled(state, batch["attention_mask"], pooling).float().cpu() for state in states]))
-    order = torch.tensor([row for chosen, _ in found for row in chosen])
-    out = {}
-    for place, parts in enumerate(zip(*(states for _, states in found), strict=True)):
-        out["embedding" if place == 0 else f"block {place - 1}"] = torch.empty_like(torch.cat(parts))
-        out[next(reversed(out))][order] = torch.cat(parts)
-    return out
+    return _forward(model, dataset, pooling, False, batch_tokens, progress).states
 
 
-def class_opinion(
+def class_log_probabilities(
     model: nn.Module, dataset: Rows, *, batch_tokens: int | str = "auto", progress: bool = True
 ) -> Tensor:
-    """Log-probabilities of the classes by a classifier: float32 ``(n, classes)``."""
-    found: list[Tensor] = []
+    """Log-probabilities of the classes by a classifier: float32 ``(n, classes)``.
+
+    Raises:
+        InputError: bad rows.
+    """
+    return _forward(model, dataset, None, True, batch_tokens, progress).log_probabilities
+
+
+@dataclass(frozen=True)
+class _Forward:
+    """What one pass without gradients gave."""
+
+    states: dict[str, Tensor]
+    log_probabilities: Tensor
+
+
+def _forward(
+    model: nn.Module,
+    dataset: Rows,
+    pooling: str | None,
+    predictions: bool,
+    batch_tokens: int | str = "auto",
+    progress: bool = True,
+) -> _Forward:
+    """Pooled hidden states, where ``pooling`` says how, and class log-probabilities, in data-set order."""
     order: list[int] = []
-    for chosen, batch in _batches(model, dataset, batch_tokens, progress, "predictions"):
-        with torch.no_grad():
-            found.append(losses.logits(model, batch).float().log_softmax(1).cpu())
+    states: list[list[Tensor]] = []
+    classes: list[Tensor] = []
+    what = " and ".join(["hidden states"] * (pooling is not None) + ["predictions"] * predictions)
+    for chosen, batch in _batches(model, dataset, batch_tokens, progress, what):
         order += chosen
-    return torch.cat(found)[torch.tensor(order).argsort()]
+        with torch.no_grad():
+            inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+            output = model(**inputs, **({"output_hidden_states": True} if pooling else {}))
+        if pooling is not None:
+            found = getattr(output, "hidden_states", None)
+            if found is None:
+                raise InputError(f"model: {type(model).__name__} returns no hidden states")
+            states.append([_pooled(state, batch["attention_mask"], pooling).float().cpu() for state in found])
+        if predictions:
+            logits = output if isinstance(output, Tensor) else output.logits
+            classes.append(logits.float().log_softmax(1).cpu())
+    place = torch.tensor(order).argsort()
+    names = ["embedding", *(f"block {block}" for block in range(len(states[0]) - 1))] if states else []
+    pooled = {name: torch.cat(parts)[place] for name, *parts in zip(names, *states, strict=True)}
+    return _Forward(pooled, torch.cat(classes)[place] if classes else torch.empty(0))
 
 
 @dataclass(frozen=True)

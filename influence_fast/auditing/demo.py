@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from influence_fast.auditing.run import AuditResult, audit
+import influence_fast as inf
 from influence_fast.errors import InputError
+
+if TYPE_CHECKING:
+    from influence_fast.auditing.result import AuditResult
 
 FLIPPED = 0.2
 _QUERIES = 240
@@ -66,7 +69,7 @@ def run_demo(out: str | Path, *, samples: int = 1200, seed: int = 0, progress: b
         torch.manual_seed(seed)
         model = _model()
         _fit(model, train, progress)
-    return audit(
+    return inf.audit(
         model,
         train,
         rows[samples:],

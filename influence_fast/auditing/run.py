@@ -2,147 +2,46 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import re
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from influence_fast.attribution.aggregation import METHODS as AGGREGATIONS
-from influence_fast.attribution.aggregation import order
-from influence_fast.attribution.influence_matrix import METHODS as GRADIENT_METHODS
+from influence_fast._files import atomic_write
+from influence_fast.attribution.influence import make_influence
+from influence_fast.attribution.influence_matrix import METHODS as INNER_PRODUCTS
 from influence_fast.attribution.influence_matrix import InfluenceMatrix
-from influence_fast.attribution.label_quality import FOLDS
-from influence_fast.attribution.method_inputs import METHODS, NEED_CLASSES, Sources
+from influence_fast.attribution.method_inputs import AuditInputs, MethodInputs
+from influence_fast.attribution.model_passes import ModelPasses
+from influence_fast.attribution.registry import NEEDS, PROBE_FOLDS, get_method
+from influence_fast.auditing.config import AuditConfig, RankingPlan
+from influence_fast.auditing.report.page import write_report
+from influence_fast.auditing.report.table import scores_csv
+from influence_fast.auditing.result import AuditResult
 from influence_fast.auditing.self_check import ROWS, plant, self_check
 from influence_fast.data.batching import checked_rows
 from influence_fast.data.loading import read_table
 from influence_fast.data.models import load_model
-from influence_fast.data.samples import TASKS, Columns, Samples, prepare, task_of
+from influence_fast.data.samples import Samples, prepare, task_of
 from influence_fast.errors import InputError
-from influence_fast.evaluation.comparison import Evaluation, aggregated, baselines, compare
-from influence_fast.gradients.build import build_store
+from influence_fast.evaluation.comparison import RankingKey
+from influence_fast.evaluation.rankings import aggregated, baselines
+from influence_fast.gradients.build import build_from
 from influence_fast.gradients.layers import block_of, layer_groups, named_layers, select_layers
-from influence_fast.gradients.store import DTYPES
-from influence_fast.ops.projections import Projection
+from influence_fast.gradients.settings import BuildSettings
+from influence_fast.gradients.store import GradientStore
 
 _MOST_BLOCKS = 48
 # Hidden states of the training set that an audit holds unless asked to: 200,000 samples of a MiniLM, 50,000 of a BERT-base.
 _POOL_BYTES = 4 << 30
-_LIKED = ("rank-c", "rank", "mean")
-
-
-@dataclass
-class AuditConfig:
-    """Everything that an audit depends on; ``config.json`` holds it and replays the run."""
-
-    model: str
-    train: str
-    queries: str
-    text_column: str = "text"
-    label_column: str = "label"
-    noise_column: str | None = None
-    answer_column: str | None = None
-    task: str = "auto"
-    layers: str | None = None
-    projection: str = "identity"
-    methods: list[str] | None = None
-    aggregations: list[str] | None = None
-    rank_by: str | None = None
-    fraction: float = 0.2
-    dtype: str = "float32"
-    precision: str | None = None
-    batch_tokens: int | str = "auto"
-    truncate: bool = False
-    seed: int = 0
-    self_check: float | None = None
-    checkpoints: list[str] | None = None
-
-    def check(self) -> None:
-        """Raise InputError for what can be wrong before anything is read."""
-        if self.task not in TASKS:
-            raise InputError(f"task: expected one of {', '.join(TASKS)}, got {self.task!r}")
-        for name, given, known in (
-            ("methods", self.methods or [], METHODS),
-            ("aggregations", self.aggregations or [], AGGREGATIONS),
-        ):
-            unknown = [value for value in given if value not in known]
-            if unknown:
-                raise InputError(f"{name}: expected some of {', '.join(known)}, got {unknown[0]!r}")
-        if self.methods == []:
-            raise InputError("methods: expected at least one")
-        if self.checkpoints and self.self_check is None:
-            raise InputError("checkpoints: the self-check compares them; give self_check too")
-        if self.dtype not in DTYPES:
-            raise InputError(f"dtype: expected one of {', '.join(DTYPES)}, got {self.dtype!r}")
-        Projection.parse(self.projection)
-
-
-@dataclass
-class AuditResult:
-    """What an audit found. Scores are lowest for the most harmful sample, everywhere.
-
-    Attributes:
-        ids, texts, labels, noise: of the training samples; ``noise`` is a boolean ``(n,)`` or None.
-        groups: layer group -> layers.
-        scores: method -> group -> aggregation -> float64 ``(n,)``.
-        baselines: ``random``, ``loss`` (highest loss first) and ``self-influence`` (largest ``|g|^2`` first).
-        main: the method, group and aggregation that rank ``scores.csv``.
-        facts: sizes, times and counts that the report states.
-    """
-
-    ids: Sequence[int | str]
-    texts: list[str] | None
-    labels: list[Any] | None
-    noise: Tensor | None
-    groups: dict[str, list[str]]
-    scores: dict[str, dict[str, dict[str, Tensor]]]
-    baselines: dict[str, Tensor]
-    main: tuple[str, str, str]
-    config: dict[str, Any]
-    facts: dict[str, Any]
-
-    @property
-    def ranking(self) -> Tensor:
-        """Row numbers, most harmful first; votes that tie are ordered by rank, then by row."""
-        method, group, aggregation = self.main
-        found = self.scores[method][group]
-        base, _, correct = aggregation.partition("-")
-        tie = found.get("rank" + (f"-{correct}" if correct else "")) if base == "vote" else None
-        return order(found[aggregation], tie)
-
-    def rankings(self) -> Iterator[tuple[str, str, str, Tensor]]:
-        """``(method, group, aggregation, scores)`` of everything; baselines come first, with empty group and aggregation."""
-        for name, scores in self.baselines.items():
-            yield name, "", "", scores
-        for method, groups in self.scores.items():
-            for group, aggregations in groups.items():
-                for aggregation, scores in aggregations.items():
-                    yield method, group, aggregation, scores
-
-    def compare(self, levels: Sequence[float] = (0.1, 0.2, 0.3)) -> Evaluation:
-        """Every ranking measured against ``noise``, which must be known: :func:`~influence_fast.compare`."""
-        if self.noise is None:
-            raise InputError("noise: this audit does not know which samples are noisy")
-        return compare({(m, group, a): scores for m, group, a, scores in self.rankings()}, self.noise, levels=levels)
-
-    def evaluate(self, at: float = 0.3) -> list[dict[str, Any]]:
-        """One row of metrics per ranking, as of :meth:`compare`, with ``ndr`` and ``precision`` at one level."""
-        name = f"{100 * at:g}"
-        return [
-            {**row, "ndr": row[f"ndr@{name}"], "precision": row[f"precision@{name}"]}
-            for row in self.compare(sorted({0.1, 0.2, 0.3, at})).rows
-        ]
 
 
 def audit(
@@ -164,129 +63,149 @@ def audit(
             memory. Rows with ``input_ids`` and ``labels`` are used as they are.
         out: folder for ``scores.csv``, ``report.html``, ``config.json`` and the gradient stores, kept so that the same
             audit goes on where it stopped; without it nothing is kept.
-        settings: the other fields of :class:`AuditConfig`.
+        settings: as of the command line, with underscores: ``text_column``, ``label_column``, ``answer_column``,
+            ``noise_column``, ``task``, ``layers``, ``projection``, ``methods``, ``aggregations``, ``rank_by``, ``fraction``,
+            ``dtype``, ``precision``, ``batch_tokens``, ``truncate``, ``seed``, ``self_check``, ``checkpoints``.
 
     Raises:
         InputError: anything wrong with settings or data, found before the first gradient is taken.
     """
-    try:
-        config = AuditConfig(_named(model), _named(train), _named(queries), **settings)
-    except TypeError as error:
-        raise InputError(f"audit: {error}") from None
-    config.check()
+    config = AuditConfig.from_options(_named(model), _named(train), _named(queries), settings)
     network, tokenizer = (model, tokenizer) if isinstance(model, nn.Module) else load_model(model, config.task)
     rows = {name: _rows(name, value) for name, value in (("train", train), ("queries", queries))}
     task = task_of(config.task, network, rows["train"])
-    columns = Columns(config.text_column, config.label_column, config.answer_column)
-    samples = prepare("train", rows["train"], replace(columns, noise=config.noise_column), task, network, tokenizer)
-    trusted = prepare("queries", rows["queries"], columns, task, network, tokenizer)
-    if task == "classification" and len({row["labels"] for row in samples.rows}) < 2:
-        raise InputError(f"train: all {len(samples.rows)} samples have one class; influence needs at least two")
-    for part in (samples, trusted):
-        checked_rows(network, part.rows, task, part.ids, config.truncate)
-    if config.self_check is not None:
-        plant(samples.rows[:ROWS], config.self_check, config.seed)
-    if config.methods is None:
-        config = replace(config, methods=_default_methods(network, task, samples))
-    methods = config.methods or []
-    needy = [method for method in methods if method in NEED_CLASSES]
-    if needy and task != "classification":
-        raise InputError(f"methods: {needy[0]} compares classes, and this model has none")
-    if "ekfac" in methods and config.projection != "identity":
-        raise InputError(f"methods: ekfac needs whole gradients, projection identity, got {config.projection}")
+    samples = prepare("train", rows["train"], config.columns, task, network, tokenizer)
+    trusted = prepare("queries", rows["queries"], replace(config.columns, noise=None), task, network, tokenizer)
+    _check(config, network, task, samples, trusted)
+    methods = config.methods or _default_methods(network, task, samples)
+    config = replace(config, methods=methods)
     layers = select_layers(network, config.layers or default_layers(network))
-    groups = groups_of(network, layers)
-    main = _main(config, groups, task == "classification")
+    plan = _plan(config, methods, groups_of(network, layers), classification=task == "classification")
     for path in config.checkpoints or []:
         lacking = set(layers) - set(named_layers(load_model(path, config.task)[0]))
         if lacking:
             raise InputError(f"checkpoints: {path} lacks layer {min(lacking)!r} of the model")
+    build = replace(config.build, layers=layers, loss=task)
     with _folder(out, config) as folder:
         times: dict[str, float] = {}
         stores = {}
         for name, part in (("train", samples), ("queries", trusted)):
             with _timed(times, f"gradients of {name}"):
-                stores[name] = build_store(
-                    folder / "stores" / name,
-                    network,
-                    part.rows,
-                    layers,
-                    config.projection,
-                    loss=task,
-                    batch_tokens=config.batch_tokens,
-                    dtype=config.dtype,
-                    precision=config.precision,
-                    truncate=config.truncate,
-                    ids=part.ids,
-                    progress=progress,
-                )
-        sources = Sources(network, samples, trusted, stores["train"], stores["queries"], folder, config, task, progress)
-        result = _score(sources, config, groups, main, times)
+                at = folder / "stores" / name
+                stores[name] = build_from(at, network, part.rows, build, ids=part.ids, progress=progress)
+        inputs = method_inputs(
+            network, samples, trusted, stores["train"], stores["queries"], folder, build, methods, progress
+        )
+        # Without predictions no query counts as correct.
+        if "correct" not in stores["queries"].columns:
+            plan = replace(plan, aggregations=config.aggregations or ["mean", "rank", "vote"])
+        result = _score(inputs, stores["train"], config, plan, times)
         result.texts, result.labels, result.noise = samples.texts, samples.labels, samples.noise
         result.facts["task"] = task
         if config.self_check is not None:
             with _timed(times, "self-check"):
                 result.facts["self_check"] = self_check(
-                    sources,
-                    config,
-                    methods,
-                    _aggregations(config, "correct" in stores["queries"].columns),
-                    groups,
-                    main,
-                    result.scores[main[0]][main[1]][main[2]],
+                    inputs,
+                    plan,
+                    result.rankings[plan.main],
                     share=config.self_check,
-                    fraction=config.fraction,
                     seed=config.seed,
                     folder=folder / "stores" / "self-check",
                     checkpoints=config.checkpoints or [],
                 )
         if out is not None:
-            from influence_fast.auditing.report import write_report
-
             with _timed(times, "report"):
-                _write(folder / "scores.csv", _scores_csv(result))
+                atomic_write(folder / "scores.csv", scores_csv(result))
                 write_report(folder / "report.html", result)
     return result
 
 
+def method_inputs(
+    model: nn.Module,
+    samples: Samples,
+    trusted: Samples,
+    train: GradientStore,
+    queries: GradientStore,
+    folder: Path,
+    build: BuildSettings,
+    methods: Sequence[str],
+    progress: bool = True,
+) -> MethodInputs:
+    """What the methods are computed from; the passes are told beforehand what all of them need."""
+    task = str(build.loss)
+
+    def rows(part: Samples) -> Any:
+        return checked_rows(model, part.rows, task, part.ids, build.truncate)[0]
+
+    needs = set().union(*(get_method(name).needs for name in methods))
+    passes = ModelPasses(model, rows, needs, build.batch_tokens, progress)
+    audit = AuditInputs(model, samples, trusted, folder, build, task, passes, progress)
+    return MethodInputs(train, queries, audit=audit)
+
+
+def _check(config: AuditConfig, model: nn.Module, task: str, samples: Samples, trusted: Samples) -> None:
+    """Raise InputError for what can be wrong before the first gradient."""
+    if task == "classification" and len({row["labels"] for row in samples.rows}) < 2:
+        raise InputError(f"train: all {len(samples.rows)} samples have one class; influence needs at least two")
+    for part in (samples, trusted):
+        checked_rows(model, part.rows, task, part.ids, config.build.truncate)
+    if config.self_check is not None:
+        plant(samples.rows[:ROWS], config.self_check, config.seed)
+    for method in map(get_method, config.methods or ()):
+        if "classes" in method.needs and task != "classification":
+            raise InputError(f"methods: {method.name} needs {NEEDS['classes']}, and this model has none")
+        if "whole gradients" in method.needs and config.build.projection.kind != "identity":
+            raise InputError(f"methods: {method.name} needs {NEEDS['whole gradients']}, got {config.build.projection}")
+
+
+def _plan(
+    config: AuditConfig, methods: Sequence[str], groups: dict[str, list[str]], classification: bool
+) -> RankingPlan:
+    aggregations = config.aggregations or (["mean", "rank-c", "vote-c"] if classification else ["mean", "rank", "vote"])
+    if config.rank_by is None:
+        method = next((name for name in ("pool", "cosine") if name in methods), methods[0])
+        preferred = [a for a in (("mean",) if method == "pool" else ("rank-c", "rank")) if a in aggregations]
+        main = RankingKey(method, "all", (preferred or list(aggregations))[0])
+        return RankingPlan(methods, aggregations, groups, main, config.fraction)
+    parts = config.rank_by.split(":")
+    choices = (methods, list(groups), aggregations)
+    if len(parts) != 3 or any(part not in choice for part, choice in zip(parts, choices, strict=True)):
+        raise InputError(
+            f"rank_by: expected METHOD:GROUP:AGGREGATION from {', '.join(choices[0])}; {', '.join(choices[1])}; "
+            f"{', '.join(choices[2])}, got {config.rank_by!r}"
+        )
+    return RankingPlan(methods, aggregations, groups, RankingKey(*parts), config.fraction)
+
+
 def _score(
-    sources: Sources,
-    config: AuditConfig,
-    groups: dict[str, list[str]],
-    main: tuple[str, str, str],
-    times: dict[str, float],
+    inputs: MethodInputs, train: GradientStore, config: AuditConfig, plan: RankingPlan, times: dict[str, float]
 ) -> AuditResult:
     """Influence, aggregations and baselines."""
-    train, queries = sources.train, sources.queries
-    knows = "correct" in queries.columns
-    aggregations = _aggregations(config, knows)
-    scores: dict[str, dict[str, dict[str, Tensor]]] = {}
+    rankings = {RankingKey(name): scores for name, scores in baselines(train, config.seed).items()}
     zeros: dict[str, tuple[int, int]] = {}
-    for method in config.methods or []:
+    for method in plan.methods:
         with _timed(times, method):
-            matrix = sources.matrix(method)
-            scores[method] = {}
-            for group, aggregation, values in aggregated(matrix, aggregations, groups, config.fraction):
-                scores[method].setdefault(group, {})[aggregation] = values
-            if isinstance(matrix, InfluenceMatrix) and method in GRADIENT_METHODS:
+            matrix = make_influence(method, inputs)
+            for group, aggregation, scores in aggregated(matrix, plan.aggregations, plan.groups, plan.fraction):
+                rankings[RankingKey(method, group, aggregation)] = scores
+            if isinstance(matrix, InfluenceMatrix) and method in INNER_PRODUCTS:
                 zeros = matrix.zero_norms
     facts: dict[str, Any] = {
         "samples": len(train),
-        "queries": len(queries),
+        "queries": len(inputs.trusted.rows),
         "layers": len(train.layers),
         "numbers_per_sample": sum(train.dims.values()),
         "bytes": sum(shard["bytes"] for shard in train.meta["shards"]),
         "zero_gradients": sum(count for count, _ in zeros.values()),
         "seconds": times,
+        **inputs.facts,
     }
-    if sources.pool_weights:
-        facts["pool_weights"] = sources.pool_weights
-    if knows:
-        facts["queries_correct"] = int(queries.column("correct").sum())
+    if inputs.correct is not None:
+        facts["queries_correct"] = int(inputs.correct.sum())
     if "correct" in train.columns:
         facts["train_accuracy"] = float(train.column("correct").double().mean())
-    found = baselines(train, config.seed)
-    return AuditResult(list(train.ids), None, None, None, groups, scores, found, main, config.__dict__, facts)
+    groups = {name: list(layers) for name, layers in plan.groups.items()}
+    return AuditResult(list(train.ids), None, None, None, groups, rankings, plan.main, config.document(), facts)
 
 
 def groups_of(model: nn.Module, layers: list[str]) -> dict[str, list[str]]:
@@ -297,13 +216,6 @@ def groups_of(model: nn.Module, layers: list[str]) -> dict[str, list[str]]:
         if (block := block_of(name)) is not None:
             blocks.setdefault(f"block {block}", []).append(name)
     return groups if not 1 < len(blocks) <= _MOST_BLOCKS else {**groups, **blocks}
-
-
-def _rows(argument: str, value: str | Path | Sequence[Mapping[str, Any]]) -> Any:
-    rows = read_table(argument, str(value)) if isinstance(value, str | Path) else value
-    if len(rows) == 0:
-        raise InputError(f"{argument}: {_named(value)} has no rows")
-    return rows
 
 
 def default_layers(model: nn.Module) -> str | list[str]:
@@ -322,29 +234,14 @@ def _default_methods(model: nn.Module, task: str, samples: Samples) -> list[str]
     if 2 * 4 * len(samples.rows) * width * (blocks + 1) > _POOL_BYTES:
         return methods
     rarest = min(Counter(row["labels"] for row in samples.rows).values())
-    return [*methods, "pool"] if rarest >= FOLDS else methods
+    return [*methods, "pool"] if rarest >= PROBE_FOLDS else methods
 
 
-def _aggregations(config: AuditConfig, knows: bool) -> list[str]:
-    """Those asked for, or the paper's; without predictions no query counts as correct."""
-    return config.aggregations or (["mean", "rank-c", "vote-c"] if knows else ["mean", "rank", "vote"])
-
-
-def _main(config: AuditConfig, groups: Mapping[str, Any], knows: bool) -> tuple[str, str, str]:
-    aggregations = _aggregations(config, knows)
-    methods = config.methods or []
-    if config.rank_by is None:
-        method = next((m for m in ("pool", "cosine") if m in methods), methods[0])
-        preferred = [a for a in (("mean",) if method == "pool" else ("rank-c", "rank")) if a in aggregations]
-        return method, "all", (preferred or aggregations)[0]
-    parts = config.rank_by.split(":")
-    choices = (methods, list(groups), aggregations)
-    if len(parts) != 3 or any(part not in choice for part, choice in zip(parts, choices, strict=True)):
-        raise InputError(
-            f"rank_by: expected METHOD:GROUP:AGGREGATION from {', '.join(choices[0])}; {', '.join(choices[1])}; "
-            f"{', '.join(choices[2])}, got {config.rank_by!r}"
-        )
-    return parts[0], parts[1], parts[2]
+def _rows(argument: str, value: str | Path | Sequence[Mapping[str, Any]]) -> Any:
+    rows = read_table(argument, str(value)) if isinstance(value, str | Path) else value
+    if len(rows) == 0:
+        raise InputError(f"{argument}: {_named(value)} has no rows")
+    return rows
 
 
 @contextmanager
@@ -354,12 +251,14 @@ def _folder(out: str | Path | None, config: AuditConfig) -> Iterator[Path]:
             yield Path(scratch)
         return
     folder = Path(out)
-    text = json.dumps(config.__dict__, indent=1) + "\n"
+    text = json.dumps(config.document(), indent=1) + "\n"
     earlier = folder / "config.json"
-    if folder.exists() and any(folder.iterdir()) and not (earlier.exists() and earlier.read_text() == text):
+    same = earlier.exists() and earlier.read_text(encoding="utf-8") == text
+    others = [file for file in folder.iterdir() if file.name != "config.json.part"] if folder.exists() else []
+    if others and not same:
         raise InputError(f"out: {folder} holds something else than this very audit; choose a new folder")
     folder.mkdir(parents=True, exist_ok=True)
-    _write(earlier, text)
+    atomic_write(earlier, text)
     yield folder
 
 
@@ -368,52 +267,6 @@ def _timed(times: dict[str, float], name: str) -> Iterator[None]:
     begin = time.perf_counter()
     yield
     times[name] = time.perf_counter() - begin
-
-
-def _scores_csv(result: AuditResult) -> str:
-    method, _, aggregation = result.main
-    ranking = result.ranking
-    place = torch.empty_like(ranking)
-    place[ranking] = torch.arange(len(ranking))
-    main = result.scores[method][result.main[1]][aggregation]
-    columns: dict[str, Callable[[int], Any]] = {
-        "id": lambda i: result.ids[i],
-        "score": lambda i: repr(float(main[i])),
-        "rank": lambda i: int(place[i]),
-    }
-    for name, values in (("label", result.labels), ("noise", result.noise)):
-        if values is not None:
-            columns[name] = lambda i, values=values: int(values[i])  # type: ignore[misc]
-    columns["loss"] = lambda i: repr(float(-result.baselines["loss"][i]))
-    columns["self_influence"] = lambda i: repr(float(-result.baselines["self-influence"][i]))
-    if not set(result.groups) & set(result.scores[method]) - {"all"}:
-        # It has none of the model's layers: beside it those of influence.
-        method, aggregation = next(
-            (
-                (m, a)
-                for m in ("cosine", *result.scores)
-                for a in _LIKED
-                if a in result.scores.get(m, {}).get("all", {})
-            ),
-            (method, aggregation),
-        )
-    for group, found in result.scores[method].items():
-        values = found[aggregation]
-        columns[f"{method} {aggregation}: {group}"] = lambda i, values=values: repr(float(values[i]))  # type: ignore[misc]
-    if result.texts is not None:
-        texts = result.texts
-        columns["text"] = lambda i: texts[i]
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(columns)
-    writer.writerows([column(i) for column in columns.values()] for i in range(len(result.ids)))
-    return text.getvalue()
-
-
-def _write(path: Path, text: str) -> None:
-    part = path.with_name(path.name + ".part")
-    part.write_text(text)
-    part.rename(path)
 
 
 def _named(value: Any) -> str:

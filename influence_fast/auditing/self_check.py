@@ -9,31 +9,39 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from influence_fast import ops
-from influence_fast.attribution.aggregation import Matrix, aggregate
-from influence_fast.attribution.influence_matrix import influence
-from influence_fast.attribution.method_inputs import FITTED_TO_QUERIES, Settings, Sources
-from influence_fast.data import label_noise as noise
+from influence_fast.attribution.aggregation import aggregate
+from influence_fast.attribution.exact_influence import METHODS, exact_influence, factor_bytes
+from influence_fast.attribution.influence import make_influence
+from influence_fast.attribution.influence_matrix import Matrix, inner_products
+from influence_fast.attribution.method_inputs import AuditInputs, MethodInputs
+from influence_fast.attribution.registry import get_method
+from influence_fast.auditing.config import RankingPlan
+from influence_fast.data import label_noise
 from influence_fast.data.batching import IGNORED
 from influence_fast.data.models import load_model
 from influence_fast.data.samples import Samples
-from influence_fast.errors import InputError
-from influence_fast.evaluation.comparison import aggregated, compare, ndr_auc
-from influence_fast.gradients.build import build_store
+from influence_fast.errors import InfluenceError, InputError
+from influence_fast.evaluation.comparison import RankingKey, compare
+from influence_fast.evaluation.metrics import ndr_auc
+from influence_fast.evaluation.rankings import aggregated
+from influence_fast.gradients.build import build_from
+from influence_fast.gradients.settings import BuildSettings
 from influence_fast.gradients.store import GradientStore
-from influence_fast.ops.projections import Projection
+from influence_fast.search.influence_index import InfluenceIndex
 
 FRACTIONS = (0.1, 0.2, 0.3)
 DROP = 0.3
 ROWS = 4096
-_EXACT_ROWS, _EXACT_QUERIES, _EXACT_BYTES = 256, 64, 1 << 30
+_EXACT_ROWS, _EXACT_QUERIES, _LEAST_EXACT, _LEAST_QUERIES = 256, 64, 32, 4
+# Inputs and output gradients of the queries that are held while exact scores are taken; gradients that are indexed.
+_HELD_BYTES, _INDEXED_BYTES = 1 << 30, 1 << 30
 _REPEATS = 5
-Choice = tuple[str, str, str, float, bool]
 
 
 def plant(rows: Sequence[Mapping[str, Any]], share: float, seed: int) -> tuple[list[dict[str, Any]], Tensor]:
@@ -52,7 +60,7 @@ def plant(rows: Sequence[Mapping[str, Any]], share: float, seed: int) -> tuple[l
         )
     if not isinstance(rows[0]["labels"], list):
         labels = [row["labels"] for row in rows]
-        planted, mask = noise.uniform(labels, share, max(2, max(labels) + 1), seed)
+        planted, mask = label_noise.uniform(labels, share, max(2, max(labels) + 1), seed)
         for row, label in zip(out, planted, strict=True):
             row["labels"] = label
         return out, mask
@@ -72,74 +80,65 @@ def plant(rows: Sequence[Mapping[str, Any]], share: float, seed: int) -> tuple[l
 
 
 def self_check(
-    sources: Sources,
-    settings: Settings,
-    methods: Sequence[str],
-    aggregations: Sequence[str],
-    groups: Mapping[str, Sequence[str]],
-    main: tuple[str, str, str],
+    inputs: MethodInputs,
+    plan: RankingPlan,
     scores: Tensor,
     *,
     share: float = 0.05,
-    fraction: float = 0.2,
     seed: int = 0,
     folder: Path,
     checkpoints: Sequence[str] = (),
 ) -> dict[str, Any]:
     """``{"planted", "stability", "checkpoints", "fidelity"}``: numbers and text of the functions of these names.
 
-    ``scores`` are those of ``main``; ``checkpoints`` are folders of the model at other times of the same training.
+    ``scores`` are those of the main ranking; ``checkpoints`` are folders of the model at other times of the same training.
     """
-    n = len(sources.train)
     random = torch.Generator().manual_seed(seed)
+    n = len(inputs.samples.rows)
     chosen = torch.randperm(n, generator=random)[:ROWS].sort().values.tolist()
-    rows = [sources.samples.rows[i] for i in chosen]
-    copy, mask = plant(rows, share, seed)
-    store = _build(folder / "train", sources, settings, copy)
-    labels = [row["labels"] for row in copy] if sources.task == "classification" else None
-    copied = replace(sources, samples=Samples(copy, None, labels, None, None), train=store, folder=folder)
-    matrices = {method: copied.matrix(method) for method in methods}
+    copy, mask = plant([inputs.samples.rows[i] for i in chosen], share, seed)
+    labels = [row["labels"] for row in copy] if inputs.task == "classification" else None
+    samples = Samples(copy, None, labels, None, None)
+    if inputs.task == "classification":
+        # Labels alone were planted: hidden states and predictions are those of the rows as they were.
+        inputs.passes.share(samples, inputs.samples, chosen)
+    store = _build(folder / "train", inputs.given, copy)
+    copied = inputs.for_samples(samples, store, folder)
+    matrices = {method: make_influence(method, copied) for method in plan.methods}
     return {
-        "planted": planted(matrices, store, mask, aggregations, groups, main, fraction, random),
-        "stability": stability(sources, main, groups, fraction, random),
-        "checkpoints": over_checkpoints(sources, settings, checkpoints, scores, main, groups, fraction, folder),
-        "fidelity": fidelity(sources, settings, copy, groups, seed, folder),
+        "planted": planted(matrices, store, mask, plan, random),
+        "stability": stability(inputs, plan, random),
+        "checkpoints": over_checkpoints(inputs, checkpoints, scores, plan, folder),
+        "fidelity": fidelity(inputs, copy, seed, folder),
     }
 
 
 def planted(
-    matrices: Mapping[str, Matrix],
-    store: GradientStore,
-    mask: Tensor,
-    aggregations: Sequence[str],
-    groups: Mapping[str, Sequence[str]],
-    main: tuple[str, str, str],
-    fraction: float,
-    random: torch.Generator,
+    matrices: Mapping[str, Matrix], store: GradientStore, mask: Tensor, plan: RankingPlan, random: torch.Generator
 ) -> dict[str, Any]:
     """Layers, method, aggregation, a vote's k and the loss as a voter: chosen on one half of the queries and of the planted
     flips, measured on the other half of both."""
     halves = split(max(matrices.values(), key=lambda matrix: matrix.shape[0]), random)
     where = mask.nonzero()[:, 0][torch.randperm(int(mask.sum()), generator=random)]
-    seen = [torch.ones(len(mask), dtype=torch.bool) for _ in range(2)]
+    kept = [torch.ones(len(mask), dtype=torch.bool) for _ in range(2)]
     for own, other in ((0, where[len(where) // 2 :]), (1, where[: len(where) // 2])):
-        seen[own][other] = False
+        kept[own][other] = False
     loss = -store.column("loss").double()
-    scores = [_candidates(matrices, half, aggregations, groups, loss) for half in halves]
+    scores = [_candidates(matrices, half, plan, loss) for half in halves]
     quality = [
-        {key: ndr_auc(values[rows], mask[rows]) for key, values in found.items()}
-        for found, rows in zip(scores, seen, strict=True)
+        {choice: ndr_auc(values[rows], mask[rows]) for choice, values in found.items()}
+        for found, rows in zip(scores, kept, strict=True)
     ]
-    best = max(quality[0], key=lambda key: quality[0][key])
-    default = (*main, fraction if main[2].startswith("vote") else 0.0, False)
+    best = max(quality[0], key=lambda choice: quality[0][choice])
+    default = Choice(plan.main, plan.fraction if plan.main.aggregation.startswith("vote") else 0.0)
     ordered = sorted(quality[1].values())
-    rows = seen[1]
+    rows = kept[1]
     table = compare(
         {
-            ("random", "", ""): torch.rand(int(rows.sum()), generator=random, dtype=torch.float64),
-            ("loss", "", ""): loss[rows],
-            ("default", "all", ""): _scores(Subset(matrices[main[0]], halves[1]), main, groups, fraction)[rows],
-            ("chosen", "all", ""): scores[1][best][rows],
+            RankingKey("random"): torch.rand(int(rows.sum()), generator=random, dtype=torch.float64),
+            RankingKey("loss"): loss[rows],
+            RankingKey("default", "all"): _scores(Subset(matrices[plan.main.method], halves[1]), plan)[rows],
+            RankingKey("chosen", "all"): scores[1][best][rows],
         },
         mask[rows],
     )
@@ -148,8 +147,8 @@ def planted(
         "flips": int(mask.sum()),
         "queries": [int(half.sum()) for half in halves],
         "candidates": len(ordered),
-        "chosen": describe(best),
-        "default": describe(default),
+        "chosen": str(best),
+        "default": str(default),
         "rows": {
             row["method"]: {name: row[name] for name in ("auc_ndr", "low", "high", "ndr@30", "over_loss")}
             for row in table.rows
@@ -160,93 +159,91 @@ def planted(
     }
 
 
-def stability(
-    sources: Sources,
-    main: tuple[str, str, str],
-    groups: Mapping[str, Sequence[str]],
-    fraction: float,
-    random: torch.Generator,
-) -> dict[str, Any]:
+def stability(inputs: MethodInputs, plan: RankingPlan, random: torch.Generator) -> dict[str, Any]:
     """Share of the filtered set (the lowest 30 %) that two disjoint halves of the queries agree on, over some splits.
 
     A method that is fitted to the queries is fitted anew to each half.
     """
-    if main[0] in FITTED_TO_QUERIES:
-        halves = [half for _ in range(_REPEATS) for half in sources.halves(random)]
-        parts = sources.fitted(main[0], halves) if halves else []
+    method = plan.main.method
+    parts: list[Matrix]
+    if get_method(method).fitted_to_queries:
+        halves = [half for _ in range(_REPEATS) for half in inputs.halves(random)]
+        parts = [make_influence(method, inputs.fitted_to(half)) for half in halves]
     else:
-        matrix = sources.matrix(main[0])
+        matrix = make_influence(method, inputs)
         splits = [split(matrix, random) for _ in range(_REPEATS)] if matrix.shape[0] > 1 else []
         parts = [Subset(matrix, half) for halves in splits for half in halves]
     if not parts:
-        return {"skipped": f"{main[0]} has too few queries, or none that count one by one", "ranking": " ".join(main)}
+        return {"skipped": f"{method} has too few queries, or none that count one by one", "ranking": str(plan.main)}
     overlaps = [
-        _agreement(*(_scores(part, main, groups, fraction) for part in pair))
-        for pair in zip(parts[::2], parts[1::2], strict=True)
+        _agreement(*(_scores(part, plan) for part in pair)) for pair in zip(parts[::2], parts[1::2], strict=True)
     ]
-    return {"drop": DROP, "overlaps": overlaps, "chance": DROP, "ranking": " ".join(main)}
+    return {"drop": DROP, "overlaps": overlaps, "chance": DROP, "ranking": str(plan.main)}
 
 
 def over_checkpoints(
-    sources: Sources,
-    settings: Settings,
-    checkpoints: Sequence[str],
-    scores: Tensor,
-    main: tuple[str, str, str],
-    groups: Mapping[str, Sequence[str]],
-    fraction: float,
-    folder: Path,
+    inputs: MethodInputs, checkpoints: Sequence[str], scores: Tensor, plan: RankingPlan, folder: Path
 ) -> dict[str, float]:
     """Share of the filtered set that the same ranking at each other checkpoint agrees on."""
-    out = {}
+    given, out = inputs.given, {}
     for place, path in enumerate(checkpoints):
         at = folder / f"checkpoint-{place}"
-        there = replace(sources, model=load_model(path, sources.task)[0], folder=at)
-        there.train, there.queries = (
-            _build(at / name, there, settings, part.rows)
-            for name, part in (("train", sources.samples), ("queries", sources.trusted))
+        model = load_model(path, given.task)[0]
+        there = replace(given, model=model, folder=at, passes=given.passes.of_model(model))
+        train, queries = (
+            _build(at / name, there, part.rows) for name, part in (("train", given.samples), ("queries", given.trusted))
         )
-        out[path] = _agreement(scores, _scores(there.matrix(main[0]), main, groups, fraction))
+        matrix = make_influence(plan.main.method, MethodInputs(train, queries, audit=there))
+        out[path] = _agreement(scores, _scores(matrix, plan))
     return out
 
 
-def fidelity(
-    sources: Sources,
-    settings: Settings,
-    rows: Sequence[Mapping[str, Any]],
-    groups: Mapping[str, Sequence[str]],
-    seed: int,
-    folder: Path,
-) -> dict[str, Any]:
+def fidelity(inputs: MethodInputs, rows: Sequence[Mapping[str, Any]], seed: int, folder: Path) -> dict[str, Any]:
     """Spearman correlation of projected, quantised and indexed scores with exact ones, on a few samples and queries.
 
+    Exact scores are inner products of whole gradients that are never formed (:func:`~influence_fast.exact_influence`).
     Scores are ``dot`` and ``cosine`` over all layers, aggregated by ``rank``; a second projection seed shows how much of the
     filtered set is chance.
     """
     from scipy.stats import spearmanr
 
-    layers = sources.train.layers
-    weights = sum(out * in_ for out, in_ in sources.train.shapes.values())
-    count = min(_EXACT_ROWS, len(rows), _EXACT_BYTES // (8 * weights))
-    if count < 32:
-        return {
-            "skipped": f"whole gradients of {weights:,} numbers are too large to compare with on at least 32 samples"
-        }
-    some, asked = list(rows[:count]), [dict(row) for row in sources.trusted.rows[: min(_EXACT_QUERIES, count)]]
-    projection = Projection.parse(settings.projection)
-    variants = {"exact": ("identity", "float32"), "as configured": (settings.projection, settings.dtype)}
-    variants["int8"] = (settings.projection, "int8")
+    given = inputs.given
+    count = min(_EXACT_ROWS, len(rows))
+    if count < _LEAST_EXACT:
+        return {"skipped": f"{count} samples are too few to compare on; {_LEAST_EXACT} are the least"}
+    settings = given.settings
+    layers = list(settings.layers)
+    some, asked = list(rows[:count]), [dict(row) for row in inputs.trusted.rows[: min(_EXACT_QUERIES, count)]]
+    while len(asked) >= _LEAST_QUERIES:
+        longest = max(len(row["input_ids"]) for row in asked)
+        if factor_bytes(given.model, layers, longest * len(asked)) <= _HELD_BYTES:
+            break
+        asked = asked[: len(asked) // 2]
+    if len(asked) < min(_LEAST_QUERIES, len(inputs.trusted.rows)):
+        return {"skipped": f"the inputs and gradients of {_LEAST_QUERIES} queries take more than 1 GiB"}
+    try:
+        exact = exact_influence(
+            given.model,
+            some,
+            asked,
+            layers,
+            METHODS,
+            loss=given.task,
+            progress=given.progress,
+            truncate=settings.truncate,
+        )
+    except InputError as error:
+        return {"skipped": f"whole gradients cannot be compared with: {error}"}
+    variants = {"as configured": settings, "int8": replace(settings, dtype="int8")}
+    projection = settings.projection
     if projection.kind != "identity":
         again = replace(projection, seed=(projection.seed or 0) + 1)
-        variants["another seed"] = (str(again), settings.dtype)
-    scores: dict[str, dict[str, Tensor]] = {}
-    for name, (kind, dtype) in variants.items():
+        variants["another seed"] = replace(settings, projection=again)
+    scores = {"exact": {method: aggregate(exact[method], "rank") for method in METHODS}}
+    for name, how in variants.items():
         at = folder / name.replace(" ", "-")
-        pair = [
-            _build(at / side, sources, settings, part, kind, dtype)
-            for side, part in (("train", some), ("queries", asked))
-        ]
-        scores[name] = {m: aggregate(influence(pair[0], pair[1], m), "rank") for m in ("dot", "cosine")}
+        pair = [_build(at / side, given, part, how) for side, part in (("train", some), ("queries", asked))]
+        scores[name] = {m: aggregate(inner_products(pair[0], pair[1], m), "rank") for m in METHODS}
     out: dict[str, Any] = {
         "samples": count,
         "queries": len(asked),
@@ -254,13 +251,13 @@ def fidelity(
         "correlation": {},
         "overlap": {},
     }
-    for name in list(variants)[1:]:
-        for method, exact in scores["exact"].items():
+    for name in variants:
+        for method, truth in scores["exact"].items():
             found = scores[name][method]
-            rho = float(spearmanr(exact, found).statistic) if float(exact.std()) and float(found.std()) else 0.0
+            rho = float(spearmanr(truth, found).statistic) if float(truth.std()) and float(found.std()) else 0.0
             out["correlation"].setdefault(name, {})[method] = rho
-            out["overlap"].setdefault(name, {})[method] = _agreement(exact, found)
-    out["index"] = _indexed(GradientStore.open(folder / "train"))
+            out["overlap"].setdefault(name, {})[method] = _agreement(truth, found)
+    out["index"] = _indexed(inputs)
     return out
 
 
@@ -300,72 +297,36 @@ class Subset:
             yield rows, values[:, self._queries]
 
 
-def describe(choice: Choice) -> str:
-    method, group, aggregation, fraction, with_loss = choice
-    text = f"{method} {group} {aggregation}" + (f" (k = {fraction:.0%})" if fraction else "")
-    return text + (" with the loss as one more voter" if with_loss else "")
+class Choice(NamedTuple):
+    """A ranking that could have been chosen: which, a vote's share, and whether the loss votes too."""
+
+    key: RankingKey
+    fraction: float = 0.0
+    with_loss: bool = False
+
+    def __str__(self) -> str:
+        text = str(self.key) + (f" (k = {self.fraction:.0%})" if self.fraction else "")
+        return text + (" with the loss as one more voter" if self.with_loss else "")
 
 
-def sentences(found: Mapping[str, Any]) -> list[str]:
-    """What a self-check says, for a person who has not read the paper."""
-    trial, steady, true = found["planted"], found["stability"], found["fidelity"]
-    rows = trial["rows"]
-    figure = {name: f"{row['auc_ndr']:.3f} ({row['low']:.3f} to {row['high']:.3f})" for name, row in rows.items()}
-    out = [
-        f"Self-check: {trial['flips']} labels of a copy of {trial['samples']} samples were changed on purpose. The model "
-        "never trained on them, so they are easier to find than mistakes it has learned: compare the figures only with "
-        "each other.",
-        f"Of {trial['candidates']} settings, {trial['chosen']} did best on one half of the queries. On the other it "
-        f"has AUC_NDR {figure['chosen']}; the ranking shown here ({trial['default']}) {figure['default']}, the loss alone "
-        f"{figure['loss']}, a random order {figure['random']}.",
-        f"How much the choice matters: on that half the settings range from {trial['worst']:.3f} (worst) over "
-        f"{trial['median']:.3f} (median) to {trial['best_in_hindsight']:.3f} (best, known only afterwards).",
-    ]
-    if rows["default"]["over_loss"][0] <= 0:
-        out.append("For planted flips the ranking shown is not clearly better than sorting by the loss.")
-    if "skipped" in steady:
-        out.append(f"Stability over queries: not measured, {steady['skipped']}.")
-    else:
-        mean = sum(steady["overlaps"]) / len(steady["overlaps"])
-        out.append(
-            f"Stability: two disjoint halves of the queries agree on {mean:.0%} of the {steady['drop']:.0%} that would be "
-            f"dropped ({min(steady['overlaps']):.0%} to {max(steady['overlaps']):.0%} over "
-            f"{len(steady['overlaps'])} splits; {steady['chance']:.0%} by chance)."
-            + (" More queries would help." if mean < 0.7 else "")
-        )
-    for path, share in found["checkpoints"].items():
-        out.append(f"Stability: at the checkpoint {path}, {share:.0%} of what would be dropped is the same.")
-    if "skipped" in true:
-        return [*out, f"Fidelity: not measured, {true['skipped']}."]
-    for name, values in true["correlation"].items():
-        text = ", ".join(
-            f"{method} {rho:.3f} (same {true['overlap'][name][method]:.0%} dropped)" for method, rho in values.items()
-        )
-        out.append(f"Fidelity of scores {name}, rank correlation with exact ones on {true['samples']} samples: {text}.")
-    if "recall" in true["index"]:
-        out.append(f"Fidelity of the index ({true['index']['factory']}): recall@10 {true['index']['recall']:.3f}.")
-    return out
-
-
-def _candidates(
-    matrices: Mapping[str, Matrix],
-    half: Tensor,
-    aggregations: Sequence[str],
-    groups: Mapping[str, Sequence[str]],
-    loss: Tensor,
-) -> dict[Choice, Tensor]:
+def _candidates(matrices: Mapping[str, Matrix], half: Tensor, plan: RankingPlan, loss: Tensor) -> dict[Choice, Tensor]:
     found: dict[Choice, Tensor] = {}
     for method, matrix in matrices.items():
-        for fraction in FRACTIONS if any(a.startswith("vote") for a in aggregations) else FRACTIONS[:1]:
-            for group, aggregation, values in aggregated(Subset(matrix, half), aggregations, groups, fraction):
+        for fraction in FRACTIONS if any(a.startswith("vote") for a in plan.aggregations) else FRACTIONS[:1]:
+            subset = Subset(matrix, half)
+            for group, aggregation, values in aggregated(subset, plan.aggregations, plan.groups, fraction):
+                key = RankingKey(method, group, aggregation)
                 k = fraction if aggregation.startswith("vote") else 0.0
-                found[method, group, aggregation, k, False] = values
-                found[method, group, aggregation, k, True] = _with_loss(values, loss)
+                found[Choice(key, k)] = values
+                found[Choice(key, k, with_loss=True)] = _with_loss(values, loss)
     return found
 
 
-def _scores(matrix: Matrix, main: tuple[str, str, str], groups: Mapping[str, Sequence[str]], fraction: float) -> Tensor:
-    return next(values for group, _, values in aggregated(matrix, [main[2]], groups, fraction) if group == main[1])
+def _scores(matrix: Matrix, plan: RankingPlan) -> Tensor:
+    """Scores of the main ranking."""
+    _, group, aggregation = plan.main
+    found = aggregated(matrix, [aggregation], plan.groups, plan.fraction)
+    return next(values for name, _, values in found if name == group)
 
 
 def _with_loss(values: Tensor, loss: Tensor) -> Tensor:
@@ -385,34 +346,19 @@ def _halves(row: Mapping[str, Any]) -> tuple[list[int], list[int]]:
 
 
 def _build(
-    path: Path,
-    sources: Sources,
-    settings: Settings,
-    rows: Sequence[Mapping[str, Any]],
-    projection: str | None = None,
-    dtype: str | None = None,
+    path: Path, given: AuditInputs, rows: Sequence[Mapping[str, Any]], settings: BuildSettings | None = None
 ) -> GradientStore:
-    return build_store(
-        path,
-        sources.model,
-        rows,
-        sources.train.layers,
-        projection or settings.projection,
-        loss=sources.task,
-        batch_tokens=settings.batch_tokens,
-        dtype=dtype or settings.dtype,
-        precision=settings.precision,
-        truncate=settings.truncate,
-        progress=sources.progress,
-    )
+    return build_from(path, given.model, rows, settings or given.settings, progress=given.progress)
 
 
-def _indexed(store: GradientStore) -> dict[str, Any]:
-    if 4 * len(store) * sum(store.dims.values()) > _EXACT_BYTES:
-        return {"skipped": "the copy is too large to index"}
+def _indexed(inputs: MethodInputs) -> dict[str, Any]:
+    """Recall of the index that a user of the training store would get, on the trusted queries."""
+    train, queries = inputs.train, inputs.queries
+    assert isinstance(train, GradientStore)  # an audit's
+    rows = min(len(train), _INDEXED_BYTES // (4 * sum(train.dims.values())))
     try:
-        from influence_fast.search.influence_index import InfluenceIndex
-    except ImportError:
-        return {"skipped": "faiss is not installed"}
-    index = InfluenceIndex.build(store)
-    return {"factory": index.factory, "recall": index.recall}
+        factory = InfluenceIndex.choose_factory(train)
+        index = InfluenceIndex.build(train, factory, rows=range(rows))
+    except InfluenceError as error:
+        return {"skipped": str(error)}
+    return {"factory": index.factory, "recall": index.measure_recall(queries), "rows": rows}

@@ -328,7 +328,7 @@ class GradientCapture:
     def _begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not torch.is_grad_enabled():
             return
-        if self._gradients or self._factors:
+        if self._gradients or self._factors or getattr(self, "_pairs", None):
             raise InputError("capture: pop() the gradients of one batch before the forward of the next")
         self._batch = _batch_size(args, kwargs)
 
@@ -454,22 +454,76 @@ class GradientCapture:
             dy = dy.masked_fill((seen.ids == module.padding_idx)[..., None], 0)
         for (layer, _), receive in zip(self._uses[module], receivers, strict=True):
             with _exactly(dy):
-                gradient = receive(dy)
-                first = layer.name not in self._gradients and layer.name not in self._factors
-                if isinstance(gradient, tuple):
-                    if first and self._part is None:
-                        self._factors[layer.name] = gradient
-                        continue
-                    gradient = _product(*gradient)
-                if layer.name in self._factors:
-                    self._gradients[layer.name] = _product(*self._factors.pop(layer.name))
-            if self._part is not None:
-                rows = gradient.new_zeros(cast(int, self._batch), layer.dim)
-                rows = self._gradients.setdefault(layer.name, rows)
-                rows[slice(*self._part)] += gradient
-            else:
-                earlier = self._gradients.get(layer.name)
-                self._gradients[layer.name] = gradient if earlier is None else earlier + gradient
+                self._keep(layer, receive(dy))
+
+    def _keep(self, layer: _Layer, arrived: Tensor | _Factors) -> None:
+        """Add what one use gave to what is there of the layer; factors of a first use stay factors until :meth:`pop`."""
+        if isinstance(arrived, tuple):
+            if layer.name not in self._gradients and layer.name not in self._factors and self._part is None:
+                self._factors[layer.name] = arrived
+                return
+            arrived = _product(*arrived)
+        if layer.name in self._factors:
+            self._gradients[layer.name] = _product(*self._factors.pop(layer.name))
+        if self._part is not None:
+            rows = arrived.new_zeros(cast(int, self._batch), layer.dim)
+            rows = self._gradients.setdefault(layer.name, rows)
+            rows[slice(*self._part)] += arrived
+        else:
+            earlier = self._gradients.get(layer.name)
+            self._gradients[layer.name] = arrived if earlier is None else earlier + arrived
+
+
+class FactorCapture(GradientCapture):
+    """Collects the factors of unprojected gradients, not the gradients: ``G = sum_t dy[t] (outer) x[t]``.
+
+    :meth:`pop_factors` gives ``{layer: (x (N, T, in), dy (N, T, out))}``; an embedding's ``x`` are its ids ``(N, T)``. A
+    layer that is used several times has the tokens of all its uses, one behind the other. The loss runs the head whole, not
+    in chunks, and a weight that is an embedding here and a linear layer there is refused, because it has no such factors.
+    """
+
+    def __init__(self, model: nn.Module, layers: str | Iterable[str] = "all") -> None:
+        super().__init__(model, layers, Projection("identity"))
+        for module, uses in self._uses.items():
+            for layer, transposed in uses:
+                if transposed:
+                    kind = type(module).__name__
+                    raise InputError(f"layers: {layer.name!r} shares its weight with a {kind}; leave it out here")
+        self._pairs: dict[str, list[_Factors]] = {}
+
+    def clear(self) -> None:
+        super().clear()
+        self._pairs = {}
+
+    def pop_factors(self) -> dict[str, _Factors]:
+        """Factors of the batch; forgets them. A layer that the loss does not depend on is left out."""
+        if not self._pairs:
+            raise InputError("capture: no gradient has arrived; run forward and backward before pop_factors()")
+        found = {}
+        for name, pairs in self._pairs.items():
+            xs, dys = zip(*pairs, strict=True)
+            found[name] = (torch.cat(xs, 1), torch.cat(dys, 1)) if len(pairs) > 1 else pairs[0]
+        self.clear()
+        return found
+
+    def _record(
+        self, module: nn.Module, layer: _Layer, transposed: bool, seen: _Operand, samples: _Samples
+    ) -> Callable[[Tensor], Tensor | _Factors]:
+        if isinstance(seen, _Tokens):
+            ids = seen.ids
+            return lambda dy: (ids, dy)
+        x = samples.unfold(seen.detach(), seen.shape[-1], layer.name)
+        version = x._version
+
+        def factors(dy: Tensor) -> _Factors:
+            if x._version != version:
+                raise InputError(f"layer {layer.name!r}: its input was changed in place after the layer saw it")
+            return _promoted(x, dy)
+
+        return factors
+
+    def _keep(self, layer: _Layer, arrived: Tensor | _Factors) -> None:
+        self._pairs.setdefault(layer.name, []).append(cast(_Factors, arrived))
 
 
 def _exactly(like: Tensor) -> AbstractContextManager[Any]:

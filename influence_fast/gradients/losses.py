@@ -45,16 +45,18 @@ class CausalLM:
         mean: divide by the number of targets.
         part: context of one chunk, told the samples ``[begin, end)`` and the batch size; a capture needs it to tell
             whose tokens the head sees.
+        chunked: whether the head may run in chunks; False runs it once over the whole batch.
     """
 
     def __init__(
         self,
         mean: bool = True,
         part: Callable[[int, int, int], AbstractContextManager[Any]] = lambda begin, end, total: nullcontext(),
+        chunked: bool = True,
     ) -> None:
         self.mean = mean
         self.part = part
-        self._chunked: bool | None = None
+        self._chunked: bool | None = None if chunked else False
 
     def __call__(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         head = _head(model)

@@ -44,9 +44,13 @@ def as_evaluated(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def before_fine_tuning(model: nn.Module) -> Iterator[None]:
     """Within, a PEFT model is the one that its adapter was put on; any other model stays as it is."""
-    disabled = getattr(model, "disable_adapter", None)
-    with disabled() if callable(disabled) else nullcontext():
+    with cast(Any, model).disable_adapter() if is_adapted(model) else nullcontext():
         yield
+
+
+def is_adapted(model: nn.Module) -> bool:
+    """Whether this is a PEFT model, whose adapter can be switched off."""
+    return callable(getattr(model, "disable_adapter", None))
 
 
 def autocast(model: nn.Module, precision: str | None) -> AbstractContextManager[Any]:

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from influence_fast.attribution.influence_matrix import Gradients
+from influence_fast.attribution.gradient_source import Gradients
 from influence_fast.errors import InfluenceError, InputError
 from influence_fast.search.influence_index import InfluenceIndex
 

@@ -30,7 +30,7 @@ from torch import Tensor
 from influence_fast import ops
 from influence_fast._files import atomic_path, atomic_write, sha256
 from influence_fast._memory import parse_memory
-from influence_fast.attribution.influence_matrix import Gradients, Source, chosen_layers
+from influence_fast.attribution.gradient_source import Gradients, GradientSource, chosen_layers
 from influence_fast.errors import BackendError, InfluenceError, InputError, StoreError
 from influence_fast.gradients.store import GradientStore
 from influence_fast.search.exact import Rows, Scan, parts_of, rescore, segment_name
@@ -156,6 +156,29 @@ class InfluenceIndex:
         if folder is not None:
             built.save(folder)
         return built
+
+    @staticmethod
+    def choose_factory(store: GradientStore, recall: float = 0.95, memory: int | str | None = None) -> str:
+        """What ``factory="auto"`` becomes for this store; arguments and errors as of :meth:`build`."""
+        rows = Rows([(store, range(len(store)))], store.layers)
+        return _auto(rows, recall, None if memory is None else parse_memory(memory))
+
+    def measure_recall(self, queries: Gradients, k: int = 10, most: int = 64) -> float:
+        """Share of the true best ``k`` that a search finds, over the first ``most`` queries, by float64 brute force.
+
+        A found row counts where its score reaches the k-th best, so that rows with equal scores stand for each other.
+        """
+        source, k = GradientSource("queries", queries), min(k, len(self))
+        some = {name: source.read(name, slice(0, most)) for name in self.layers}
+        found, _ = self.search_rows(some, k)
+        cosine = self.metric == "cosine"
+        values = _directions(torch.cat(list(some.values()), 1).double(), cosine)
+        best = torch.empty(len(values), 0, dtype=torch.float64)
+        for _, _, rows in _blocks(self._rows):
+            best = torch.cat([best, values @ _directions(rows.double(), cosine).T], 1)
+            best = best.topk(min(k, best.shape[1])).values
+        edge = best[:, -1:]
+        return float((found >= edge - 1e-9 * edge.abs()).double().mean())
 
     def add(self, store: GradientStore) -> None:
         """Take in the rows of another store of the same model, projection and layers, behind those that are there.
@@ -366,7 +389,7 @@ class InfluenceIndex:
         return mask
 
     def _queries(self, queries: Gradients, layers: list[str]) -> Tensor:
-        found = Source("queries", queries)
+        found = GradientSource("queries", queries)
         for name in layers:
             if name not in found.layers:
                 raise StoreError(f"queries: lack layer {name!r} of the index; they have {', '.join(found.layers)}")
@@ -496,7 +519,7 @@ def vote_from_index(
     """
     if index.metric != "dot":
         raise InputError("index: votes from an index are of inner products; build it with metric='dot'")
-    source, n = Source("queries", queries), len(index)
+    source, n = GradientSource("queries", queries), len(index)
     votes = torch.zeros(n, dtype=torch.float64)
     off, total, checked = 0.0, 0.0, 0
     picked = set(np.random.default_rng(0).permutation(len(index.layers) * source.rows)[:check].tolist())
@@ -644,6 +667,10 @@ def _faiss() -> Any:
 def _unit(values: Tensor) -> Tensor:
     norm = values.double().norm(dim=1, keepdim=True)
     return torch.where(norm > 0, values / norm, 0).float()
+
+
+def _directions(values: Tensor, cosine: bool) -> Tensor:
+    return torch.nn.functional.normalize(values, dim=1) if cosine else values
 
 
 def _inner(index: Any) -> Any:

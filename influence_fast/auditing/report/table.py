@@ -1,0 +1,57 @@
+"""``scores.csv``: one row a training sample, with its score, its rank, and what else is known of it."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from influence_fast.auditing.result import AuditResult
+
+_PREFERRED = ("rank-c", "rank", "mean")
+
+
+def scores_csv(result: AuditResult) -> str:
+    """The table as text: id, score, rank (0 = most harmful), label and noise where known, baselines, groups, text."""
+    ranking = result.ranking
+    place = torch.empty_like(ranking)
+    place[ranking] = torch.arange(len(ranking))
+    main = result.rankings[result.main]
+    columns: dict[str, Callable[[int], Any]] = {
+        "id": lambda i: result.ids[i],
+        "score": lambda i: repr(float(main[i])),
+        "rank": lambda i: int(place[i]),
+    }
+    for name, values in (("label", result.labels), ("noise", result.noise)):
+        if values is not None:
+            columns[name] = lambda i, values=values: int(values[i])  # type: ignore[misc]
+    baselines = result.baselines
+    columns["loss"] = lambda i: repr(float(-baselines["loss"][i]))
+    columns["self_influence"] = lambda i: repr(float(-baselines["self-influence"][i]))
+    method, aggregation = _by_group(result)
+    for key, values in result.rankings.items():
+        if (key.method, key.aggregation) == (method, aggregation):
+            columns[f"{method} {aggregation}: {key.group}"] = lambda i, values=values: repr(float(values[i]))  # type: ignore[misc]
+    if result.texts is not None:
+        texts = result.texts
+        columns["text"] = lambda i: texts[i]
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(columns)
+    cells = list(columns.values())
+    writer.writerows([cell(i) for cell in cells] for i in range(len(result.ids)))
+    return text.getvalue()
+
+
+def _by_group(result: AuditResult) -> tuple[str, str]:
+    """Whose scores are given by layer group: the main ranking's, or influence where that has none of the model's layers."""
+    method, _, aggregation = result.main
+    own = {key.group for key in result.rankings if key.method == method}
+    if set(result.groups) & own - {"all"}:
+        return method, aggregation
+    others = [(key.method, key.aggregation) for key in result.rankings if key.group == "all"]
+    methods = ["cosine", *dict.fromkeys(name for name, _ in others)]
+    return next(((m, a) for m in methods for a in _PREFERRED if (m, a) in others), (method, aggregation))

@@ -1,0 +1,95 @@
+"""``doctor`` and ``bench``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from influence_fast.cli.options import example, json_option, print_document, print_table
+from influence_fast.errors import InputError
+
+
+@click.command(epilog=example("influence-fast doctor --json"))
+@json_option
+def doctor(as_json: bool) -> None:
+    """Say what hardware and libraries there are, and which backend each operation takes and why."""
+    from influence_fast.diagnostics.doctor import examine
+
+    found = examine()
+
+    def show() -> None:
+        facts = {**found["machine"], **found["compilers"], **found["packages"]}
+        print_table(
+            ["what", "found"], [[name, "none" if value in (None, []) else value] for name, value in facts.items()]
+        )
+        for device, operations in found["backends"].items():
+            rows = [
+                [op, entry["takes"], "; ".join(f"{b}: {r}" for b, r in entry["not"].items())]
+                for op, entry in operations.items()
+            ]
+            print_table(["operation", "takes", "not"], rows, f"Backends for tensors on {device}")
+
+    print_document(found, as_json, show)
+
+
+@click.command(epilog=example("influence-fast bench --op rank --op vote"))
+@click.option("--op", "op_names", multiple=True, help="Operation; all by default.")
+@click.option("--device", default="cpu", type=click.Choice(["cpu", "cuda"]))
+@click.option("--dtype", default="float32", type=click.Choice(["float32", "float16", "bfloat16"]))
+@click.option("--repeats", default=9)
+@json_option
+def bench(op_names: tuple[str, ...], device: str, dtype: str, repeats: int, as_json: bool) -> None:
+    """Time the kernels on this machine, each verified first, beside plain torch."""
+    import torch
+
+    from influence_fast.diagnostics import kernel_bench
+
+    unknown = [name for name in op_names if name not in kernel_bench.OPS]
+    if unknown:
+        raise InputError(f"op: expected some of {', '.join(kernel_bench.OPS)}, got {unknown[0]!r}")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise InputError("device: this machine has no CUDA device")
+    kind = getattr(torch, dtype)
+    found = [
+        kernel_bench.measure(case, device, repeats)
+        for op in op_names or kernel_bench.OPS
+        for case in kernel_bench.cases(op, device, kind)
+    ]
+    document = {
+        "machine": kernel_bench.machine(device),
+        "dtype": dtype,
+        "ceilings": kernel_bench.ceilings(device, kind),
+        "results": found,
+    }
+    print_document(document, as_json, lambda: bench_table(document))
+
+
+def bench_table(document: dict[str, Any]) -> None:
+    """Print a document of measurements."""
+    ceilings = document["ceilings"]
+    rows = []
+    for result in document["results"]:
+        share = [
+            f"{result[key] / ceilings[ceiling]:.0%} of {name}"
+            for key, ceiling, name in (
+                ("bytes_per_s", "copy_bytes_per_s", "copy"),
+                ("flops_per_s", "matmul_flops_per_s", "matmul"),
+            )
+            if result[key]
+        ]
+        per_element = "" if result["ns_per_element"] is None else f"{result['ns_per_element']:.2f} ns/element"
+        best = [f"{ratio:.2f}x {name}" for name, ratio in result["ratios"].items()]
+        times = result["times"]["ours"]
+        rows.append(
+            [
+                result["op"],
+                result["case"],
+                f"{times['p50'] * 1e3:.3f} ms",
+                f"{times['p20'] * 1e3:.3f} .. {times['p80'] * 1e3:.3f}",
+                "\n".join([*share, *([per_element] if per_element else [])]),
+                "\n".join(best),
+            ]
+        )
+    title = f"{document['machine']['device']}, {document['dtype']}, {document['machine']['threads']} threads"
+    print_table(["operation", "case", "median", "p20 .. p80", "reached", "speed against"], rows, title)

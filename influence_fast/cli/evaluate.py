@@ -1,0 +1,170 @@
+"""``score`` and ``evaluate``."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import click
+
+from influence_fast.attribution.registry import NEEDS, method_names
+from influence_fast.cli.options import example, json_option, names, print_document, print_table, verify_option
+from influence_fast.cli.tables import show_evaluation, show_wins
+from influence_fast.errors import InputError
+
+# Methods that two stores are enough for.
+FROM_STORES = method_names(without=NEEDS)
+
+
+@click.command(
+    epilog=example("influence-fast score --train store --queries query-store --method cosine --out scores.csv")
+)
+@click.option("--train", required=True, type=click.Path(path_type=Path), help="A store of training gradients.")
+@click.option("--queries", required=True, type=click.Path(path_type=Path), help="A store of query gradients.")
+@click.option("--method", default="cosine", help=f"Of {', '.join(FROM_STORES)}.")
+@click.option(
+    "--aggregation", default="rank", help="mean, rank, vote, min, median or trimmed; -c: correct queries only."
+)
+@click.option("--fraction", default=0.2, help="Share of the samples that a vote goes against.")
+@click.option("--layers", help="Names joined by commas; all by default.")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="CSV: id, score, rank.")
+@click.option("--memory", default="512MiB", help="What blocks of influence may take.")
+@click.option("--checkpoint", type=click.Path(path_type=Path), help="Folder from which a stopped job goes on.")
+@verify_option
+@json_option
+def score(
+    train: Path,
+    queries: Path,
+    method: str,
+    aggregation: str,
+    fraction: float,
+    layers: str | None,
+    out: Path,
+    memory: str,
+    checkpoint: Path | None,
+    verify: bool,
+    as_json: bool,
+) -> None:
+    """One score per training sample from two stores, lowest = most harmful."""
+    from influence_fast._files import atomic_path
+    from influence_fast.attribution.aggregation import aggregate_many
+    from influence_fast.attribution.influence import influence
+    from influence_fast.evaluation.metrics import order
+    from influence_fast.gradients.store import GradientStore
+
+    store = GradientStore.open(train, verify)
+    matrix = influence(store, GradientStore.open(queries, verify), method, names(layers), memory=memory)
+    # Votes tie often; ranks, which break the ties, cost nothing more in the same pass.
+    methods = [aggregation, *([aggregation.replace("vote", "rank")] if aggregation.startswith("vote") else [])]
+    found = aggregate_many(matrix, methods, fraction=fraction, checkpoint=checkpoint)["all"]
+    scores, tie = found[aggregation], found[methods[1]] if len(methods) > 1 else None
+    ranking = order(scores, tie).tolist()
+    places = {row: place for place, row in enumerate(ranking)}
+    with atomic_path(out) as part, open(part, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["id", "score", "rank"])
+        writer.writerows([store.ids[row], repr(value), places[row]] for row, value in enumerate(scores.tolist()))
+    document = {"path": str(out), "rows": len(store), "most_harmful": [store.ids[row] for row in ranking[:10]]}
+    print_document(document, as_json, lambda: click.echo(f"wrote {out}; most harmful: {document['most_harmful']}"))
+
+
+@click.command(
+    epilog=example(
+        "influence-fast evaluate audit/scores.csv --noise-column noise --at 0.3\n"
+        "influence-fast evaluate audit/scores.csv --train audit/stores/train --queries audit/stores/queries"
+    )
+)
+@click.argument("scores", type=click.Path(path_type=Path))
+@click.option("--score-column", default="score", help="Lowest = most harmful.")
+@click.option("--noise-column", default="noise", help="1 or true where a sample is known to be bad.")
+@click.option("--at", default=0.3, help="Share of the samples that are looked at.")
+@click.option(
+    "--train", type=click.Path(path_type=Path), help="Store of the samples, in the file's order: whole table."
+)
+@click.option("--queries", type=click.Path(path_type=Path), help="Store of the queries, for the whole table.")
+@click.option("--methods", default="dot,cosine,datainf", help=f"For the whole table: of {', '.join(FROM_STORES)}.")
+@click.option("--aggregations", help="For the whole table; such as mean,rank-c,vote-c.")
+@click.option("--fraction", default=0.2, help="Share of the samples that a vote goes against.")
+@json_option
+def evaluate(
+    scores: Path,
+    score_column: str,
+    noise_column: str,
+    at: float,
+    train: Path | None,
+    queries: Path | None,
+    methods: str,
+    aggregations: str | None,
+    fraction: float,
+    as_json: bool,
+) -> None:
+    """Noise detection rate and its companions: of a file of scores, or of layer group x method x aggregation.
+
+    With --train and --queries, stores of gradients, SCORES need only have the noise column.
+    """
+    from influence_fast.evaluation.comparison import compare
+    from influence_fast.gradients.store import GradientStore
+
+    if (train is None) != (queries is None):
+        raise click.UsageError("--train and --queries go together.")
+    if train is not None and queries is not None:
+        (noise,) = _numbers(scores, [noise_column])
+        stores = GradientStore.open(train), GradientStore.open(queries)
+        found = whole_table(
+            *stores,
+            noise,
+            methods=names(methods) or [],
+            aggregations=names(aggregations),
+            fraction=fraction,
+            levels=sorted({0.1, 0.2, 0.3, at}),
+        )
+        name = f"{100 * at:g}"
+        rows = [{**row, "ndr": row[f"ndr@{name}"], "precision": row[f"precision@{name}"]} for row in found.rows]
+        document: dict[str, Any] = {
+            "rows": found.rows,
+            "wins": found.wins.tolist(),
+            "warnings": found.warnings,
+            "best": found.best,
+        }
+
+        def show() -> None:
+            show_evaluation(rows, at)
+            show_wins(found)
+            for warning in found.warnings:
+                click.echo(f"- {warning}")
+
+        print_document(document, as_json, show)
+        return
+    values, noise = _numbers(scores, [score_column, noise_column])
+    (row,) = compare({("scores", "all", ""): values}, noise, levels=[at]).rows
+    document = {
+        "rows": len(values),
+        "noisy": int(noise.sum()),
+        f"ndr@{at:g}": row[f"ndr@{100 * at:g}"],
+        "auc_ndr": row["auc_ndr"],
+        "auc_ndr_interval": [row["low"], row["high"]],
+        "auc_ndr_random": (len(values) + 1) / (2 * len(values) - int(noise.sum())),
+        "roc_auc": row["roc_auc"],
+        f"precision@{at:g}": row[f"precision@{100 * at:g}"],
+    }
+    print_document(
+        document, as_json, lambda: print_table(["metric", "value"], [[key, value] for key, value in document.items()])
+    )
+
+
+def _numbers(path: Path, columns: list[str]) -> list[Any]:
+    """Columns of numbers, ``true`` and ``false`` among them: float64 ``(n,)`` each."""
+    import torch
+
+    table = read_table("scores", str(path))
+    for column in columns:
+        if column not in table.column_names:
+            raise InputError(f"scores: has no column {column!r}; there are {', '.join(table.column_names)}")
+    try:
+        return [
+            torch.tensor([float({"true": 1, "false": 0}.get(str(v).lower(), v)) for v in table[c]], dtype=torch.float64)
+            for c in columns
+        ]
+    except (TypeError, ValueError) as error:
+        raise InputError(f"scores: {' and '.join(map(repr, columns))} should be numbers ({error})") from None

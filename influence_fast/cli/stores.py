@@ -1,0 +1,245 @@
+"""``build``, ``index`` and ``search``."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import Any
+
+import click
+
+from influence_fast.cli.options import (
+    example,
+    json_option,
+    model_options,
+    names,
+    print_document,
+    print_table,
+    token_count,
+    verify_option,
+)
+from influence_fast.errors import InputError
+
+
+@click.command(
+    epilog=example("influence-fast build --model my-model --data train.jsonl --projection rademacher:16x16 --out store")
+)
+@click.option("--model", required=True, help="Folder of a model or a PEFT adapter, or a hub name.")
+@click.option("--data", required=True, help="JSONL, CSV or Parquet file, saved data set, or hub name.")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder of the store.")
+@model_options
+@click.option("--loss", default="auto", help="auto, classification, causal-lm or causal-lm-sum.")
+@click.option("--dry-run", is_flag=True, help="Run a few batches and say what the build would take; write nothing.")
+@json_option
+def build(model: str, data: str, out: Path, dry_run: bool, as_json: bool, **options: Any) -> None:
+    """Write per-sample gradients of a data set to a store; goes on where it stopped.
+
+    Runs on the GPU if there is one. Several processes share the work, on folders that all of them see:
+    torchrun --nproc-per-node 2 -m influence_fast build ...
+    """
+    from influence_fast import _distributed as processes
+    from influence_fast.auditing.run import default_layers
+    from influence_fast.data.models import load_model
+    from influence_fast.data.samples import Columns, prepare, task_of
+    from influence_fast.gradients.build import build_store
+    from influence_fast.gradients.estimate import estimate_build
+
+    columns = Columns(options.pop("text_column"), options.pop("label_column"), options.pop("answer_column"))
+    network, tokenizer = load_model(model, options["task"])
+    rows = read_table("data", data)
+    if len(rows) == 0:
+        raise InputError(f"data: {data} has no rows")
+    samples = prepare("data", rows, columns, task_of(options.pop("task"), network, rows), network, tokenizer)
+    options["layers"] = options["layers"] or default_layers(network)
+    options["batch_tokens"] = token_count(options["batch_tokens"])
+    with processes.joined() as device:
+        rank, world = processes.here()
+        network.to(device)
+        if dry_run:
+            found = estimate_build(network, samples.rows, ids=samples.ids, **options)
+            if rank == 0:
+                print_document(dataclasses.asdict(found), as_json, lambda: _show_estimate(found, world))
+            return
+        store = build_store(out, network, samples.rows, ids=samples.ids, **options)
+    if rank == 0:
+        size = sum(shard["bytes"] for shard in store.meta["shards"])
+        document = {"path": str(out), "rows": len(store), "layers": store.layers, "dims": store.dims, "bytes": size}
+        print_document(document, as_json, lambda: click.echo(f"{store}\n{size / 2**20:.1f} MiB in {out}"))
+
+
+def _show_estimate(found: Any, world: int) -> None:
+    rows = [
+        ["rows", f"{found.rows:,} in {found.batches:,} batches"],
+        ["samples/s", f"{found.samples_per_s:,.1f}" + (f" by each of {world} processes" if world > 1 else "")],
+        ["time", f"{found.seconds / world:,.0f} s"],
+        ["disk", f"{found.disk_bytes / 2**20:,.1f} MiB"],
+        ["memory", f"{found.memory_bytes / 2**20:,.0f} MiB" + (" in each process" if world > 1 else "")],
+    ]
+    if found.device_bytes:
+        rows.append(["GPU memory", f"{found.device_bytes / 2**20:,.0f} MiB"])
+    print_table(["what", "estimate"], rows)
+
+
+@click.command(epilog=example("influence-fast index store --metric cosine --out store.index"))
+@click.argument("store", type=click.Path(path_type=Path))
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder of the index.")
+@click.option("--factory", default="auto", help="Flat (exact), auto, or a FAISS factory string such as IVF256,SQ8.")
+@click.option("--metric", default="dot", help="dot or cosine.")
+@click.option("--layers", help="Names joined by commas; all by default.")
+@click.option("--recall", default=0.95, help="Share of the best 10 that an approximate index is to find.")
+@click.option("--memory", help="What the index may take, such as 512MiB.")
+@click.option("--rows", help="A range such as 0:500000, for one of several machines.")
+@verify_option
+@json_option
+def index(
+    store: Path,
+    out: Path,
+    factory: str,
+    metric: str,
+    layers: str | None,
+    recall: float,
+    memory: str | None,
+    rows: str | None,
+    verify: bool,
+    as_json: bool,
+) -> None:
+    """Build an index over a store: exact, or by FAISS."""
+    from influence_fast.gradients.store import GradientStore
+    from influence_fast.search.influence_index import InfluenceIndex
+
+    opened = GradientStore.open(store, verify)
+    share = None
+    if rows is not None:
+        ends = rows.split(":")
+        if len(ends) != 2 or not all(end.isdigit() for end in ends):
+            raise InputError(f"rows: expected a range such as 0:500000, got {rows!r}")
+        share = range(int(ends[0]), int(ends[1]))
+    built = InfluenceIndex.build(
+        opened, factory, metric, names(layers), recall=recall, memory=memory, rows=share, path=out
+    )
+    size = sum(file.stat().st_size for file in out.iterdir())
+    document = {
+        "path": str(out),
+        "factory": built.factory,
+        "metric": metric,
+        "rows": len(built),
+        "recall": built.recall,
+        "bytes": size,
+    }
+    print_document(document, as_json, lambda: click.echo(f"{built}\n{size / 2**20:.1f} MiB in {out}"))
+
+
+@click.command(epilog=example("influence-fast search store.index --queries query-store -k 5 --harmful"))
+@click.argument("index", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--queries", type=click.Path(path_type=Path), help="A store of query gradients.")
+@click.option("--model", help="With --text: the model of the store.")
+@click.option("--text", help="One query text; with --label its class, with --answer the text to predict.")
+@click.option("--label", help="Class of --text: a number, or a name that the model knows.")
+@click.option("--answer", help="For causal models: what follows --text.")
+@click.option("-k", default=10, help="Rows for each query.")
+@click.option("--harmful", is_flag=True, help="The most harmful rows instead of the most helpful.")
+@click.option("--layers", help="Search by these layers alone, each with a weight if wanted: NAME,NAME=2.")
+@click.option("--where", help="Search among rows whose column has a value, such as prediction=1.")
+@verify_option
+@json_option
+def search(
+    index: tuple[Path, ...],
+    queries: Path | None,
+    model: str | None,
+    text: str | None,
+    label: str | None,
+    answer: str | None,
+    k: int,
+    harmful: bool,
+    layers: str | None,
+    where: str | None,
+    verify: bool,
+    as_json: bool,
+) -> None:
+    """Find the training samples with the most influence on each query.
+
+    Under torchrun each process takes one of as many indexes, and the first prints what all of them found together.
+    """
+    from influence_fast.gradients.store import GradientStore
+    from influence_fast.search.influence_index import InfluenceIndex
+
+    if (queries is None) == (text is None) or (text is not None and model is None):
+        raise click.UsageError("Give --queries, or --text with --model.")
+    world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    if len(index) != world:
+        raise click.UsageError(f"Give one index for each process: {len(index)} for {world}.")
+    loaded = InfluenceIndex.load(index[rank], verify=verify)
+    if queries is not None:
+        opened = GradientStore.open(queries, verify)
+        asked, names = opened, list(opened.ids)
+    else:
+        asked, names = _text_gradient(loaded, str(model), str(text), label, answer), [str(text)]
+    options = {"layers": _weighted(layers), "only": None if where is None else _rows_where(loaded, where)}
+    if world > 1:
+        import torch.distributed as dist
+
+        from influence_fast.search.distributed import search_all
+
+        dist.init_process_group("gloo")
+        try:
+            scores, found = search_all(loaded, asked, k, harmful, **options)
+        finally:
+            dist.destroy_process_group()
+        if rank:
+            return
+    else:
+        scores, found = loaded.search(asked, k, harmful, **options)
+    ids = found if isinstance(found, list) else found.tolist()
+    document = [
+        {"query": query, "ids": row, "scores": values, "recall": loaded.recall}
+        for query, row, values in zip(names, ids, scores.tolist(), strict=True)
+    ]
+    rows = [
+        [entry["query"], place, entry["ids"][place], f"{entry['scores'][place]:.6g}"]
+        for entry in document
+        for place in range(k)
+    ]
+    how = "exact" if loaded.factory == "Flat" else f"{loaded.factory}: recall@10 {loaded.recall:.3f} when it was built"
+    print_document(document, as_json, lambda: print_table(["query", "place", "id", "influence"], rows, how))
+
+
+def _weighted(layers: str | None) -> Any:
+    if not layers or "=" not in layers:
+        return names(layers)
+    try:
+        pairs = [part.rsplit("=", 1) if "=" in part else (part, "1") for part in names(layers) or []]
+        return {name: float(weight) for name, weight in pairs}
+    except ValueError:
+        raise InputError(f"layers: expected NAME or NAME=WEIGHT, joined by commas, got {layers!r}") from None
+
+
+def _rows_where(index: Any, where: str) -> Any:
+    name, _, value = where.partition("=")
+    values = index.column(name)
+    try:
+        wanted = {"true": 1.0, "false": 0.0}.get(value.lower())
+        return values == (float(value) if wanted is None else wanted)
+    except ValueError:
+        raise InputError(f"where: expected COLUMN=NUMBER, got {where!r}") from None
+
+
+def _text_gradient(index: Any, model: str, text: str, label: str | None, answer: str | None) -> Any:
+    """Gradients of one text in the index's layers and projection."""
+    from influence_fast.data.models import load_model
+    from influence_fast.data.samples import Columns, prepare, task_of
+    from influence_fast.errors import StoreError
+    from influence_fast.gradients.build import gradients_of
+    from influence_fast.gradients.model_state import fingerprint
+
+    network, tokenizer = load_model(model, "auto")
+    if fingerprint(network) != index.meta["model"]:
+        raise StoreError(f"model: {model} is another than the index was made with")
+    row: dict[str, Any] = {"text": text}
+    if label is not None:
+        row["label"] = int(label) if label.lstrip("-").isdigit() else label
+    if answer is not None:
+        row["answer"] = answer
+    columns = Columns("text", "label", None if answer is None else "answer")
+    samples = prepare("text", [row], columns, task_of("auto", network, [row]), network, tokenizer)
+    return gradients_of(network, samples.rows, index.layers, index.meta["projection"])
