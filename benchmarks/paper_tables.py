@@ -39,6 +39,9 @@ def write_tables(folder: Path) -> None:
     """``README.md`` and one SVG for each plot, in ``folder``, from every finished ``*.json`` there; says what it wrote."""
     found = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json")) if path.stat().st_size]
     runs = [run for run in found if "partial" not in run]
+    for run in runs:
+        if "rows" in run:
+            run["rows"] = {(row["method"], row["group"], row["aggregation"]): row for row in run["rows"]}
     if len(runs) < len(found):
         click.echo(f"{len(found) - len(runs)} partial runs are left out", err=True)
     noisy, generative = [run for run in runs if "rows" in run], [run for run in runs if "relevance" in run]
@@ -86,11 +89,8 @@ def verdict(low: float, high: float) -> str:
 
 def cell(run: Run, method: str, group: str = "", aggregation: str = "", metric: str = "auc_ndr") -> float:
     """One figure of a run's table; NaN where the run has no such ranking."""
-    return next((row[metric] for row in run["rows"] if _key(row) == (method, group, aggregation)), math.nan)
-
-
-def _key(row: dict[str, Any]) -> tuple[str, str, str]:
-    return row["method"], row["group"], row["aggregation"]
+    row = run["rows"].get((method, group, aggregation))
+    return row[metric] if row else math.nan
 
 
 def _lead(runs: list[Run]) -> str:
@@ -109,7 +109,7 @@ def _summary(runs: list[Run]) -> list[str]:
     arms = {"nothing": "all", "default": filtered, "loss": "loss", _RANDOM: _RANDOM, _ORACLE: _ORACLE}
     rows = []
     for name, some in _by(runs, _label).items():
-        over = [next(row["over_loss"] for row in run["rows"] if _key(row) == DEFAULT) for run in some]
+        over = [run["rows"][DEFAULT]["over_loss"] for run in some]
         row: list[Any] = [name, len(some), *(_mean(some, *key) for key in (DEFAULT, ("loss", "", ""), best))]
         row.append(f"{sum(low > 0 for low, _ in over)} / {sum(high < 0 for _, high in over)}")
         whole = [run for run in some if filtered in run["arms"]]
@@ -162,7 +162,7 @@ def _mean(runs: list[Run], *key: str) -> float:
 
 
 def _keys(runs: list[Run]) -> list[tuple[str, str, str]]:
-    return [_key(row) for row in runs[0]["rows"]]
+    return list(runs[0]["rows"])
 
 
 def _best_of_paper(runs: list[Run]) -> tuple[str, str, str]:
@@ -180,9 +180,8 @@ def _rankings(runs: list[Run], most: int = 12) -> list[str]:
     shown = [key for key in keys if not key[1]] + default + [key for key in ours if key != DEFAULT][:most]
     rows = []
     for key in shown:
-        first = next(row for row in runs[0]["rows"] if _key(row) == key)
         ndr = float(np.mean([cell(run, *key, metric="ndr@30") for run in runs]))
-        low, high = first["over_loss"]
+        low, high = runs[0]["rows"][key]["over_loss"]
         name = " ".join(part for part in key if part) + (" (default)" if key == DEFAULT else "")
         rows.append([name, ndr, _mean(runs, *key), f"{low:+.3f} to {high:+.3f}"])
     head = ["ranking", "NDR@30", "AUC_NDR", f"over loss, 95 % interval (seed {runs[0]['seed']})"]
@@ -237,7 +236,7 @@ def _claims(runs: list[Run]) -> list[str]:
         return float(np.nanmean(cells)) if not np.isnan(cells).all() else math.nan
 
     def groups(run: Run) -> list[str]:
-        return list(dict.fromkeys(row["group"] for row in run["rows"] if row["method"] == "dot"))
+        return list(dict.fromkeys(group for method, group, _ in run["rows"] if method == "dot"))
 
     def lift(run: Run, aggregation: str, methods: Iterable[str] = PAPER_METHODS) -> float:
         return float(
