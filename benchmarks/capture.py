@@ -14,12 +14,9 @@ process, in turn, in both orders; figures are medians, and every method's gradie
 from __future__ import annotations
 
 import copy
-import datetime
 import importlib.util
-import json
 import resource
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -36,8 +33,8 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import influence_fast as inf
-from influence_fast.data.batching import Rows, batches, collate
-from influence_fast.diagnostics import kernel_bench as bench
+from benchmarks import protocol
+from influence_fast.data.batching import Loss, Rows, batches, collate
 from influence_fast.gradients import build, losses
 from influence_fast.gradients.layers import named_layers
 from influence_fast.gradients.model_state import autocast
@@ -124,7 +121,7 @@ class Job:
         """The model with bfloat16 weights."""
         return copy.deepcopy(self.model).to(torch.bfloat16)
 
-    def loss(self, **kwargs: Any) -> Any:
+    def loss(self, **kwargs: Any) -> Loss:
         causal = isinstance(self.rows[0]["labels"], list)
         return losses.CausalLM(**kwargs) if causal else losses.classification
 
@@ -254,7 +251,7 @@ def _sides(job: Job) -> dict[str, tuple[Tensor, Tensor]]:
     return out
 
 
-def measure(work: Work, repeats: int) -> dict[str, dict[str, float]]:
+def measure(name: str, work: Work, repeats: int, progress: protocol.Progress) -> dict[str, dict[str, float]]:
     """Median samples/s of each method, rounds in alternating order, after a round that warms up and compares."""
     torch.manual_seed(0)
     model = work.model().eval().requires_grad_(False)
@@ -267,24 +264,26 @@ def measure(work: Work, repeats: int) -> dict[str, dict[str, float]]:
         methods["bergson"] = bergson
         if work.precision:
             methods["bergson bf16"] = bergson_bf16
-    _compare(job, methods)
-    times: dict[str, list[float]] = {name: [] for name in methods}
+    with progress.step(f"{name}: gradients of all methods compared"):
+        _compare(job, methods)
+    times: dict[str, list[float]] = {method: [] for method in methods}
     for round_ in range(repeats + 1):
-        for name in list(methods)[:: 1 if round_ % 2 else -1]:
-            begin = time.perf_counter()
-            methods[name](job)
-            if round_:
-                times[name].append(time.perf_counter() - begin)
+        with progress.step(f"{name}: round {round_} of {repeats}" if round_ else f"{name}: warming up"):
+            for method in list(methods)[:: 1 if round_ % 2 else -1]:
+                begin = time.perf_counter()
+                methods[method](job)
+                if round_:
+                    times[method].append(time.perf_counter() - begin)
     counts = {"one by one": min(work.single_rows, len(rows))}
-    speeds = {name: [counts.get(name, len(rows)) / t for t in spent] for name, spent in times.items()}
+    speeds = {method: [counts.get(method, len(rows)) / t for t in spent] for method, spent in times.items()}
     return {
-        name: {
+        method: {
             "samples_per_s": statistics.median(speed),
             "low": min(speed),
             "high": max(speed),
             "ours_over": statistics.median(a / b for a, b in zip(speeds["ours"], speed, strict=True)),
         }
-        for name, speed in speeds.items()
+        for method, speed in speeds.items()
     }
 
 
@@ -325,25 +324,33 @@ def hold(work: Work) -> dict[str, float]:
 @click.command()
 @click.option("--work", "names", multiple=True, type=click.Choice(list(WORKS)), help="Workload; all by default.")
 @click.option("--repeats", default=5, show_default=True)
-@click.option("--threads", default=2, show_default=True)
-@click.option("--out", type=click.Path(path_type=Path), help="Add the figures to this JSON file too.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+@protocol.threads_option
+@protocol.out_option("Figures of other workloads that the file has from this machine stay.")
+@protocol.json_option
 @click.option("--estimates", is_flag=True, help="Hold dry runs against builds instead: estimated / taken.")
 def main(names: tuple[str, ...], repeats: int, threads: int, out: Path | None, as_json: bool, estimates: bool) -> None:
     """Measure gradient capture against its floor and its alternatives."""
-    document: dict[str, Any] = json.loads(out.read_text()) if out and out.exists() else {}
-    document["date"], document["machine"] = datetime.date.today().isoformat(), bench.machine("cpu")
-    document["machine"]["threads"] = threads
-    part = document.setdefault("estimates" if estimates else "results", {})
     torch.set_num_threads(threads)
-    for name in names or WORKS:
-        part[name] = hold(WORKS[name]) if estimates else measure(WORKS[name], repeats)
-        if out:
-            out.write_text(json.dumps(document, indent=1) + "\n")
-    if as_json:
-        json.dump(document, sys.stdout, indent=1)
-    else:
-        _show(document)
+    names = names or tuple(WORKS)
+    header = protocol.header("capture")
+    file = protocol.result_file(out, protocol.dated_name(header, "capture"))
+    there = protocol.previous(file, "capture")
+    if there and there["machine"] != header["machine"]:
+        raise click.UsageError(
+            f"--out: {file} was measured on another machine or with other versions; name another file"
+        )
+    part: dict[str, Any] = there.get("estimates" if estimates else "results", {})
+    steps = len(names) * (1 if estimates else repeats + 2)
+    with protocol.Results(file, {**there, **header}) as results, protocol.Progress(steps) as progress:
+        for name in names:
+            if estimates:
+                with progress.step(name):
+                    part[name] = hold(WORKS[name])
+                results.add(estimates=part)
+            else:
+                part[name] = measure(name, WORKS[name], repeats, progress)
+                results.add(results=part)
+    protocol.show(results.document, as_json, _show)
 
 
 def _show(document: dict[str, Any]) -> None:

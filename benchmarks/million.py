@@ -15,9 +15,7 @@ float32 products; 1,000 rows of influence over a million samples are 0.26 TFLOP 
 
 from __future__ import annotations
 
-import datetime
 import json
-import re
 import shutil
 import subprocess
 import sys
@@ -33,6 +31,7 @@ import torch
 from torch import Tensor
 
 import influence_fast as inf
+from benchmarks import protocol
 from influence_fast.diagnostics import kernel_bench as bench
 from influence_fast.gradients.store_writer import StoreWriter
 
@@ -179,25 +178,21 @@ def exact_search(store: inf.GradientStore, queries: dict[str, Tensor], folder: P
     return result
 
 
-def million(store: inf.GradientStore, queries: dict[str, Tensor], folder: Path) -> dict[str, Any]:
+def scan(store: inf.GradientStore, queries: dict[str, Tensor], folder: Path, metric: str) -> dict[str, Any]:
     """Exact search over all rows, from a mapped index."""
-    size = 4 * DIM * len(store)
-    result: dict[str, Any] = {"rows": len(store)}
-    for metric in ("dot", "cosine"):
-        begin = time.perf_counter()
-        inf.InfluenceIndex.build(store, "Flat", metric, path=folder / metric)
-        spent = time.perf_counter() - begin
-        index = inf.InfluenceIndex.load(folder / metric)
-        true = brute_force(store, stacked(queries), len(store), torch.float64, metric)
-        result[metric] = {
-            "build_s": spent,
-            "bytes": index.nbytes,
-            "share_of_float32": index.nbytes / size,
-            "recall_at_10": recall(index, queries, true),
-            "batch_ms_per_query": 1e3 * seconds(lambda index=index: index.search(queries)) / len(true),  # type: ignore
-            **latency(index, queries),
-        }
-    return result
+    begin = time.perf_counter()
+    inf.InfluenceIndex.build(store, "Flat", metric, path=folder)
+    spent = time.perf_counter() - begin
+    index = inf.InfluenceIndex.load(folder)
+    true = brute_force(store, stacked(queries), len(store), torch.float64, metric)
+    return {
+        "build_s": spent,
+        "bytes": index.nbytes,
+        "share_of_float32": index.nbytes / (4 * DIM * len(store)),
+        "recall_at_10": recall(index, queries, true),
+        "batch_ms_per_query": 1e3 * seconds(lambda: index.search(queries)) / len(true),
+        **latency(index, queries),
+    }
 
 
 def faiss_index(
@@ -270,8 +265,8 @@ def workspace(folder: Path | None) -> Iterator[Path]:
 @click.option(
     "--faiss", "factories", multiple=True, help="Also a FAISS index of this factory string, such as IVF1024,SQ8."
 )
-@click.option("--out", type=click.Path(path_type=Path), help="Folder to write million-<machine>-<date>.json to.")
-@click.option("--json", "as_json", is_flag=True)
+@protocol.out_option("An earlier result there is replaced.")
+@protocol.json_option
 @click.option("--job", "job_of", nargs=4, hidden=True)
 def main(
     rows: int,
@@ -287,58 +282,51 @@ def main(
     if job_of:
         click.echo(json.dumps(job(job_of[0], Path(job_of[1]), Path(job_of[2]), job_of[3])))
         return
-    machine = bench.machine()
-    document: dict[str, Any] = {
-        "date": datetime.date.today().isoformat(),
-        "machine": machine,
-        "ceilings": bench.ceilings(),
-        "rows": rows,
-        "seed": seed,
-    }
-    with workspace(folder) as place:
-        source = Gradients(place / "model", seed)
-        begin = time.perf_counter()
-        store = source.write(place / "store", rows, 1000 + seed)
-        document["store"] = {
-            "build_s": time.perf_counter() - begin,
-            "bytes": sum(s["bytes"] for s in store.meta["shards"]),
-        }
+    header = {**protocol.header("million"), "ceilings": bench.ceilings(), "rows": rows, "seed": seed, "faiss": []}
+    file = protocol.result_file(out, protocol.dated_name(header, "million"))
+    protocol.previous(file, "million")
+    with (
+        protocol.Results(file, header) as results,
+        protocol.Progress(9 + len(factories)) as progress,
+        workspace(folder) as place,
+    ):
+        with progress.step("rows of a small model"):
+            source = Gradients(place / "model", seed)
+        with progress.step(f"a store of {rows} rows"):
+            begin = time.perf_counter()
+            store = source.write(place / "store", rows, 1000 + seed)
+            spent = time.perf_counter() - begin
+        results.add(store={"build_s": spent, "bytes": sum(s["bytes"] for s in store.meta["shards"])})
         small = source.write(place / "small", max(1, rows // 10), 1000 + seed)
         queries = source.draw(query_count, 10**6 + seed)
         asked = source.write(place / "queries", 1000 // LAYERS, 2 * 10**6 + seed)
         # Enough queries that a block of either store fills the memory that is stated.
         many = source.write(place / "many-queries", 1000, 2 * 10**6 + seed)
-        note("exact search over 300,000 rows")
-        document["exact"] = exact_search(store, queries, place / "part", min(rows, 300_000))
-        note("exact search over all rows")
-        document["million"] = million(store, queries, place / "index")
-        document["faiss"] = []
+        first = min(rows, 300_000)
+        with progress.step(f"exact search over {first} rows"):
+            results.add(exact=exact_search(store, queries, place / "part", first))
+        every: dict[str, Any] = {"rows": len(store)}
+        for metric in ("dot", "cosine"):
+            with progress.step(f"exact search over all rows, {metric}"):
+                every[metric] = scan(store, queries, place / "index" / metric, metric)
+            results.add(million=every)
         for number, factory in enumerate(factories):
-            note(factory)
-            document["faiss"].append(faiss_index(store, queries, place / f"faiss-{number}", factory, 0.95))
-        note("rank and vote")
-        document["rank_vote"] = in_process("rank", store.path, asked.path, "2GiB")
-        document["rank_vote"]["rows"] = LAYERS * len(asked)
-        document["mean"] = in_process("mean", store.path, asked.path)
-        note("peak memory")
-        document["peak"] = {
-            kind: {
-                str(len(of)): in_process(job_kind, of.path, place / "peak" if kind == "build" else many.path, "384MiB")
-                for of in (small, store)
-            }
-            for kind, job_kind in (("build", "build"), ("aggregate", "rank"))
-        }
-        shutil.rmtree(place / "peak", ignore_errors=True)
-    if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
-        name = re.sub(r"[^a-z0-9]+", "-", f"million {machine['device']}".lower()).strip("-")
-        (out / f"{name}-{document['date']}.json").write_text(json.dumps(document, indent=1) + "\n")
-    click.echo(json.dumps(document, indent=1) if as_json else table(document))
-
-
-def note(text: str) -> None:
-    if sys.stderr.isatty():
-        click.echo(f"... {text}", err=True)
+            with progress.step(f"FAISS {factory}"):
+                found = faiss_index(store, queries, place / f"faiss-{number}", factory, 0.95)
+            results.add(faiss=[*results.document["faiss"], found])
+        with progress.step("rank and vote"):
+            ranked = in_process("rank", store.path, asked.path, "2GiB")
+        results.add(rank_vote={**ranked, "rows": LAYERS * len(asked)})
+        with progress.step("mean"):
+            results.add(mean=in_process("mean", store.path, asked.path))
+        peaks: dict[str, dict[str, Any]] = {"build": {}, "aggregate": {}}
+        for of in (small, store):
+            with progress.step(f"peak memory over {len(of)} rows"):
+                peaks["build"][str(len(of))] = in_process("build", of.path, place / "peak", "384MiB")
+                peaks["aggregate"][str(len(of))] = in_process("rank", of.path, many.path, "384MiB")
+                shutil.rmtree(place / "peak", ignore_errors=True)
+            results.add(peak=peaks)
+    protocol.show(results.document, as_json, lambda document: click.echo(table(document)))
 
 
 def table(document: dict[str, Any]) -> str:

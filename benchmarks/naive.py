@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,13 +22,14 @@ from scipy.stats import rankdata
 from torch import Tensor, nn
 
 import influence_fast as inf
+from benchmarks import protocol
 from influence_fast.data.models import load_model
 
-FRACTION = 0.2
+FRACTION, TOLERANCE = 0.2, 1e-4
 
 
 def gradients(
-    model: nn.Module, tokenizer: Any, rows: list[dict[str, Any]], text: str, layers: list[str]
+    model: nn.Module, tokenizer: Any, rows: Iterable[dict[str, Any]], text: str, layers: list[str]
 ) -> list[Tensor]:
     """``(n, weights)`` of every layer."""
     modules = dict(model.named_modules())
@@ -74,30 +76,52 @@ def difference(ours: Tensor, theirs: Tensor) -> float:
 @click.option("--queries", type=click.Path(path_type=Path, exists=True), required=True)
 @click.option("--text-column", default="text")
 @click.option("--audit", type=click.Path(path_type=Path, exists=True), required=True, help="Its --out folder.")
-def main(model: str, train: Path, queries: Path, text_column: str, audit: Path) -> None:
+@protocol.out_option("An earlier result there is replaced.")
+@protocol.json_option
+def main(
+    model: str, train: Path, queries: Path, text_column: str, audit: Path, out: Path | None, as_json: bool
+) -> None:
     """Compare an audit's stores, influence and scores with a naive loop."""
+    header = protocol.header("naive")
+    file = protocol.result_file(out, protocol.dated_name(header, "naive"))
+    protocol.previous(file, "naive")
     stores = [inf.GradientStore.open(audit / "stores" / name) for name in ("train", "queries")]
     network, tokenizer = load_model(model)
-    layers, begin = stores[0].layers, time.perf_counter()
-    naive = []
-    for path in (train, queries):
-        rows = [json.loads(line) for line in path.read_text().splitlines()]
-        naive.append(gradients(network.eval(), tokenizer, rows, text_column, layers))
-    rate = sum(len(store) for store in stores) / (time.perf_counter() - begin)
-    worst = [
-        max(difference(store.read(name), found) for name, found in zip(layers, of_store, strict=True))
-        for store, of_store in zip(stores, naive, strict=True)
-    ]
-    click.echo(f"gradients: {max(worst):.1e} (the loop: {rate:.1f} samples/s)")
-    for method in ("dot", "cosine", "datainf"):
-        matrix = inf.influence(stores[0], stores[1], method)
-        expected = [influence(method, g, v) for g, v in zip(naive[0], naive[1], strict=True)]
-        found = {"influence": max(difference(matrix.layer(n), e) for n, e in zip(layers, expected, strict=True))}
-        for name in ("mean", "rank", "vote"):
-            found[name] = difference(inf.aggregate(matrix, name, fraction=FRACTION), aggregate(name, expected))
-        worst += found.values()
+    layers, naive, loop = stores[0].layers, [], 0.0
+    methods = ("dot", "cosine", "datainf")
+    with protocol.Results(file, header) as results, protocol.Progress(2 + len(methods)) as progress:
+        for path in (train, queries):
+            name, begin = f"gradients of {path.name}, one by one", time.perf_counter()
+            rows = [json.loads(line) for line in path.read_text().splitlines()]
+            with progress.step(name):
+                naive.append(gradients(network.eval(), tokenizer, progress.each(rows, name), text_column, layers))
+            loop += time.perf_counter() - begin
+        worst = [
+            difference(store.read(name), found)
+            for store, of_store in zip(stores, naive, strict=True)
+            for name, found in zip(layers, of_store, strict=True)
+        ]
+        found: dict[str, dict[str, float]] = {}
+        results.add(gradients=max(worst), loop_samples_per_s=sum(len(store) for store in stores) / loop, methods=found)
+        for method in methods:
+            with progress.step(method):
+                matrix = inf.influence(stores[0], stores[1], method)
+                expected = [influence(method, g, v) for g, v in zip(naive[0], naive[1], strict=True)]
+                pairs = zip(layers, expected, strict=True)
+                found[method] = {"influence": max(difference(matrix.layer(name), e) for name, e in pairs)}
+                for name in ("mean", "rank", "vote"):
+                    ours = inf.aggregate(matrix, name, fraction=FRACTION)
+                    found[method][name] = difference(ours, aggregate(name, expected))
+            worst += found[method].values()
+            results.add(methods=found)
+    protocol.show(results.document, as_json, show)
+    sys.exit(int(max(worst) > TOLERANCE))
+
+
+def show(document: dict[str, Any]) -> None:
+    click.echo(f"gradients: {document['gradients']:.1e} (the loop: {document['loop_samples_per_s']:.1f} samples/s)")
+    for method, found in document["methods"].items():
         click.echo(f"{method}: " + ", ".join(f"{name} {value:.1e}" for name, value in found.items()))
-    sys.exit(int(max(worst) > 1e-4))
 
 
 if __name__ == "__main__":

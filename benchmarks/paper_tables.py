@@ -1,4 +1,7 @@
-"""Tables, plots and verdicts of ``python -m benchmarks.paper``, made from its JSON files alone."""
+"""Tables, plots and verdicts of ``python -m benchmarks.paper``, made from its JSON files alone.
+
+``python -m benchmarks.paper_tables`` writes them beside the runs in ``benchmarks/results/paper``.
+"""
 
 from __future__ import annotations
 
@@ -8,36 +11,61 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
 
-from benchmarks.paper import ARMS, unusual
-from influence_fast.evaluation.comparison import rank_correlation
+import influence_fast as inf
+from benchmarks import protocol
+from benchmarks.paper_tasks import ARMS, DEFAULT, unusual
 
 Run = dict[str, Any]
 PAPER_METHODS, PAPER_AGGREGATIONS = ("dot", "cosine", "datainf"), ("mean", "rank-c", "vote-c")
-# An audit's default; judged beside the baselines, never chosen by the noise.
-DEFAULT = ("pool", "all", "mean")
 _RANDOM, _ORACLE = "random", "oracle"
 
 
-def write_tables(folder: Path) -> list[Path]:
-    """``README.md`` and one SVG for each plot, in ``folder``, from every ``*.json`` there."""
-    runs = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+@click.command()
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    default=protocol.RESULTS / "paper",
+    help="Folder of the runs; README.md and the plots there are replaced.",
+)
+def main(out: Path) -> None:
+    """Make README.md and the plots of all finished runs in a folder."""
+    write_tables(out)
+
+
+def write_tables(folder: Path) -> None:
+    """``README.md`` and one SVG for each plot, in ``folder``, from every finished ``*.json`` there; says what it wrote."""
+    found = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json")) if path.stat().st_size]
+    runs = [run for run in found if "partial" not in run]
+    for run in runs:
+        if "rows" in run:
+            run["rows"] = {(row["method"], row["group"], row["aggregation"]): row for row in run["rows"]}
+    if len(runs) < len(found):
+        click.echo(f"{len(found) - len(runs)} partial runs are left out", err=True)
     noisy, generative = [run for run in runs if "rows" in run], [run for run in runs if "relevance" in run]
-    written = []
     parts = ["# The paper's protocol on real data", "", _lead(runs), "", *_summary(noisy)]
-    for name, some in _by(noisy, _label).items():
-        parts += ["", f"## {name}", "", *_sizes(some), "", *_rankings(some), "", *_groups(some), "", *_arms(some)]
-        path = folder / f"{name.replace(' ', '-').replace(',', '')}.svg"
-        path.write_text(_heat(some), encoding="utf-8")
-        written.append(path)
-        parts += ["", f"![AUC_NDR by layer group]({path.name})"]
-    for name, some in _by(generative, lambda run: run["task"]).items():
-        parts += ["", f"## {name}", "", *_sizes(some), "", *_relevance(some)]
-    parts += ["", "## Claims", "", *_claims(_of_protocol(noisy))]
-    readme = folder / "README.md"
-    readme.write_text("\n".join(parts) + "\n", encoding="utf-8")
-    return [readme, *written]
+    tasks, relevances = _by(noisy, _label), _by(generative, lambda run: run["task"])
+
+    def keep(path: Path, text: str) -> None:
+        protocol.write_text(path, text)
+        click.echo(f"wrote {path}")
+
+    with protocol.Progress(total=len(tasks) + len(relevances) + 1) as progress:
+        for name, some in tasks.items():
+            with progress.step(name):
+                sections = [section(some) for section in (_sizes, _rankings, _groups, _arms)]
+                parts += ["", f"## {name}", *(line for section in sections for line in ("", *section))]
+                path = folder / f"{name.replace(' ', '-').replace(',', '')}.svg"
+                keep(path, _heat(some))
+                parts += ["", f"![AUC_NDR by layer group]({path.name})"]
+        for name, some in relevances.items():
+            with progress.step(name):
+                parts += ["", f"## {name}", "", *_sizes(some), "", *_relevance(some)]
+        with progress.step("claims"):
+            parts += ["", "## Claims", "", *_claims(_of_protocol(noisy))]
+        keep(folder / "README.md", "\n".join(parts) + "\n")
 
 
 def interval(values: Iterable[float], level: float = 0.95) -> tuple[float, float, float]:
@@ -61,11 +89,8 @@ def verdict(low: float, high: float) -> str:
 
 def cell(run: Run, method: str, group: str = "", aggregation: str = "", metric: str = "auc_ndr") -> float:
     """One figure of a run's table; NaN where the run has no such ranking."""
-    return next((row[metric] for row in run["rows"] if _key(row) == (method, group, aggregation)), math.nan)
-
-
-def _key(row: dict[str, Any]) -> tuple[str, str, str]:
-    return row["method"], row["group"], row["aggregation"]
+    row = run["rows"].get((method, group, aggregation))
+    return row[metric] if row else math.nan
 
 
 def _lead(runs: list[Run]) -> str:
@@ -84,7 +109,7 @@ def _summary(runs: list[Run]) -> list[str]:
     arms = {"nothing": "all", "default": filtered, "loss": "loss", _RANDOM: _RANDOM, _ORACLE: _ORACLE}
     rows = []
     for name, some in _by(runs, _label).items():
-        over = [next(row["over_loss"] for row in run["rows"] if _key(row) == DEFAULT) for run in some]
+        over = [run["rows"][DEFAULT]["over_loss"] for run in some]
         row: list[Any] = [name, len(some), *(_mean(some, *key) for key in (DEFAULT, ("loss", "", ""), best))]
         row.append(f"{sum(low > 0 for low, _ in over)} / {sum(high < 0 for _, high in over)}")
         whole = [run for run in some if filtered in run["arms"]]
@@ -137,7 +162,7 @@ def _mean(runs: list[Run], *key: str) -> float:
 
 
 def _keys(runs: list[Run]) -> list[tuple[str, str, str]]:
-    return [_key(row) for row in runs[0]["rows"]]
+    return list(runs[0]["rows"])
 
 
 def _best_of_paper(runs: list[Run]) -> tuple[str, str, str]:
@@ -155,9 +180,8 @@ def _rankings(runs: list[Run], most: int = 12) -> list[str]:
     shown = [key for key in keys if not key[1]] + default + [key for key in ours if key != DEFAULT][:most]
     rows = []
     for key in shown:
-        first = next(row for row in runs[0]["rows"] if _key(row) == key)
         ndr = float(np.mean([cell(run, *key, metric="ndr@30") for run in runs]))
-        low, high = first["over_loss"]
+        low, high = runs[0]["rows"][key]["over_loss"]
         name = " ".join(part for part in key if part) + (" (default)" if key == DEFAULT else "")
         rows.append([name, ndr, _mean(runs, *key), f"{low:+.3f} to {high:+.3f}"])
     head = ["ranking", "NDR@30", "AUC_NDR", f"over loss, 95 % interval (seed {runs[0]['seed']})"]
@@ -212,7 +236,7 @@ def _claims(runs: list[Run]) -> list[str]:
         return float(np.nanmean(cells)) if not np.isnan(cells).all() else math.nan
 
     def groups(run: Run) -> list[str]:
-        return list(dict.fromkeys(row["group"] for row in run["rows"] if row["method"] == "dot"))
+        return list(dict.fromkeys(group for method, group, _ in run["rows"] if method == "dot"))
 
     def lift(run: Run, aggregation: str, methods: Iterable[str] = PAPER_METHODS) -> float:
         return float(
@@ -221,19 +245,19 @@ def _claims(runs: list[Run]) -> list[str]:
 
     def weak(run: Run) -> float:
         pairs = [(cell(run, m, g, "mean"), cell(run, m, g, "vote-c")) for m in ("dot", "datainf") for g in groups(run)]
-        return -rank_correlation([mean for mean, _ in pairs], [vote - mean for mean, vote in pairs])
+        return -inf.rank_correlation([mean for mean, _ in pairs], [vote - mean for mean, vote in pairs])
 
     def cancels(run: Run) -> float:
         known = [group for group in groups(run) if group != "all"]
         quality = [
             float(np.mean([cell(run, m, g, a) for m in PAPER_METHODS for a in PAPER_AGGREGATIONS])) for g in known
         ]
-        return -rank_correlation([run["cancellation"][group] for group in known], quality)
+        return -inf.rank_correlation([run["cancellation"][group] for group in known], quality)
 
     def predicts(run: Run) -> float:
         arms = [arm for arm in run["arms"].values() if "noise_left" in arm]
         found = [1 - arm["noise_left"] * arm["rows"] / run["noisy"] for arm in arms]
-        return rank_correlation(found, [arm["accuracy"] for arm in arms]) if len(arms) > 2 else math.nan
+        return inf.rank_correlation(found, [arm["accuracy"] for arm in arms]) if len(arms) > 2 else math.nan
 
     def arm(run: Run, name: str, rival: str, margin: float = 0.0) -> float:
         arms = run["arms"]
@@ -297,7 +321,7 @@ def _claims(runs: list[Run]) -> list[str]:
 
 
 def _heat(runs: list[Run]) -> str:
-    from influence_fast.auditing.report import heat
+    from influence_fast.auditing.report.figures import heat
 
     methods = list(dict.fromkeys(m for m, g, _ in _keys(runs) if g))
     groups = list(dict.fromkeys(g for m, g, _ in _keys(runs) if m in ("dot", "repsim") and g))
@@ -305,3 +329,7 @@ def _heat(runs: list[Run]) -> str:
     columns = [(m, a) for m in methods for a in aggregations]
     values = np.array([[_mean(runs, m, group, a) for m, a in columns] for group in groups])
     return heat(values, groups, [f"{m} {a}" for m, a in columns], min(0.5, float(np.nanmin(values))), 1.0)
+
+
+if __name__ == "__main__":
+    main()

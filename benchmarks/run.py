@@ -11,8 +11,6 @@ made from these files alone.
 from __future__ import annotations
 
 import contextlib
-import datetime
-import json
 import re
 import sys
 from pathlib import Path
@@ -21,7 +19,8 @@ from typing import Any
 import click
 import torch
 
-from influence_fast.cli.main import bench_table
+from benchmarks import protocol
+from influence_fast.cli.diagnostics import bench_table
 from influence_fast.diagnostics import kernel_bench as bench
 from influence_fast.errors import InfluenceError
 
@@ -67,13 +66,13 @@ def with_compiled(case: bench.Case) -> bench.Case:
 @click.option("--device", default="cpu", type=click.Choice(["cpu", "cuda"]))
 @click.option("--dtype", default="float32", type=click.Choice(["float32", "float16", "bfloat16"]))
 @click.option("--backend", default="auto")
-@click.option("--threads", default=2, show_default=True)
+@protocol.threads_option
 @click.option("--repeats", default=15, show_default=True)
 @click.option(
     "--compile/--no-compile", "compiled", default=True, help="Baselines under torch.compile too (slow start)."
 )
-@click.option("--out", type=click.Path(path_type=Path), help="Folder to write <op>-<device>-<date>.json to.")
-@click.option("--json", "as_json", is_flag=True)
+@protocol.out_option("An earlier result there is replaced.")
+@protocol.json_option
 def main(
     op_names: tuple[str, ...],
     case_pattern: str,
@@ -89,34 +88,27 @@ def main(
     """Measure the kernels and their baselines in one run."""
     torch.set_num_threads(threads)
     kind = getattr(torch, dtype)
-    document: dict[str, Any] = {
-        "date": datetime.date.today().isoformat(),
-        "machine": bench.machine(device),
-        "dtype": dtype,
-        "ceilings": bench.ceilings(device, kind),
-        "results": [],
-    }
+    header = {**protocol.header("kernels", device), "dtype": dtype}
+    file = protocol.result_file(out, protocol.dated_name(header, "-".join(op_names), dtype))
+    protocol.previous(file, "kernels")
+    found: list[dict[str, Any]] = []
     failed = False
-    for op in bench.OPS if "all" in op_names else op_names:
-        for case in bench.cases(op, device, kind, backend):
-            if not re.search(case_pattern, case.name):
-                continue
-            case = with_peers(case)
-            try:
-                document["results"].append(bench.measure(with_compiled(case) if compiled else case, device, repeats))
-            except InfluenceError as error:
-                failed = True
-                click.echo(f"error: {error}", err=True)
-    if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
-        name = re.sub(
-            r"[^a-z0-9]+", "-", f"{'-'.join(op_names)} {document['machine']['device']} {dtype}".lower()
-        ).strip("-")
-        (out / f"{name}-{document['date']}.json").write_text(json.dumps(document, indent=1) + "\n")
-    if as_json:
-        json.dump(document, sys.stdout, indent=1)
-    else:
-        bench_table(document)
+    with protocol.Results(file, header) as results, protocol.Progress() as progress:
+        with progress.step("what the machine does at best"):
+            results.document["ceilings"] = bench.ceilings(device, kind)
+        for op in bench.OPS if "all" in op_names else op_names:
+            for case in bench.cases(op, device, kind, backend):
+                if not re.search(case_pattern, case.name):
+                    continue
+                case = with_peers(case)
+                try:
+                    with progress.step(f"{op} {case.name}"):
+                        found.append(bench.measure(with_compiled(case) if compiled else case, device, repeats))
+                    results.add(results=found)
+                except InfluenceError as error:
+                    failed = True
+                    click.echo(f"error: {error}", err=True)
+    protocol.show(results.document, as_json, bench_table)
     sys.exit(1 if failed else 0)
 
 

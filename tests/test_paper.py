@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import re
+import shutil
 from pathlib import Path
 
 import models
@@ -15,6 +17,7 @@ from scipy import stats
 from sklearn.metrics import roc_auc_score
 from test_audit import tokenizer, write_rows
 
+from benchmarks import paper, paper_tables, protocol
 from benchmarks.paper import main, relevance
 from benchmarks.paper_tables import interval, verdict
 
@@ -36,6 +39,25 @@ def test_relevance() -> None:
     assert random["sd_roc_auc"] == pytest.approx(np.std(aucs))
     assert relevance(same.float(), same, k=50)["recall@50"] == 1
     assert 0 < found["recall@10"] < 1
+
+
+def test_tables_of_the_committed_runs_are_the_committed_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But for figures whose last digit turns on another machine's arithmetic."""
+    monkeypatch.setattr(paper_tables, "_heat", lambda runs: "<svg/>")
+    committed = protocol.RESULTS / "paper"
+    for path in committed.glob("*.json"):
+        shutil.copy(path, tmp_path)
+    (tmp_path / "begun.json").touch()
+    (tmp_path / "partial.json").write_text(json.dumps({"partial": True, "rows": []}))
+    result = CliRunner().invoke(paper_tables.main, ["--out", str(tmp_path)], catch_exceptions=False)
+    assert "1 partial runs are left out" in result.stderr
+    assert "claims: " in result.stderr
+    assert {path.name for path in tmp_path.glob("*.svg")} == {path.name for path in committed.glob("*.svg")}
+    made, there = ((folder / "README.md").read_text() for folder in (tmp_path, committed))
+    figure = re.compile(r"-?\d+\.\d+")
+    assert figure.sub("#", made).split("\n") == figure.sub("#", there).split("\n")
+    values = [[float(value) for value in figure.findall(text)] for text in (made, there)]
+    assert values[0] == pytest.approx(values[1], abs=0.0011)
 
 
 def run(*arguments: object) -> str:
@@ -69,10 +91,24 @@ def test_a_run_goes_on_where_it_stopped_and_ends_in_tables(data: Path, monkeypat
     sizes = ["--samples", 60, "--query-samples", 20, "--epochs", 1, "--arms", "loss,pool"]
     given = ["--task", "sst2", *folders, *sizes]
     assert "out of time before the next epoch" in run(*given, "--seconds", 0)
-    assert "wrote" in run(*given)
+    with monkeypatch.context() as stopped:
+        stopped.setattr(paper, "kept_rows", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert CliRunner().invoke(main, [str(a) for a in given]).exit_code == 1
     (path,) = (data / "out").glob("*.json")
+    partial = json.loads(path.read_text())
+    assert partial["partial"] is True
+    assert set(partial["arms"]) == {"all"}
+    output = run(*given)
+    assert "wrote" in output
+    assert "fit-loss, epoch 1 of 1" in output
+    assert "scores of dot" not in output
+    assert torch.load(data / "work" / path.stem / "fit-loss.pt", weights_only=True).keys() == {
+        "epochs", "weights", "seconds",
+    }  # fmt: skip
     assert path.name == "sst2-n60-e1-uniform-seed0.json"
     document = json.loads(path.read_text())
+    assert "partial" not in document
+    assert partial["rows"] == document["rows"]
     assert document["sizes"] == {"train": 60, "selection": 500, "queries": 20, "test": 20}
     assert set(document["arms"]) == {"all", "loss", "pool", "random", "oracle"}
     assert document["arms"]["oracle"]["noise_left"] == 0
@@ -81,7 +117,13 @@ def test_a_run_goes_on_where_it_stopped_and_ends_in_tables(data: Path, monkeypat
     assert {("tracincp", "attention middle", "vote-c"), ("cosine+loss", "all", "rank-c"), ("loss", "", "")} <= cells
     assert "is there" in run(*given)
     path.with_name("copy.json").write_text(json.dumps({**document, "seed": 1}))
-    run(*["--task", "grammars", *given[2:]])
+    empty = data / "out" / "empty.json"
+    empty.touch()
+    grammars = ["--task", "grammars", *given[2:], "--out", empty]
+    assert "relevance by repsim" in run(*grammars)
+    assert "is there" in run(*grammars)
+    for wrong in (["--first-seed", 1], ["--seeds", 2]):
+        assert CliRunner().invoke(main, [str(a) for a in (*grammars, *wrong)]).exit_code == 2
     assert "wrote" in run("--tables", "--out", data / "out")
     text = (data / "out" / "README.md").read_text()
     assert "Seeds 1, 0" in text

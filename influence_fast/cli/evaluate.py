@@ -104,6 +104,7 @@ def evaluate(
     With --train and --queries, stores of gradients, SCORES need only have the noise column.
     """
     from influence_fast.evaluation.comparison import compare
+    from influence_fast.evaluation.evaluate import evaluate as whole_table
     from influence_fast.gradients.store import GradientStore
 
     if (train is None) != (queries is None):
@@ -156,6 +157,8 @@ def evaluate(
 def _numbers(path: Path, columns: list[str]) -> list[Any]:
     """Columns of numbers, ``true`` and ``false`` among them: float64 ``(n,)`` each."""
     import torch
+
+    from influence_fast.data.loading import read_table
 
     table = read_table("scores", str(path))
     for column in columns:

@@ -40,6 +40,7 @@ def build(model: str, data: str, out: Path, dry_run: bool, as_json: bool, **opti
     """
     from influence_fast import _distributed as processes
     from influence_fast.auditing.run import default_layers
+    from influence_fast.data.loading import read_table
     from influence_fast.data.models import load_model
     from influence_fast.data.samples import Columns, prepare, task_of
     from influence_fast.gradients.build import build_store
