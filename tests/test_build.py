@@ -22,7 +22,6 @@ def run(code: str, **environment: str) -> str:
         capture_output=True,
         text=True,
         timeout=120,
-        cwd=os.path.dirname(os.path.dirname(__file__)),
     )
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()

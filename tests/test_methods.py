@@ -229,7 +229,11 @@ def test_fitted_influence_on_some_of_the_queries() -> None:
 
 def test_checkpoints_are_a_weighted_sum() -> None:
     dims = {"a": 3, "b": 2}
-    sides = [[{name: torch.randn(rows, dim) for name, dim in dims.items()} for rows in (8, 4)] for _ in range(3)]
+    # Of integers, and weights that are powers of two: sums are exact, so that ranks are too.
+    sides = [
+        [{name: torch.randint(-40, 41, (rows, dim)).float() for name, dim in dims.items()} for rows in (8, 4)]
+        for _ in range(3)
+    ]
     matrices = [inf.influence(*side) for side in sides]
     weights = [0.5, 2.0, 1.0]
     both = inf.Checkpoints(matrices, weights)

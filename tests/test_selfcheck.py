@@ -36,7 +36,8 @@ def test_planted_labels_and_targets() -> None:
 
 
 def test_halves_are_disjoint_and_as_often_correct() -> None:
-    matrix = inf.influence({"a": torch.randn(9, 3)}, {"a": torch.randn(20, 3)})
+    # Of integers, whose products rank alike among whichever queries.
+    matrix = inf.influence(*({"a": torch.randint(-40, 41, (rows, 3)).float()} for rows in (9, 20)))
     matrix.query_correct = torch.arange(20) % 4 != 0
     one, other = split(matrix, torch.Generator().manual_seed(0))
     assert (one ^ other).all()
