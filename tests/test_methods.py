@@ -161,7 +161,7 @@ def test_fitted_influence_is_a_logistic_regression_on_gradients(method: str, mon
     train, queries = ({name: torch.randn(rows, 6) for name in "ab"} for rows in (50, 23))
     right = torch.arange(23) % 3 > 0
     queries["a"][right, 0] += 1.5
-    monkeypatch.setattr("influence_fast.attribution.methods._VARIANCES", (3.0,))
+    monkeypatch.setattr("influence_fast.attribution.query_weighting._VARIANCES", (3.0,))
     found, asked = inf.fitted_influence(inf.influence(train, queries, method), right)
     parts = {n: [whitened(train[n], side[n], method) / 2**0.5 for side in (train, queries)] for n in "ab"}
     x, v = (torch.cat([parts[name][side] for name in "ab"], 1).numpy() for side in (0, 1))
@@ -229,7 +229,11 @@ def test_fitted_influence_on_some_of_the_queries() -> None:
 
 def test_checkpoints_are_a_weighted_sum() -> None:
     dims = {"a": 3, "b": 2}
-    sides = [[{name: torch.randn(rows, dim) for name, dim in dims.items()} for rows in (8, 4)] for _ in range(3)]
+    # Of integers, and weights that are powers of two: sums are exact, so that ranks are too.
+    sides = [
+        [{name: torch.randint(-40, 41, (rows, dim)).float() for name, dim in dims.items()} for rows in (8, 4)]
+        for _ in range(3)
+    ]
     matrices = [inf.influence(*side) for side in sides]
     weights = [0.5, 2.0, 1.0]
     both = inf.Checkpoints(matrices, weights)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from backends import Backend
@@ -50,14 +52,29 @@ def test_same_bits_everywhere(kind: str, rows: tuple[int, int], cols: tuple[int,
         assert torch.equal(actual.cpu(), expected)
 
 
+def box_muller(side: Side, rows: tuple[int, int], cols: tuple[int, int]) -> torch.Tensor:
+    """The entries in float64, of uniform numbers rounded to float32; the scale of 64 outputs is exact."""
+    columns = torch.arange(cols[0] // 4, -(-cols[1] // 4))
+    words = philox.philox4x32((columns, torch.arange(*rows)[:, None], 0, 0), side.key)
+    entries = []
+    for a, b in (words[:2], words[2:]):
+        angle = ((b.float() * 2.0**-32) * torch.tensor(2 * math.pi)).double()
+        radius = (-2 * ((a.float() + 0.5) * 2.0**-32).double().log()).sqrt()
+        entries += [radius * angle.cos(), radius * angle.sin()]
+    return torch.stack(entries, -1).flatten(-2)[:, cols[0] % 4 :][:, : cols[1] - cols[0]] / 8
+
+
 @pytest.mark.parametrize(("rows", "cols"), RANGES)
 def test_gaussian_within_two_units(rows: tuple[int, int], cols: tuple[int, int], backend: Backend) -> None:
+    """The reference, in torch's float32, within three: a root (1/2) of a logarithm (1, halved), a cosine (1) and their
+    product (1/2) are 2.5 units, and libraries promise no more than one unit for a logarithm or a cosine."""
     backend.need("random_matrix")
     side = Side("gaussian", "layer/left", 64, 1 << 33)
-    expected = ops.random_matrix(side, rows, cols, backend="reference")
+    expected = box_muller(side, rows, cols)
     actual = ops.random_matrix(side, rows, cols, device=backend.device, backend=backend.name).cpu()
-    unit = torch.nextafter(expected.abs(), torch.tensor(torch.inf)) - expected.abs()
-    assert bool(((actual - expected).abs() <= 2 * unit).all())
+    size = expected.float().abs()
+    unit = torch.nextafter(size, torch.tensor(torch.inf)) - size
+    assert bool(((actual - expected).abs() <= (3 if backend.name == "reference" else 2) * unit).all())
 
 
 @pytest.mark.parametrize("kind", ["rademacher", "gaussian", "sjlt"])
@@ -66,7 +83,10 @@ def test_a_part_is_the_part_of_the_whole(kind: str, backend: Backend) -> None:
     side = Side(kind, "x/right/seed3", 50, 900)
     whole = ops.random_matrix(side, device=backend.device, backend=backend.name)
     part = ops.random_matrix(side, (7, 31), (129, 640), device=backend.device, backend=backend.name)
-    assert torch.equal(part, whole[7:31, 129:640])
+    if kind == "gaussian" and backend.name == "reference":  # torch's logarithm may depend on the place in a vector
+        torch.testing.assert_close(part, whole[7:31, 129:640], rtol=6 * 2.0**-23, atol=0)
+    else:
+        assert torch.equal(part, whole[7:31, 129:640])
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])

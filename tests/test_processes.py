@@ -20,19 +20,24 @@ from influence_fast.gradients.model_state import fingerprint
 
 _BUILD = """
 import os, signal, sys
-sys.path.insert(0, {tests!r})
-import torch, models
-import torch.distributed as dist
+import torch
+import integers
 import influence_fast as inf
 from influence_fast import _distributed as processes
 from influence_fast.gradients.store_writer import StoreWriter
 
 torch.set_num_threads(1)
 path, kind = sys.argv[1:3]
-task = "causal" if kind == "sharded" else "classification"
-model, rows = models.make("llama" if kind == "sharded" else "bert", task), models.rows(task, count=23)
-if kind == "bad":
+if kind == "sharded":
+    import models
+    model, rows, layers = models.make("llama", "causal"), models.rows("causal", count=23), "attention[1:],head"
+    loss = "auto"
+elif kind == "bad":
+    import models
+    model, rows, layers, loss = models.make("bert"), models.rows(count=23), "head", "auto"
     rows[4]["labels"] = 7
+else:
+    model, rows, layers, loss = integers.IntegerModel(), integers.integer_rows(23), "all", integers.integer_loss
 with processes.joined():
     if kind == "killed" and processes.here()[0] == 1:
         write, left = StoreWriter.write, [2]
@@ -48,15 +53,16 @@ with processes.joined():
             fully_shard(block)
         fully_shard(model)
         assert all(hasattr(parameter, "full_tensor") for parameter in model.parameters())
-    layers = "attention[1:],head"
-    store = inf.build_store(path, model, rows, layers, "rademacher:4x4", batch_tokens=24, shard_rows=3, progress=False)
+    store = inf.build_store(
+        path, model, rows, layers, "rademacher:4x4", loss, batch_tokens=24, shard_rows=3, progress=False
+    )
     store.verify()
 """
 
 
 def build(path: Path, kind: str, processes: int) -> subprocess.CompletedProcess:
     script = path.parent / "job.py"
-    script.write_text(_BUILD.format(tests=str(Path(__file__).parent)))
+    script.write_text(_BUILD)
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
     return subprocess.run(
         [sys.executable, *launch, str(script), str(path), kind],
@@ -73,6 +79,7 @@ def files(path: Path) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """The store of integers that one process writes."""
     path = tmp_path_factory.mktemp("alone") / "store"
     done = build(path, "plain", 1)
     assert done.returncode == 0, done.stderr

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
-import influence_fast
-
 README = (Path(__file__).parent.parent / "README.md").read_text()
 
 
 def python(code: str, cwd: Path) -> str:
-    env = {**os.environ, "PYTHONPATH": str(Path(influence_fast.__file__).parent.parent)}
-    run = subprocess.run([sys.executable, "-c", code], cwd=cwd, env=env, capture_output=True, text=True, check=False)
+    run = subprocess.run([sys.executable, "-c", code], cwd=cwd, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
     return run.stdout
 

@@ -12,8 +12,10 @@ from test_audit import folder, options, run, write_rows  # noqa: F401 (folder is
 from test_audit import sentences as texts
 
 import influence_fast as inf
-from influence_fast.auditing.self_check import Subset, plant, planted, sentences, split, stability
-from influence_fast.evaluation.comparison import groups_by_name
+from influence_fast.auditing.config import RankingPlan
+from influence_fast.auditing.report.self_check_text import sentences
+from influence_fast.auditing.self_check import Subset, plant, planted, split, stability
+from influence_fast.evaluation.rankings import groups_by_name
 
 
 def test_planted_labels_and_targets() -> None:
@@ -36,7 +38,8 @@ def test_planted_labels_and_targets() -> None:
 
 
 def test_halves_are_disjoint_and_as_often_correct() -> None:
-    matrix = inf.influence({"a": torch.randn(9, 3)}, {"a": torch.randn(20, 3)})
+    # Of integers, whose products rank alike among whichever queries.
+    matrix = inf.influence(*({"a": torch.randint(-40, 41, (rows, 3)).float()} for rows in (9, 20)))
     matrix.query_correct = torch.arange(20) % 4 != 0
     one, other = split(matrix, torch.Generator().manual_seed(0))
     assert (one ^ other).all()
@@ -59,34 +62,36 @@ def test_the_better_method_is_chosen_and_held_out_figures_are_its_own(tmp_path: 
         tmp_path / "s", {"head": torch.randn(200, 2)}, columns={"loss": torch.rand(200, generator=random)}
     )
     wrapped = {name: inf.Checkpoints([_wrap(values)]) for name, values in matrices.items()}
-    main = ("bad", "all", "mean")
-    groups = groups_by_name(["head"])
-    found = planted(wrapped, store, mask, ["mean", "rank", "vote"], groups, main, 0.2, random)
+    groups, aggregations = groups_by_name(["head"]), ["mean", "rank", "vote"]
+    plan = RankingPlan(list(matrices), aggregations, groups, inf.RankingKey("bad", "all", "mean"), 0.2)
+    found = planted(wrapped, store, mask, plan, random)
     assert found["chosen"].startswith("good")
     assert found["rows"]["chosen"]["auc_ndr"] > 0.95 > 0.7 > found["rows"]["default"]["auc_ndr"]
     assert found["worst"] < found["median"] < found["best_in_hindsight"]
     assert found["candidates"] == 2 * 2 * 5 * 2
-    sure = stability(_Ready({"head": torch.arange(200.0).repeat(6, 1)}), ("x", "all", "mean"), groups, 0.2, random)
+
+
+def test_stability_is_the_overlap_of_what_halves_of_the_queries_would_drop() -> None:
+    random = torch.Generator().manual_seed(0)
+    plan = RankingPlan(["ready"], ["mean"], groups_by_name(["head"]), inf.RankingKey("ready", "all", "mean"), 0.2)
+
+    def overlap(values: torch.Tensor) -> dict:
+        inf.register_method(inf.Method("ready", "influence that is there already", lambda inputs: {"head": values}))
+        try:
+            return stability(inf.MethodInputs({}, {}), plan, random)
+        finally:
+            inf.unregister_method("ready")
+
+    sure = overlap(torch.arange(200.0).repeat(6, 1))
     assert sure["overlaps"] == [1.0] * 5
-    noisy = {"head": torch.randn(6, 200, generator=random)}
-    chance = stability(_Ready(noisy), ("x", "all", "mean"), groups, 0.2, random)
+    chance = overlap(torch.randn(6, 200, generator=random))
     assert 0.1 < sum(chance["overlaps"]) / 5 < 0.5
-    alone = stability(_Ready({"head": torch.randn(1, 200)}), ("x", "all", "mean"), groups, 0.2, random)
+    alone = overlap(torch.randn(1, 200))
     assert "too few queries" in alone["skipped"]
 
 
-class _Ready:
-    """Influence that is there already."""
-
-    def __init__(self, values: dict[str, torch.Tensor]) -> None:
-        self.values = values
-
-    def matrix(self, method: str):
-        return _wrap(self.values)
-
-
 def _wrap(values: dict[str, torch.Tensor]):
-    from influence_fast.attribution.aggregation import InMemory
+    from influence_fast.attribution.influence_matrix import InMemory
 
     return InMemory(values)
 
