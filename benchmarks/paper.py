@@ -47,7 +47,6 @@ from benchmarks.paper_tasks import (
 )
 from benchmarks.training import causal_model, encoder, load_weights, train_epochs
 from influence_fast import ops
-from influence_fast.attribution.influence import make_influence
 from influence_fast.auditing.run import default_layers, groups_of, method_inputs
 from influence_fast.data import label_noise as noises
 from influence_fast.data.samples import Samples
@@ -221,7 +220,7 @@ def rankings(
 
     for method in METHODS:
         begin = time.monotonic()
-        found = scored(method, lambda m=method: make_influence(m, inputs))
+        found = scored(method, lambda m=method: inputs.influence(m))
         seconds.setdefault(method, time.monotonic() - begin)
         yield found
     if settings["checkpoints"]:

@@ -18,7 +18,6 @@ from tolerances import rank_range
 from transformers import PreTrainedTokenizerFast
 
 import influence_fast as inf
-from influence_fast.attribution.influence import make_influence
 from influence_fast.auditing.report.page import findings
 from influence_fast.auditing.result import AuditResult
 from influence_fast.auditing.run import default_layers, method_inputs
@@ -209,8 +208,7 @@ def test_a_classifier_is_ranked_by_the_pool_of_the_model_before_and_after(
     expected, _ = inf.pooled(parts, labels, torch.tensor(trusted)[kept])
     by_method = {
         method: [
-            {name: values for name, _, values in make_influence(method, given)}
-            for given in (inputs.fitted_to(half), inputs)
+            {name: values for name, _, values in given.influence(method)} for given in (inputs.fitted_to(half), inputs)
         ]
         for method in names
     }

@@ -12,8 +12,6 @@ from influence_fast.attribution.influence_matrix import (
     METHODS,
     InfluenceMatrix,
     InnerProductOptions,
-    Matrix,
-    as_matrix,
     inner_products,
 )
 from influence_fast.attribution.method_inputs import MethodInputs
@@ -58,12 +56,7 @@ def influence(
         raise InputError(
             f"method: {method!r} needs {NEEDS[lacking[0]]}, as an audit has; from gradients alone: {there}"
         )
-    return make_influence(method, MethodInputs(train, queries, options))  # type: ignore[return-value]
-
-
-def make_influence(method: str, inputs: MethodInputs) -> Matrix:
-    """Influence by any registered method."""
-    return as_matrix(get_method(method).make(inputs))
+    return MethodInputs(train, queries, options).influence(method)  # type: ignore[return-value]
 
 
 def make_products(inputs: MethodInputs, method: str) -> InfluenceMatrix:

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from influence_fast.attribution.gradient_source import Gradients
-from influence_fast.attribution.influence_matrix import InMemory, InnerProductOptions
+from influence_fast.attribution.influence_matrix import InMemory, InnerProductOptions, Matrix, as_matrix
 from influence_fast.attribution.model_passes import ModelPasses
+from influence_fast.attribution.registry import get_method
 from influence_fast.data import label_noise
 from influence_fast.data.samples import Samples
 from influence_fast.errors import InputError
@@ -86,6 +87,10 @@ class MethodInputs:
     fit_on: Tensor | None = None
     facts: dict[str, Any] = field(default_factory=dict)
     _kept: dict[str, Any] = field(default_factory=dict, repr=False)
+
+    def influence(self, method: str) -> Matrix:
+        """Influence by any registered method."""
+        return as_matrix(get_method(method).make(self))
 
     @property
     def given(self) -> AuditInputs:

@@ -16,7 +16,6 @@ from typing import Any
 from torch import nn
 
 from influence_fast._files import atomic_write
-from influence_fast.attribution.influence import make_influence
 from influence_fast.attribution.influence_matrix import METHODS as INNER_PRODUCTS
 from influence_fast.attribution.influence_matrix import InfluenceMatrix
 from influence_fast.attribution.method_inputs import AuditInputs, MethodInputs
@@ -185,7 +184,7 @@ def _score(
     zeros: dict[str, tuple[int, int]] = {}
     for method in plan.methods:
         with _timed(times, method):
-            matrix = make_influence(method, inputs)
+            matrix = inputs.influence(method)
             for group, aggregation, scores in aggregated(matrix, plan.aggregations, plan.groups, plan.fraction):
                 rankings[RankingKey(method, group, aggregation)] = scores
             if isinstance(matrix, InfluenceMatrix) and method in INNER_PRODUCTS:

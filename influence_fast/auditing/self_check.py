@@ -17,7 +17,6 @@ from torch import Tensor
 from influence_fast import ops
 from influence_fast.attribution.aggregation import aggregate
 from influence_fast.attribution.exact_influence import METHODS, exact_influence, factor_bytes
-from influence_fast.attribution.influence import make_influence
 from influence_fast.attribution.influence_matrix import Matrix, inner_products
 from influence_fast.attribution.method_inputs import AuditInputs, MethodInputs
 from influence_fast.attribution.registry import get_method
@@ -104,7 +103,7 @@ def self_check(
         inputs.passes.share(samples, inputs.samples, chosen)
     store = _build(folder / "train", inputs.given, copy)
     copied = inputs.for_samples(samples, store, folder)
-    matrices = {method: make_influence(method, copied) for method in plan.methods}
+    matrices = {method: copied.influence(method) for method in plan.methods}
     return {
         "planted": planted(matrices, store, mask, plan, random),
         "stability": stability(inputs, plan, random),
@@ -168,9 +167,9 @@ def stability(inputs: MethodInputs, plan: RankingPlan, random: torch.Generator) 
     parts: list[Matrix]
     if get_method(method).fitted_to_queries:
         halves = [half for _ in range(_REPEATS) for half in inputs.halves(random)]
-        parts = [make_influence(method, inputs.fitted_to(half)) for half in halves]
+        parts = [inputs.fitted_to(half).influence(method) for half in halves]
     else:
-        matrix = make_influence(method, inputs)
+        matrix = inputs.influence(method)
         splits = [split(matrix, random) for _ in range(_REPEATS)] if matrix.shape[0] > 1 else []
         parts = [Subset(matrix, half) for halves in splits for half in halves]
     if not parts:
@@ -193,7 +192,7 @@ def over_checkpoints(
         train, queries = (
             _build(at / name, there, part.rows) for name, part in (("train", given.samples), ("queries", given.trusted))
         )
-        matrix = make_influence(plan.main.method, MethodInputs(train, queries, audit=there))
+        matrix = MethodInputs(train, queries, audit=there).influence(plan.main.method)
         out[path] = _agreement(scores, _scores(matrix, plan))
     return out
 
