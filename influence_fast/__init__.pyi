@@ -5,6 +5,7 @@ from ._renamed import probe_opinion as probe_opinion
 from .attribution.aggregation import aggregate as aggregate
 from .attribution.aggregation import aggregate_many as aggregate_many
 from .attribution.checkpoints import Checkpoints as Checkpoints
+from .attribution.exact_influence import exact_influence as exact_influence
 from .attribution.influence import influence as influence
 from .attribution.influence_matrix import InfluenceMatrix as InfluenceMatrix
 from .attribution.label_contrast import label_contrast as label_contrast

@@ -76,8 +76,8 @@ def test_long_rows_are_found_by_inner_product(tmp_path: Path, factory: str) -> N
 def test_missing_answers_never_become_ids(store: inf.GradientStore) -> None:
     index = inf.InfluenceIndex.build(store, "IVF32,Flat")
     index.meta["breadth"] = 1
-    [band] = index._bands
-    assert (band.search(gradients(4, 2)["a"].repeat(1, 3)[:, :16].numpy(), 200, 1) == -1).any()
+    [partition] = index._partitions
+    assert (partition.search(gradients(4, 2)["a"].repeat(1, 3)[:, :16].numpy(), 200, 1) == -1).any()
     _, ids = index.search(gradients(4, 2), 200)
     assert ids.min() >= 0
     assert all(len(set(row)) == 200 for row in ids.tolist())

@@ -17,7 +17,7 @@ from influence_fast import ops
 from influence_fast.data.batching import batches, checked_rows, collate, device_of, token_budget
 from influence_fast.errors import InputError
 from influence_fast.gradients import losses
-from influence_fast.gradients.capture import FactorCapture
+from influence_fast.gradients.factor_capture import FactorCapture
 from influence_fast.gradients.layers import layer_shape, named_layers
 from influence_fast.gradients.model_state import as_evaluated
 

@@ -25,8 +25,6 @@ from influence_fast.ops import philox
 from influence_fast.ops.arguments import accumulator
 from influence_fast.ops.projections import Projection, Side
 
-__all__ = ["GradientCapture"]
-
 _log = logging.getLogger("influence_fast")
 
 # The unprojected gradient of an embedding is as large as its table, for every sample.
@@ -50,7 +48,7 @@ class _OutputHook(torch.autograd.Function):
 
 
 @dataclass(frozen=True)
-class _Tokens:
+class TokenIds:
     """One-hot rows of width ``size``, kept as their ids ``(N, T)``: the inputs of an embedding."""
 
     ids: Tensor
@@ -58,7 +56,7 @@ class _Tokens:
 
 
 @dataclass(frozen=True)
-class _Samples:
+class SampleRows:
     """Whose tokens a layer sees: those of ``count`` samples, of one length, or as ``index (N, T)`` numbers ``tokens``."""
 
     count: int
@@ -79,9 +77,9 @@ class _Samples:
         return x.reshape(self.count, tokens // self.count if self.count else 0, features)
 
 
-_Operand = Tensor | _Tokens
+Operand = Tensor | TokenIds
 # The projected factors (N, T, k_in) and (N, T, k_out) of a gradient that is not formed yet.
-_Factors = tuple[Tensor, Tensor]
+Factors = tuple[Tensor, Tensor]
 
 
 class _Operator(NamedTuple):
@@ -92,7 +90,7 @@ class _Operator(NamedTuple):
 
 
 @dataclass
-class _Layer:
+class CapturedLayer:
     """One weight matrix: its gradient's shape ``(out, in)``, bias column included, and what projects it."""
 
     name: str
@@ -179,7 +177,7 @@ class GradientCapture:
         check_supported(self.layers)
         modules = named_layers(model)
         self._layers = [_layer(name, modules[name], self.projection, bias) for name in self.layers]
-        self._uses: dict[nn.Module, list[tuple[_Layer, bool]]] = {}
+        self._uses: dict[nn.Module, list[tuple[CapturedLayer, bool]]] = {}
         for layer in self._layers:
             owner = modules[layer.name]
             for module in modules.values():
@@ -200,8 +198,8 @@ class GradientCapture:
         self._anchor = torch.zeros((), requires_grad=True)
         self._batch: int | None = None
         self._part: tuple[int, int] | None = None
-        self._packed: _Samples | None = None
-        self._factors: dict[str, _Factors] = {}
+        self._packed: SampleRows | None = None
+        self._factors: dict[str, Factors] = {}
         self._gradients: dict[str, Tensor] = {}
         self._warned: set[str] = set()
 
@@ -260,7 +258,7 @@ class GradientCapture:
         starts = ends - torch.tensor(sizes)
         # The row behind the last token is zero.
         index = torch.where(step < torch.tensor(sizes)[:, None], starts[:, None] + step, total)
-        self._packed = _Samples(len(sizes), total, index)
+        self._packed = SampleRows(len(sizes), total, index)
         try:
             yield
         finally:
@@ -325,10 +323,14 @@ class GradientCapture:
                 self._gradients.update(zip(chosen, formed.chunk(len(chosen)), strict=True))
         self._factors = {}
 
+    def _pending(self) -> bool:
+        """Whether gradients have arrived that nobody popped."""
+        return bool(self._gradients or self._factors)
+
     def _begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not torch.is_grad_enabled():
             return
-        if self._gradients or self._factors or getattr(self, "_pairs", None):
+        if self._pending():
             raise InputError("capture: pop() the gradients of one batch before the forward of the next")
         self._batch = _batch_size(args, kwargs)
 
@@ -342,21 +344,21 @@ class GradientCapture:
             return None
         x = args[0] if args else next(iter(kwargs.values()))
         name, samples = self._uses[module][0][0].name, self._samples(x)
-        seen: _Operand
+        seen: Operand
         if isinstance(module, nn.Embedding):
             if self._batch is not None and x.dim() == 2 and x.shape[0] == 1 < self._batch:
                 # Positions come once for the whole batch; only a copy for each sample has a gradient for each.
                 x, output = x.expand(self._batch, -1), output.expand(self._batch, -1, -1)
             if x.dim() != 2:
                 raise InputError(f"layer {name!r}: expected ids of shape (N, T), got {tuple(x.shape)}")
-            seen = _Tokens(samples.unfold(x[..., None], 1, name)[..., 0], module.num_embeddings)
+            seen = TokenIds(samples.unfold(x[..., None], 1, name)[..., 0], module.num_embeddings)
         else:
             seen = x
         with _exactly(output):
             receivers = [self._record(module, *use, seen, samples) for use in self._uses[module]]
         return _OutputHook.apply(output, self._anchor, partial(self._receive, module, name, samples, seen, receivers))
 
-    def _share(self, x: Tensor, samples: _Samples, operator: _Operator) -> tuple[_SharedInput, int]:
+    def _share(self, x: Tensor, samples: SampleRows, operator: _Operator) -> tuple[_SharedInput, int]:
         """The input that ``operator`` projects, and its place among those that do.
 
         Which layers read one tensor is known when another tensor comes along, and from then on at the first of them,
@@ -381,21 +383,21 @@ class GradientCapture:
             del self._shared.tensor, self._shared.rows
             self._shared = None
 
-    def _samples(self, x: Tensor) -> _Samples:
+    def _samples(self, x: Tensor) -> SampleRows:
         if self._packed is not None:
             return self._packed
         if self._part is not None:
-            return _Samples(self._part[1] - self._part[0])
-        return _Samples(self._batch if self._batch is not None else x.shape[0])
+            return SampleRows(self._part[1] - self._part[0])
+        return SampleRows(self._batch if self._batch is not None else x.shape[0])
 
     def _record(
-        self, module: nn.Module, layer: _Layer, transposed: bool, seen: _Operand, samples: _Samples
-    ) -> Callable[[Tensor], Tensor | _Factors]:
+        self, module: nn.Module, layer: CapturedLayer, transposed: bool, seen: Operand, samples: SampleRows
+    ) -> Callable[[Tensor], Tensor | Factors]:
         """Keep what ``layer`` needs of a module's input; the result turns an output gradient into ``(N, dim)``, or
         into the factors of it."""
         if layer.operators:
             return self._record_two_sided(module, layer, transposed, seen, samples)
-        if isinstance(seen, _Tokens):
+        if isinstance(seen, TokenIds):
             return partial(_tokens_gradient, layer, seen, transposed)
         dense = samples.unfold(seen.detach(), seen.shape[-1], layer.name)
         if layer.bias and not transposed:
@@ -405,20 +407,20 @@ class GradientCapture:
         def gradient(dy: Tensor) -> Tensor:
             if dense._version != version:
                 raise InputError(f"layer {layer.name!r}: its input was changed in place after the layer saw it")
-            x, g = _oriented(*_promoted(dense, dy), transposed)
+            x, g = _oriented(*promoted(dense, dy), transposed)
             return ops.outer(x, g).flatten(1) if layer.single is None else ops.sketch_outer(x, g, layer.single)
 
         return gradient
 
     def _record_two_sided(
-        self, module: nn.Module, layer: _Layer, transposed: bool, seen: _Operand, samples: _Samples
-    ) -> Callable[[Tensor], Tensor | _Factors]:
+        self, module: nn.Module, layer: CapturedLayer, transposed: bool, seen: Operand, samples: SampleRows
+    ) -> Callable[[Tensor], Tensor | Factors]:
         near, far = layer.operators[transposed]
 
         def projected(dy: Tensor) -> Tensor:
             return self._matrices.project(dy, (far.side,), (far.constant,))[0]
 
-        if isinstance(seen, _Tokens):
+        if isinstance(seen, TokenIds):
             columns = self._matrices.columns(seen.ids, near.side, accumulator(_weight(module).dtype), near.constant)
             return lambda dy: _oriented(columns, projected(dy), transposed)
         if self._part is not None:
@@ -428,13 +430,13 @@ class GradientCapture:
             def fused(dy: Tensor) -> Tensor:
                 if seen._version != version:
                     raise InputError(f"layer {layer.name!r}: its input was changed in place after the layer saw it")
-                inputs, gradients = _oriented(*_promoted(x, _widened(dy, far)), transposed)
+                inputs, gradients = _oriented(*promoted(x, _widened(dy, far)), transposed)
                 return ops.project_outer(inputs, gradients, layer.right, layer.left).flatten(1)
 
             return fused
         shared, place = self._share(seen, samples, near)
 
-        def factors(dy: Tensor) -> _Factors:
+        def factors(dy: Tensor) -> Factors:
             shared.project(self._matrices)
             return _oriented(shared.projected[place], projected(dy), transposed)
 
@@ -444,19 +446,19 @@ class GradientCapture:
         self,
         module: nn.Module,
         name: str,
-        samples: _Samples,
-        seen: _Operand,
-        receivers: list[Callable[[Tensor], Tensor | _Factors]],
+        samples: SampleRows,
+        seen: Operand,
+        receivers: list[Callable[[Tensor], Tensor | Factors]],
         grad: Tensor,
     ) -> None:
         dy = samples.unfold(grad, grad.shape[-1], name)
-        if isinstance(module, nn.Embedding) and module.padding_idx is not None and isinstance(seen, _Tokens):
+        if isinstance(module, nn.Embedding) and module.padding_idx is not None and isinstance(seen, TokenIds):
             dy = dy.masked_fill((seen.ids == module.padding_idx)[..., None], 0)
         for (layer, _), receive in zip(self._uses[module], receivers, strict=True):
             with _exactly(dy):
                 self._keep(layer, receive(dy))
 
-    def _keep(self, layer: _Layer, arrived: Tensor | _Factors) -> None:
+    def _keep(self, layer: CapturedLayer, arrived: Tensor | Factors) -> None:
         """Add what one use gave to what is there of the layer; factors of a first use stay factors until :meth:`pop`."""
         if isinstance(arrived, tuple):
             if layer.name not in self._gradients and layer.name not in self._factors and self._part is None:
@@ -474,85 +476,33 @@ class GradientCapture:
             self._gradients[layer.name] = arrived if earlier is None else earlier + arrived
 
 
-class FactorCapture(GradientCapture):
-    """Collects the factors of unprojected gradients, not the gradients: ``G = sum_t dy[t] (outer) x[t]``.
-
-    :meth:`pop_factors` gives ``{layer: (x (N, T, in), dy (N, T, out))}``; an embedding's ``x`` are its ids ``(N, T)``. A
-    layer that is used several times has the tokens of all its uses, one behind the other. The loss runs the head whole, not
-    in chunks, and a weight that is an embedding here and a linear layer there is refused, because it has no such factors.
-    """
-
-    def __init__(self, model: nn.Module, layers: str | Iterable[str] = "all") -> None:
-        super().__init__(model, layers, Projection("identity"))
-        for module, uses in self._uses.items():
-            for layer, transposed in uses:
-                if transposed:
-                    kind = type(module).__name__
-                    raise InputError(f"layers: {layer.name!r} shares its weight with a {kind}; leave it out here")
-        self._pairs: dict[str, list[_Factors]] = {}
-
-    def clear(self) -> None:
-        super().clear()
-        self._pairs = {}
-
-    def pop_factors(self) -> dict[str, _Factors]:
-        """Factors of the batch; forgets them. A layer that the loss does not depend on is left out."""
-        if not self._pairs:
-            raise InputError("capture: no gradient has arrived; run forward and backward before pop_factors()")
-        found = {}
-        for name, pairs in self._pairs.items():
-            xs, dys = zip(*pairs, strict=True)
-            found[name] = (torch.cat(xs, 1), torch.cat(dys, 1)) if len(pairs) > 1 else pairs[0]
-        self.clear()
-        return found
-
-    def _record(
-        self, module: nn.Module, layer: _Layer, transposed: bool, seen: _Operand, samples: _Samples
-    ) -> Callable[[Tensor], Tensor | _Factors]:
-        if isinstance(seen, _Tokens):
-            ids = seen.ids
-            return lambda dy: (ids, dy)
-        x = samples.unfold(seen.detach(), seen.shape[-1], layer.name)
-        version = x._version
-
-        def factors(dy: Tensor) -> _Factors:
-            if x._version != version:
-                raise InputError(f"layer {layer.name!r}: its input was changed in place after the layer saw it")
-            return _promoted(x, dy)
-
-        return factors
-
-    def _keep(self, layer: _Layer, arrived: Tensor | _Factors) -> None:
-        self._pairs.setdefault(layer.name, []).append(cast(_Factors, arrived))
-
-
 def _exactly(like: Tensor) -> AbstractContextManager[Any]:
     """Our own arithmetic is not in the low precision that the model may run in. What it works on is detached."""
     kind = like.device.type
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
-def _layer(name: str, module: nn.Module, projection: Projection, bias: bool) -> _Layer:
+def _layer(name: str, module: nn.Module, projection: Projection, bias: bool) -> CapturedLayer:
     out, in_ = layer_shape(module)
     bias = bias and getattr(module, "bias", None) is not None
     in_ += bias
     dim = projection.output_dim((out, in_))
     if projection.two_sided:
         left, right = projection.side(name, "left", out), projection.side(name, "right", in_)
-        return _Layer(name, (out, in_), dim, bias, left, right)
-    return _Layer(name, (out, in_), dim, bias, single=projection.side(name, "single", out * in_))
+        return CapturedLayer(name, (out, in_), dim, bias, left, right)
+    return CapturedLayer(name, (out, in_), dim, bias, single=projection.side(name, "single", out * in_))
 
 
 def _weight(module: nn.Module) -> Any:
     return getattr(module, "weight", None)
 
 
-def _oriented(near: Tensor, far: Tensor, transposed: bool) -> _Factors:
+def _oriented(near: Tensor, far: Tensor, transposed: bool) -> Factors:
     """Inputs and output gradients of one use; a transposed one has their places changed."""
     return (far, near) if transposed else (near, far)
 
 
-def _promoted(x: Tensor, dy: Tensor) -> _Factors:
+def promoted(x: Tensor, dy: Tensor) -> Factors:
     """Both in one dtype: autocast may hand a layer float32 and take bfloat16 gradients back."""
     dtype = torch.promote_types(x.dtype, dy.dtype)
     return x.to(dtype), dy.to(dtype)
@@ -569,7 +519,7 @@ def _product(x: Tensor, dy: Tensor) -> Tensor:
     return torch.bmm(dy.mT, x).flatten(1)
 
 
-def _tokens_gradient(layer: _Layer, tokens: _Tokens, transposed: bool, dy: Tensor) -> Tensor:
+def _tokens_gradient(layer: CapturedLayer, tokens: TokenIds, transposed: bool, dy: Tensor) -> Tensor:
     """Unprojected or sketched gradient of an embedding, from its ids; ``transposed`` in the frame of a tied head."""
     dy = dy.to(accumulator(dy.dtype))
     n, _, width = dy.shape
@@ -588,7 +538,7 @@ def _tokens_gradient(layer: _Layer, tokens: _Tokens, transposed: bool, dy: Tenso
     return flat if layer.single is None else ops.sketch(flat, layer.single)
 
 
-def _sketch_tokens(side: Side, tokens: _Tokens, transposed: bool, dy: Tensor) -> Tensor:
+def _sketch_tokens(side: Side, tokens: TokenIds, transposed: bool, dy: Tensor) -> Tensor:
     n, t, width = dy.shape
     out = dy.new_zeros(n, side.k)
     channel = torch.arange(width, device=dy.device)

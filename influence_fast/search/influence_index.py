@@ -1,25 +1,22 @@
 """Nearest training samples by influence: an index over a gradient store.
 
 An index is over its layers' gradients side by side, so an inner product is the sum of the layers' inner products.
-``cosine`` divides by the length of that whole vector. ``Flat`` is exact (``exact.py``), needs no FAISS,
-reads an 8-bit copy and proves its answer. Any other factory string makes FAISS indexes over directions ``g / |g|``: rows of
-similar length share one (a *band*), since inner products with lengths of a heavy tail follow no direction. The longest rows,
-too few of any length to train on, are a band of whole vectors that is searched exactly. Candidates of all bands are scored
-again from the store. What they miss is measured on held-out queries when the index is built, and is said by every search.
+``cosine`` divides by the length of that whole vector. ``Flat`` is exact (``exact.py``) and needs no FAISS: it reads an 8-bit
+copy and proves its answer. Any other factory string makes FAISS indexes over partitions by length (``norm_partitions.py``),
+whose candidates are scored again from the store. What they miss is measured on held-out queries when the index is built, and
+is said by every search.
 
-On disk: ``index.json`` beside ``scan-00000.bin``, ... (``Flat``) or ``band-0.faiss``, ``band-0.npy`` (rows of the band), ...
-All of them are memory-mapped. The exact rows stay in the store, whose folder ``index.json`` names.
+On disk: ``index.json`` beside ``scan-00000.bin``, ... (``Flat``) or ``band-0.faiss``, ``band-0.npy`` (rows of a partition),
+... All of them are memory-mapped. The exact rows stay in the store, whose folder ``index.json`` names.
 """
 
 from __future__ import annotations
 
-import importlib
 import json
 import logging
 import os
-import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,20 +25,26 @@ import torch
 from torch import Tensor
 
 from influence_fast import ops
-from influence_fast._files import atomic_path, atomic_write, sha256
+from influence_fast._files import atomic_write, sha256
 from influence_fast._memory import parse_memory
 from influence_fast.attribution.gradient_source import Gradients, GradientSource, chosen_layers
 from influence_fast.errors import BackendError, InfluenceError, InputError, StoreError
 from influence_fast.gradients.store import GradientStore
 from influence_fast.search.exact import Rows, Scan, parts_of, rescore, segment_name
+from influence_fast.search.norm_partitions import (
+    NormPartition,
+    add_to_partitions,
+    build_partitions,
+    directions,
+    last_line,
+    least_rows,
+    load_faiss,
+    row_blocks,
+)
 
 METRICS = ("dot", "cosine")
-_BLOCK_BYTES = 32 << 20
-_TRAIN_ROWS = 50_000
 _HELD_OUT = 64
 _SLOW_SCAN = 1 << 32
-_BAND_RATIO = 1.5
-_BAND_ROWS = 2_000
 _SPREAD = 8
 
 _log = logging.getLogger("influence_fast")
@@ -58,13 +61,13 @@ class InfluenceIndex:
         recall: share of the true best 10 that the index finds, measured on held-out queries; 1.0 for ``Flat``.
     """
 
-    def __init__(self, rows: Rows, meta: dict[str, Any], scan: Scan | None, bands: list[_Band]) -> None:
+    def __init__(self, rows: Rows, meta: dict[str, Any], scan: Scan | None, partitions: list[NormPartition]) -> None:
         self.meta = meta
         self.factory: str = meta["factory"]
         self.metric: str = meta["metric"]
         self.layers: list[str] = meta["layers"]
         self.recall: float = meta["recall"]
-        self._rows, self._scan, self._bands = rows, scan, bands
+        self._rows, self._scan, self._partitions = rows, scan, partitions
 
     @property
     def ids(self) -> Sequence[int | str]:
@@ -85,7 +88,7 @@ class InfluenceIndex:
     @property
     def nbytes(self) -> int:
         """Bytes of the index itself: mapped where it was loaded or built in a folder, else in memory."""
-        return self._scan.nbytes if self._scan is not None else sum(band.nbytes for band in self._bands)
+        return self._scan.nbytes if self._scan is not None else sum(partition.nbytes for partition in self._partitions)
 
     @classmethod
     def build(
@@ -151,7 +154,7 @@ class InfluenceIndex:
             scan.add(source, folder)
             built = cls(source, meta, scan, [])
         else:
-            built = cls(source, meta, None, _build_bands(source, factory, metric))
+            built = cls(source, meta, None, build_partitions(source, factory, metric))
             built._tune(queries, recall)
         if folder is not None:
             built.save(folder)
@@ -172,10 +175,10 @@ class InfluenceIndex:
         some = {name: source.read(name, slice(0, most)) for name in self.layers}
         found, _ = self.search_rows(some, k)
         cosine = self.metric == "cosine"
-        values = _directions(torch.cat(list(some.values()), 1).double(), cosine)
+        values = _unit_or_whole(torch.cat(list(some.values()), 1).double(), cosine)
         best = torch.empty(len(values), 0, dtype=torch.float64)
-        for _, _, rows in _blocks(self._rows):
-            best = torch.cat([best, values @ _directions(rows.double(), cosine).T], 1)
+        for _, _, rows in row_blocks(self._rows):
+            best = torch.cat([best, values @ _unit_or_whole(rows.double(), cosine).T], 1)
             best = best.topk(min(k, best.shape[1])).values
         edge = best[:, -1:]
         return float((found >= edge - 1e-9 * edge.abs()).double().mean())
@@ -183,7 +186,7 @@ class InfluenceIndex:
     def add(self, store: GradientStore) -> None:
         """Take in the rows of another store of the same model, projection and layers, behind those that are there.
 
-        Bands keep what they learnt from the first store. An index that was loaded is added to in memory; save it again.
+        Partitions keep what they learnt from the first store. An index that was loaded is added to in memory; save it again.
         """
         for key in ("model", "projection"):
             if store.meta[key] != self.meta[key]:
@@ -199,7 +202,7 @@ class InfluenceIndex:
         if self._scan is not None:
             self._scan.add(rows)
         else:
-            _add_to_bands(self._bands, rows, before, self.metric)
+            add_to_partitions(self._partitions, rows, before, self.metric)
         self._rows = rows
 
     def search(
@@ -279,8 +282,8 @@ class InfluenceIndex:
         if self._scan is not None:
             self._scan.save(folder)
             files = [segment_name(i) for i in range(len(self._scan.segments))]
-        for number, band in enumerate(self._bands):
-            files += band.save(folder, number)
+        for number, partition in enumerate(self._partitions):
+            files += partition.save(folder, number)
         stores = []
         for store, rows in self._rows.stores:
             where = os.path.relpath(store.path.resolve(), folder.resolve())
@@ -288,8 +291,8 @@ class InfluenceIndex:
         hashes = {name: sha256(folder / name) for name in files}
         sizes = [segment.rows for segment in self._scan.segments] if self._scan is not None else []
         document = {**self.meta, "stores": stores, "segments": sizes, "files": hashes}
-        document["bands"] = [band.longest for band in self._bands]
-        document["tail"] = bool(self._bands) and self._bands[-1].whole
+        document["bands"] = [partition.longest for partition in self._partitions]
+        document["tail"] = bool(self._partitions) and self._partitions[-1].whole
         atomic_write(folder / "index.json", json.dumps(document, indent=1) + "\n")
 
     @classmethod
@@ -327,8 +330,8 @@ class InfluenceIndex:
             rows = Rows(pairs, meta["layers"])
             scan = Scan.open(folder, meta["dims"], meta["segments"]) if meta["factory"] == "Flat" else None
             last = len(meta["bands"]) - 1
-            bands = [
-                _Band.load(folder, number, longest, meta.get("tail", False) and number == last)
+            partitions = [
+                NormPartition.load(folder, number, longest, meta.get("tail", False) and number == last)
                 for number, longest in enumerate(meta["bands"])
             ]
         except FileNotFoundError as error:
@@ -337,29 +340,29 @@ class InfluenceIndex:
         except (ValueError, KeyError, TypeError, RuntimeError) as error:
             if isinstance(error, InfluenceError):
                 raise
-            raise StoreError(f"{folder}: damaged index ({_brief(error)})") from None
-        counted = scan.rows if scan is not None else sum(len(band.rows) for band in bands)
+            raise StoreError(f"{folder}: damaged index ({last_line(error)})") from None
+        counted = scan.rows if scan is not None else sum(len(partition.rows) for partition in partitions)
         if counted != rows.count:
             raise StoreError(f"{folder}: damaged index, {counted} vectors where {rows.count} are named")
         return cls(
             rows,
             {key: meta[key] for key in meta if key not in ("stores", "segments", "files", "bands", "tail")},
             scan,
-            bands,
+            partitions,
         )
 
     def to_gpu(self) -> InfluenceIndex:
-        """The same index with its bands cloned to all GPUs, sharded; BackendError without faiss-gpu. ``Flat`` stays."""
+        """The same index with its partitions cloned to all GPUs, sharded; BackendError without faiss-gpu. ``Flat`` stays."""
         if self._scan is not None:
             return self
-        faiss = _faiss()
+        faiss = load_faiss()
 
         if not hasattr(faiss, "StandardGpuResources") or faiss.get_num_gpus() == 0:
             raise BackendError("to_gpu: needs faiss-gpu and a GPU; search on the CPU instead")
         options = faiss.GpuMultipleClonerOptions()
         options.shard = True
-        bands = [replace(b, index=faiss.index_cpu_to_all_gpus(b.index, co=options)) for b in self._bands]
-        return InfluenceIndex(self._rows, self.meta, None, bands)
+        partitions = [replace(b, index=faiss.index_cpu_to_all_gpus(b.index, co=options)) for b in self._partitions]
+        return InfluenceIndex(self._rows, self.meta, None, partitions)
 
     def _weights(self, layers: Sequence[str] | Mapping[str, float] | None) -> dict[str, float]:
         if not isinstance(layers, Mapping):
@@ -410,18 +413,18 @@ class InfluenceIndex:
         return values
 
     def _approximately(self, values: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """Candidates of every band by direction, scored exactly; searched wider until every query has k rows."""
+        """Candidates of every partition by direction, scored exactly; searched wider until every query has k rows."""
         breadth, cosine = self.meta["breadth"], self.metric == "cosine"
-        unit = _unit(values).numpy()
+        unit = directions(values).numpy()
         weights = [1.0] * len(self.layers)
         while True:
             numbers = torch.from_numpy(
-                np.concatenate([band.search(unit, _SPREAD * k, breadth) for band in self._bands], axis=1)
+                np.concatenate([partition.search(unit, _SPREAD * k, breadth) for partition in self._partitions], axis=1)
             )
             if int((numbers >= 0).sum(1).min()) >= k:
                 break
             breadth *= 4
-            if breadth >= 4 * max(band.limit for band in self._bands):
+            if breadth >= 4 * max(partition.limit for partition in self._partitions):
                 raise InfluenceError(
                     f"index {self.factory!r} finds fewer than k={k} rows for some query; build a Flat one"
                 )
@@ -439,7 +442,7 @@ class InfluenceIndex:
         else:
             asked = self._queries(queries, self.layers)[:_HELD_OUT]
         true = _best(self._rows, asked, k, self.metric)
-        limit = max(band.limit for band in self._bands)
+        limit = max(partition.limit for partition in self._partitions)
         while True:
             found = self._approximately(asked, k)[1].tolist()
             reached = float(np.mean([len(set(a) & set(b)) / k for a, b in zip(true.tolist(), found, strict=True)]))
@@ -447,61 +450,6 @@ class InfluenceIndex:
             if reached >= recall or self.meta["breadth"] >= limit:
                 return
             self.meta["breadth"] = min(2 * self.meta["breadth"], limit)
-
-
-@dataclass
-class _Band:
-    """A FAISS index over the directions of rows of similar length, or over the longest rows as they are (``whole``)."""
-
-    index: Any
-    rows: np.ndarray
-    longest: float
-    whole: bool = False
-
-    @property
-    def limit(self) -> int:
-        """How wide a search can be."""
-        inner = _inner(self.index)
-        return getattr(inner, "nlist", None) or (inner.ntotal if hasattr(inner, "hnsw") else 1)
-
-    @property
-    def nbytes(self) -> int:
-        faiss = _faiss()
-
-        return faiss.serialize_index(self.index).nbytes + self.rows.nbytes
-
-    def search(self, unit: np.ndarray, k: int, breadth: int) -> np.ndarray:
-        """Numbers of the rows nearest by direction, ``(m, k)``; -1 fills up."""
-        if not len(self.rows):
-            return np.full((len(unit), k), -1)
-        found = self.index.search(unit, min(k, len(self.rows)), params=_parameters(self.index, breadth))[1]
-        return np.where(found >= 0, self.rows[np.maximum(found, 0)], -1)
-
-    def save(self, folder: Path, number: int) -> list[str]:
-        faiss = _faiss()
-
-        names = [f"band-{number}.faiss", f"band-{number}.npy"]
-        with atomic_path(folder / names[0]) as temporary:
-            faiss.write_index(self.index, str(temporary))
-        with atomic_path(folder / names[1]) as temporary, open(temporary, "wb") as file:
-            np.save(file, self.rows, allow_pickle=False)
-        return names
-
-    @classmethod
-    def load(cls, folder: Path, number: int, longest: float, whole: bool) -> _Band:
-        faiss = _faiss()
-
-        path = str(folder / f"band-{number}.faiss")
-        if not os.path.exists(path):
-            raise FileNotFoundError(2, "missing", path)
-        try:
-            index = faiss.read_index(path, faiss.IO_FLAG_MMAP_IFC)
-        except (RuntimeError, AttributeError):  # not every kind of index can be mapped
-            index = faiss.read_index(path)
-        rows = np.load(folder / f"band-{number}.npy", allow_pickle=False)
-        if index.ntotal != len(rows):
-            raise StoreError(f"{path}: damaged index, {index.ntotal} vectors where {len(rows)} are named")
-        return cls(index, rows, longest, whole)
 
 
 def vote_from_index(
@@ -533,7 +481,7 @@ def vote_from_index(
             if layer * source.rows + query in picked:
                 own = torch.zeros(n, dtype=torch.float64)
                 own[rows[query]] = rank - k
-                row = torch.cat([values[query] @ block.T for _, _, block in _blocks(index._rows, layers=[name])])
+                row = torch.cat([values[query] @ block.T for _, _, block in row_blocks(index._rows, layers=[name])])
                 exact = ops.vote(row[None], k)
                 off += float((exact - own).abs().sum()) / 2
                 total += float(exact.abs().sum())
@@ -549,7 +497,7 @@ def _auto(rows: Rows, recall: float, memory: int | None) -> str:
         return "Flat"
     lists = int(2 ** np.clip(np.round(np.log2(4 * n**0.5)), 4, 16))
     # Centres, and the longest rows as they are.
-    whole = 4 * dim * (lists + min(n, _least_rows(lists)))
+    whole = 4 * dim * (lists + min(n, least_rows(lists)))
     codes = [("SQ8", dim), ("SQ4", dim / 2), *((f"PQ{dim // d}", dim / d) for d in (4, 8, 16) if dim % d == 0)]
     for name, size in codes:
         if recall < 1 and (memory is None or n * (size + 16) + whole <= memory):
@@ -557,98 +505,11 @@ def _auto(rows: Rows, recall: float, memory: int | None) -> str:
     raise InputError(f"memory: no index of {n} rows of {dim} numbers fits {memory} bytes at recall {recall:g}")
 
 
-def _build_bands(rows: Rows, factory: str, metric: str) -> list[_Band]:
-    faiss = _faiss()
-
-    dim = sum(rows.dims.values())
-    try:
-        faiss.index_factory(dim, factory, faiss.METRIC_INNER_PRODUCT)
-    except RuntimeError as error:
-        raise InputError(f"factory: FAISS does not know {factory!r} for {dim} numbers ({_brief(error)})") from None
-    square = torch.zeros(rows.count, dtype=torch.float64)
-    for begin, end, values in _blocks(rows):
-        square[begin:end] = values.double().square().sum(1)
-    length = square.sqrt().numpy()
-    lists = re.search(r"IVF(\d+)", factory)
-    least = _least_rows(int(lists[1]) if lists else 0)
-    edges, tail = ([float(length.max())], False) if metric == "cosine" else _edges(length, least)
-    # A band takes rows up to its edge; rows longer than all, which come later, go to the last.
-    place = np.minimum(np.searchsorted(edges, length), len(edges) - 1)
-    bands = []
-    for number, edge in enumerate(edges):
-        whole = tail and number == len(edges) - 1
-        index = faiss.IndexFlatIP(dim) if whole else faiss.index_factory(dim, factory, faiss.METRIC_INNER_PRODUCT)
-        inner = _inner(index)
-        if hasattr(inner, "cp"):
-            inner.cp.spherical = True
-        mine = np.flatnonzero(place == number)
-        if not index.is_trained:
-            chosen = np.sort(np.random.default_rng(number).permutation(mine)[:_TRAIN_ROWS])
-            sample = torch.cat([rows.take(name, torch.from_numpy(chosen)) for name in rows.layers], 1)
-            try:
-                index.train(_unit(sample).numpy())
-            except RuntimeError as error:
-                raise InputError(
-                    f"factory: {factory!r} cannot be trained on {len(mine)} rows ({_brief(error)})"
-                ) from None
-        bands.append(_Band(index, np.empty(0, np.int64), edge, whole))
-    _add_to_bands(bands, rows, 0, metric)
-    return bands
-
-
-def _add_to_bands(bands: list[_Band], rows: Rows, first: int, metric: str) -> None:
-    edges = [band.longest for band in bands]
-    grown: list[list[np.ndarray]] = [[band.rows] for band in bands]
-    for begin, _, values in _blocks(rows, first):
-        length = values.double().square().sum(1).sqrt().numpy()
-        place = (
-            np.minimum(np.searchsorted(edges, length), len(bands) - 1)
-            if metric == "dot"
-            else np.zeros(len(length), int)
-        )
-        unit = _unit(values)
-        for number, band in enumerate(bands):
-            mine = np.flatnonzero(place == number)
-            if len(mine):
-                band.index.add((values if band.whole else unit)[mine].numpy())
-                grown[number].append(begin + mine)
-    for band, parts in zip(bands, grown, strict=True):
-        band.rows = np.concatenate(parts)
-
-
-def _least_rows(lists: int) -> int:
-    """Rows that a band of so many lists takes to be trained."""
-    return max(_BAND_ROWS, 40 * lists)
-
-
-def _edges(length: np.ndarray, least: int) -> tuple[list[float], bool]:
-    """Upper lengths of the bands, ascending: a factor of 1.5 apart, wider where a band would have few rows; and whether the
-    last is, with a lower one to leave the rest to."""
-    ordered = np.sort(length)
-    tail = len(ordered) - int(np.searchsorted(ordered, ordered[-1] / _BAND_RATIO, "right")) < least
-    edges, end = [float(ordered[-1])], len(ordered)
-    while end > 0:
-        begin = min(int(np.searchsorted(ordered, edges[-1] / _BAND_RATIO, "right")), end - least)
-        if begin < least:
-            break
-        edges.append(float(ordered[begin - 1]))
-        end = int(np.searchsorted(ordered, edges[-1], "right"))
-    return edges[::-1], tail and len(edges) > 1
-
-
-def _blocks(rows: Rows, first: int = 0, layers: Sequence[str] | None = None) -> Iterator[tuple[int, int, Tensor]]:
-    names = rows.layers if layers is None else layers
-    step = max(1, _BLOCK_BYTES // (4 * sum(rows.dims[name] for name in names)))
-    for begin in range(first, rows.count, step):
-        end = min(begin + step, rows.count)
-        yield begin, end, torch.cat([rows.read(name, begin, end) for name in names], 1)
-
-
 def _best(rows: Rows, queries: Tensor, k: int, metric: str) -> Tensor:
     """Row numbers of the best k by brute force in float32."""
     best, where = torch.empty(len(queries), 0), torch.empty(len(queries), 0, dtype=torch.int64)
-    for begin, end, values in _blocks(rows):
-        scores = queries @ (_unit(values) if metric == "cosine" else values).T
+    for begin, end, values in row_blocks(rows):
+        scores = queries @ (directions(values) if metric == "cosine" else values).T
         best = torch.cat([best, scores], 1)
         where = torch.cat([where, torch.arange(begin, end).expand(len(queries), -1)], 1)
         best, place = best.topk(min(k, best.shape[1]))
@@ -656,42 +517,5 @@ def _best(rows: Rows, queries: Tensor, k: int, metric: str) -> Tensor:
     return where
 
 
-def _faiss() -> Any:
-    """FAISS, which exact search does without."""
-    try:
-        return importlib.import_module("faiss")
-    except ImportError as error:
-        raise BackendError(f"factory: any but Flat needs FAISS (pip install faiss-cpu): {error}") from None
-
-
-def _unit(values: Tensor) -> Tensor:
-    norm = values.double().norm(dim=1, keepdim=True)
-    return torch.where(norm > 0, values / norm, 0).float()
-
-
-def _directions(values: Tensor, cosine: bool) -> Tensor:
+def _unit_or_whole(values: Tensor, cosine: bool) -> Tensor:
     return torch.nn.functional.normalize(values, dim=1) if cosine else values
-
-
-def _inner(index: Any) -> Any:
-    faiss = _faiss()
-
-    return faiss.downcast_index(index.index if isinstance(index, faiss.IndexPreTransform) else index)
-
-
-def _parameters(index: Any, breadth: int) -> Any:
-    """How wide to search, for this call alone: other threads may ask for something else."""
-    faiss = _faiss()
-
-    inner, found = _inner(index), None
-    if hasattr(inner, "nlist"):
-        found = faiss.SearchParametersIVF(nprobe=min(breadth, inner.nlist))
-    elif hasattr(inner, "hnsw"):
-        found = faiss.SearchParametersHNSW(efSearch=min(max(16, breadth), max(16, inner.ntotal)))
-    if found is not None and isinstance(index, faiss.IndexPreTransform):
-        return faiss.SearchParametersPreTransform(index_params=found)
-    return found
-
-
-def _brief(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[-1].split("Error: ")[-1][:200]

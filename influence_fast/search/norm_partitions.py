@@ -1,0 +1,218 @@
+"""Partitions of a store by gradient length, each searched by FAISS.
+
+Inner products with lengths of a heavy tail follow no direction, so rows of similar length share an index over directions
+``g / |g|``, and the longest rows, too few of any length to train on, are searched as whole vectors.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from influence_fast._files import atomic_path
+from influence_fast.errors import BackendError, InputError, StoreError
+from influence_fast.search.exact import Rows
+
+_BLOCK_BYTES = 32 << 20
+_TRAIN_ROWS = 50_000
+_RATIO = 1.5
+_ROWS = 2_000
+
+
+@dataclass
+class NormPartition:
+    """A FAISS index over the directions of rows of similar length, or over the longest rows as they are (``whole``)."""
+
+    index: Any
+    rows: np.ndarray
+    longest: float
+    whole: bool = False
+
+    @property
+    def limit(self) -> int:
+        """How wide a search can be."""
+        inner = _inner(self.index)
+        return getattr(inner, "nlist", None) or (inner.ntotal if hasattr(inner, "hnsw") else 1)
+
+    @property
+    def nbytes(self) -> int:
+        faiss = load_faiss()
+
+        return faiss.serialize_index(self.index).nbytes + self.rows.nbytes
+
+    def search(self, unit: np.ndarray, k: int, breadth: int) -> np.ndarray:
+        """Numbers of the rows nearest by direction, ``(m, k)``; -1 fills up."""
+        if not len(self.rows):
+            return np.full((len(unit), k), -1)
+        found = self.index.search(unit, min(k, len(self.rows)), params=_parameters(self.index, breadth))[1]
+        return np.where(found >= 0, self.rows[np.maximum(found, 0)], -1)
+
+    def save(self, folder: Path, number: int) -> list[str]:
+        faiss = load_faiss()
+
+        names = [f"band-{number}.faiss", f"band-{number}.npy"]
+        with atomic_path(folder / names[0]) as temporary:
+            faiss.write_index(self.index, str(temporary))
+        with atomic_path(folder / names[1]) as temporary, open(temporary, "wb") as file:
+            np.save(file, self.rows, allow_pickle=False)
+        return names
+
+    @classmethod
+    def load(cls, folder: Path, number: int, longest: float, whole: bool) -> NormPartition:
+        faiss = load_faiss()
+
+        path = str(folder / f"band-{number}.faiss")
+        if not os.path.exists(path):
+            raise FileNotFoundError(2, "missing", path)
+        try:
+            index = faiss.read_index(path, faiss.IO_FLAG_MMAP_IFC)
+        except (RuntimeError, AttributeError):  # not every kind of index can be mapped
+            index = faiss.read_index(path)
+        rows = np.load(folder / f"band-{number}.npy", allow_pickle=False)
+        if index.ntotal != len(rows):
+            raise StoreError(f"{path}: damaged index, {index.ntotal} vectors where {len(rows)} are named")
+        return cls(index, rows, longest, whole)
+
+
+def build_partitions(rows: Rows, factory: str, metric: str) -> list[NormPartition]:
+    """Train and fill an index for each range of lengths; one alone for cosines.
+
+    Raises:
+        InputError: a factory string that FAISS does not know, or cannot train on these rows.
+    """
+    faiss = load_faiss()
+
+    dim = sum(rows.dims.values())
+    try:
+        faiss.index_factory(dim, factory, faiss.METRIC_INNER_PRODUCT)
+    except RuntimeError as error:
+        raise InputError(f"factory: FAISS does not know {factory!r} for {dim} numbers ({last_line(error)})") from None
+    square = torch.zeros(rows.count, dtype=torch.float64)
+    for begin, end, values in row_blocks(rows):
+        square[begin:end] = values.double().square().sum(1)
+    length = square.sqrt().numpy()
+    lists = re.search(r"IVF(\d+)", factory)
+    least = least_rows(int(lists[1]) if lists else 0)
+    edges, has_longest = ([float(length.max())], False) if metric == "cosine" else _edges(length, least)
+    # A partition takes rows up to its edge; rows longer than all, which come later, go to the last.
+    place = np.minimum(np.searchsorted(edges, length), len(edges) - 1)
+    partitions = []
+    for number, edge in enumerate(edges):
+        whole = has_longest and number == len(edges) - 1
+        index = faiss.IndexFlatIP(dim) if whole else faiss.index_factory(dim, factory, faiss.METRIC_INNER_PRODUCT)
+        inner = _inner(index)
+        if hasattr(inner, "cp"):
+            inner.cp.spherical = True
+        mine = np.flatnonzero(place == number)
+        if not index.is_trained:
+            chosen = np.sort(np.random.default_rng(number).permutation(mine)[:_TRAIN_ROWS])
+            sample = torch.cat([rows.take(name, torch.from_numpy(chosen)) for name in rows.layers], 1)
+            try:
+                index.train(directions(sample).numpy())
+            except RuntimeError as error:
+                raise InputError(
+                    f"factory: {factory!r} cannot be trained on {len(mine)} rows ({last_line(error)})"
+                ) from None
+        partitions.append(NormPartition(index, np.empty(0, np.int64), edge, whole))
+    add_to_partitions(partitions, rows, 0, metric)
+    return partitions
+
+
+def add_to_partitions(partitions: list[NormPartition], rows: Rows, first: int, metric: str) -> None:
+    edges = [partition.longest for partition in partitions]
+    grown: list[list[np.ndarray]] = [[partition.rows] for partition in partitions]
+    for begin, _, values in row_blocks(rows, first):
+        length = values.double().square().sum(1).sqrt().numpy()
+        place = (
+            np.minimum(np.searchsorted(edges, length), len(partitions) - 1)
+            if metric == "dot"
+            else np.zeros(len(length), int)
+        )
+        unit = directions(values)
+        for number, partition in enumerate(partitions):
+            mine = np.flatnonzero(place == number)
+            if len(mine):
+                partition.index.add((values if partition.whole else unit)[mine].numpy())
+                grown[number].append(begin + mine)
+    for partition, parts in zip(partitions, grown, strict=True):
+        partition.rows = np.concatenate(parts)
+
+
+def least_rows(lists: int) -> int:
+    """Rows that a partition of so many lists takes to be trained."""
+    return max(_ROWS, 40 * lists)
+
+
+def _edges(length: np.ndarray, least: int) -> tuple[list[float], bool]:
+    """Upper lengths of the partitions, ascending: a factor of 1.5 apart, wider where one would have few rows; and whether
+    the last has few, with a lower one to leave the rest to."""
+    ordered = np.sort(length)
+    has_longest = len(ordered) - int(np.searchsorted(ordered, ordered[-1] / _RATIO, "right")) < least
+    edges, end = [float(ordered[-1])], len(ordered)
+    while end > 0:
+        begin = min(int(np.searchsorted(ordered, edges[-1] / _RATIO, "right")), end - least)
+        if begin < least:
+            break
+        edges.append(float(ordered[begin - 1]))
+        end = int(np.searchsorted(ordered, edges[-1], "right"))
+    return edges[::-1], has_longest and len(edges) > 1
+
+
+def row_blocks(rows: Rows, first: int = 0, layers: Sequence[str] | None = None) -> Iterator[tuple[int, int, Tensor]]:
+    names = rows.layers if layers is None else layers
+    step = max(1, _BLOCK_BYTES // (4 * sum(rows.dims[name] for name in names)))
+    for begin in range(first, rows.count, step):
+        end = min(begin + step, rows.count)
+        yield begin, end, torch.cat([rows.read(name, begin, end) for name in names], 1)
+
+
+def directions(values: Tensor) -> Tensor:
+    """Rows of unit length; a zero row stays zero."""
+    norm = values.double().norm(dim=1, keepdim=True)
+    return torch.where(norm > 0, values / norm, 0).float()
+
+
+def _inner(index: Any) -> Any:
+    faiss = load_faiss()
+
+    return faiss.downcast_index(index.index if isinstance(index, faiss.IndexPreTransform) else index)
+
+
+def _parameters(index: Any, breadth: int) -> Any:
+    """How wide to search, for this call alone: other threads may ask for something else."""
+    faiss = load_faiss()
+
+    inner, found = _inner(index), None
+    if hasattr(inner, "nlist"):
+        found = faiss.SearchParametersIVF(nprobe=min(breadth, inner.nlist))
+    elif hasattr(inner, "hnsw"):
+        found = faiss.SearchParametersHNSW(efSearch=min(max(16, breadth), max(16, inner.ntotal)))
+    if found is not None and isinstance(index, faiss.IndexPreTransform):
+        return faiss.SearchParametersPreTransform(index_params=found)
+    return found
+
+
+def load_faiss() -> Any:
+    """FAISS, which exact search does without.
+
+    Raises:
+        BackendError: it is not installed.
+    """
+    try:
+        import faiss
+    except ImportError as error:
+        raise BackendError(f"factory: any but Flat needs FAISS (pip install faiss-cpu): {error}") from None
+    return faiss
+
+
+def last_line(error: Exception) -> str:
+    """What FAISS says at the end of its many lines."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1].split("Error: ")[-1][:200]
