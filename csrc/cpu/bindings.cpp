@@ -1,6 +1,9 @@
 // The Python face of the CPU kernels: pointers come in as integers, sizes and strides in elements. Callers (ops/cpu.py) check
 // shapes and dtypes; here nothing is known of tensors.
 
+#ifdef INFLUENCE_FAST_AVX2
+#include <cpuid.h>
+#endif
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -20,20 +23,33 @@ using namespace influence_fast;
 
 namespace {
 
-// Slowest first; the last one that the machine can run is the default.
+#ifdef INFLUENCE_FAST_AVX2
+// For features that not every compiler has a name for: bits of the registers eax, ebx, ecx, edx.
+bool cpuid_bit(unsigned leaf, unsigned subleaf, int word, int bit) {
+  unsigned words[4];
+  return __get_cpuid_count(leaf, subleaf, words, words + 1, words + 2, words + 3) && (words[word] >> bit & 1);
+}
+#endif
+
+// Slowest first; the last one that the machine can run is the default. Units whose flags the compiler lacks are not here.
 std::vector<const Kernels*> supported() {
   std::vector<const Kernels*> found{kernels_baseline()};
-#ifdef INFLUENCE_FAST_X86
+#ifdef INFLUENCE_FAST_AVX2
   __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
-    found.push_back(kernels_avx2());
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-        __builtin_cpu_supports("avx512vl")) {
-      found.push_back(kernels_avx512());
-      // Every CPU with the one has the other.
-      if (__builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni")) found.push_back(kernels_avx512bf16());
-    }
-  }
+  const bool f16c = cpuid_bit(1, 0, 2, 29);
+  if (!(__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && f16c)) return found;
+  found.push_back(kernels_avx2());
+#endif
+#ifdef INFLUENCE_FAST_AVX512
+  if (!(__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512vl")))
+    return found;
+  found.push_back(kernels_avx512());
+#endif
+#ifdef INFLUENCE_FAST_AVX512BF16
+  const bool avx512bf16 = cpuid_bit(7, 1, 0, 5);
+  // Every CPU with the one has the other.
+  if (avx512bf16 && __builtin_cpu_supports("avx512vnni")) found.push_back(kernels_avx512bf16());
 #endif
   return found;
 }

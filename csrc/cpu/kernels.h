@@ -69,12 +69,9 @@ struct Kernels {
   ScanKernels scan;
 };
 
-// Null where this machine cannot run it.
 const Kernels* kernels_baseline();
-#ifdef INFLUENCE_FAST_X86
 const Kernels* kernels_avx2();
 const Kernels* kernels_avx512();
 const Kernels* kernels_avx512bf16();
-#endif
 
 }  // namespace influence_fast
