@@ -41,9 +41,9 @@ if sys.platform == "darwin":
 
 
 def cpu_extension() -> Extension:
-    sources = sorted(str(path) for path in Path("csrc/cpu").glob("*.cpp") if not path.stem.startswith("isa_"))
-    sources += [f"csrc/cpu/isa_{isa}.cpp" for isa in ("baseline", *ISA_FLAGS)]
-    headers = [str(path) for pattern in ("*.h", "cpu/*.h", "cpu/*.inc") for path in Path("csrc").glob(pattern)]
+    sources = sorted(str(path) for path in Path("csrc/cpu").glob("*.cpp"))
+    sources += [f"csrc/cpu/isa/{isa}.cpp" for isa in ("baseline", *ISA_FLAGS)]
+    headers = [str(path) for pattern in ("*.h", "cpu/*.h", "cpu/kernels/*.inc") for path in Path("csrc").glob(pattern)]
     return Extension("influence_fast_cpu", sources, depends=headers, language="c++")
 
 
@@ -103,7 +103,7 @@ class BuildExt(build_ext):
     def build_cpu(self, extension: Extension) -> None:
         flags = [*CXX_FLAGS, *(flag for flag in WANTED_FLAGS if self.knows(flag)), self.version_flag()]
         isas = {isa: isa_flags for isa, isa_flags in ISA_FLAGS.items() if self.knows(*isa_flags)}
-        left_out = {f"csrc/cpu/isa_{isa}.cpp" for isa in ISA_FLAGS.keys() - isas}
+        left_out = {f"csrc/cpu/isa/{isa}.cpp" for isa in ISA_FLAGS.keys() - isas}
         if left_out:
             print(
                 f"influence_fast: not built, the compiler lacks its flags: {', '.join(sorted(left_out))}",
@@ -118,7 +118,7 @@ class BuildExt(build_ext):
                 macros=macros,
                 include_dirs=[pybind11.get_include()],
                 depends=extension.depends,
-                extra_postargs=[*flags, *isas.get(Path(source).stem.removeprefix("isa_"), [])],
+                extra_postargs=[*flags, *isas.get(Path(source).stem, [])],
             )
             return target
 
