@@ -25,6 +25,7 @@ except ImportError as error:
     _missing = f"the extension influence_fast_cpu is not built ({error})"
 
 _DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
+_CPU = torch.device("cpu")
 _CACHE_BYTES = 1 << 26
 
 
@@ -52,16 +53,10 @@ def project_outer(
     left, _left, k_out = _side("p_out", p_out, dy.shape[2])
     out = _output(x.shape[0], k_out, k_in)
     if out.numel():
-        x, dy = _readable("x", x), _readable("dy", dy)
-        _native.project_outer(
-            x=_tokens(x),
-            dy=_tokens(dy),
-            spans=_optional(spans),
-            p_in=right,
-            p_out=left,
-            out=out.data_ptr(),
-            threads=torch.get_num_threads(),
-        )
+        tokens_x, _x = _tokens("x", x)
+        tokens_dy, _dy = _tokens("dy", dy)
+        threads = torch.get_num_threads()
+        _native.project_outer(tokens_x, tokens_dy, _optional(spans), right, left, out.data_ptr(), threads)
     return out
 
 
@@ -71,18 +66,11 @@ def sketch_outer(x: Tensor, dy: Tensor, side: Side | Tensor, spans: Tensor | Non
     if not x.shape[2] * dy.shape[2]:
         return out.zero_()
     if out.numel():
-        if scale is not None:
-            scale = _readable("scale", scale.to(torch.float32)).contiguous()
-        x, dy = _readable("x", x), _readable("dy", dy)
-        _native.sketch_outer(
-            x=_tokens(x),
-            dy=_tokens(dy),
-            spans=_optional(spans),
-            side=matrix,
-            weight=_optional(scale),
-            out=out.data_ptr(),
-            threads=torch.get_num_threads(),
-        )
+        weight = None if scale is None else _dense("scale", scale)
+        tokens_x, _x = _tokens("x", x)
+        tokens_dy, _dy = _tokens("dy", dy)
+        tail = (_optional(spans), matrix, _optional(weight), out.data_ptr(), torch.get_num_threads())
+        _native.sketch_outer(tokens_x, tokens_dy, *tail)
     return out
 
 
@@ -96,28 +84,21 @@ def ghost_dot(
 ) -> Tensor:
     out = _output(xa.shape[0], xb.shape[0])
     if out.numel():
-        xa, dya = _readable("xa", xa), _readable("dya", dya)
-        xb, dyb = _readable("xb", xb), _readable("dyb", dyb)
-        _native.ghost_dot(
-            xa=_tokens(xa),
-            dya=_tokens(dya),
-            spans_a=_optional(spans_a),
-            xb=_tokens(xb),
-            dyb=_tokens(dyb),
-            spans_b=_optional(spans_b),
-            out=out.data_ptr(),
-            threads=torch.get_num_threads(),
-        )
+        tokens_xa, _xa = _tokens("xa", xa)
+        tokens_dya, _dya = _tokens("dya", dya)
+        tokens_xb, _xb = _tokens("xb", xb)
+        tokens_dyb, _dyb = _tokens("dyb", dyb)
+        a, b = (tokens_xa, tokens_dya, _optional(spans_a)), (tokens_xb, tokens_dyb, _optional(spans_b))
+        _native.ghost_dot(*a, *b, out.data_ptr(), torch.get_num_threads())
     return out
 
 
 def ghost_norm(x: Tensor, dy: Tensor, spans: Tensor | None) -> Tensor:
     out = _output(x.shape[0])
     if out.numel():
-        x, dy = _readable("x", x), _readable("dy", dy)
-        _native.ghost_norm(
-            x=_tokens(x), dy=_tokens(dy), spans=_optional(spans), out=out.data_ptr(), threads=torch.get_num_threads()
-        )
+        tokens_x, _x = _tokens("x", x)
+        tokens_dy, _dy = _tokens("dy", dy)
+        _native.ghost_norm(tokens_x, tokens_dy, _optional(spans), out.data_ptr(), torch.get_num_threads())
     return out
 
 
@@ -126,41 +107,34 @@ def sketch(g: Tensor, side: Side | Tensor) -> Tensor:
         return g.to(torch.float32) @ side.to(torch.float32).T
     out = _output(g.shape[0], side.k)
     if out.numel():
-        g = _readable("g", g)
-        _native.sketch(g=_matrix(g), side=_implicit(side), out=out.data_ptr(), threads=torch.get_num_threads())
+        matrix, _g = _matrix("g", unit_stride(g))
+        _native.sketch(matrix, _implicit(side), out.data_ptr(), torch.get_num_threads())
     return out
 
 
 def rank(influence: Tensor) -> Tensor:
-    influence = _values(influence)
-    out = _output(*influence.shape, dtype=torch.float32 if influence.shape[1] <= 1 << 22 else torch.float64)
+    wide = influence.shape[1] > 1 << 22
+    out = _output(*influence.shape, dtype=torch.float64 if wide else torch.float32)
     if out.numel():
-        wide = out.dtype == torch.float64
-        _check(_native.rank(values=_matrix(influence), out=out.data_ptr(), wide=wide, threads=torch.get_num_threads()))
+        values, _influence = _matrix("influence", influence.to(torch.float32))
+        _check(_native.rank(values, out.data_ptr(), wide, torch.get_num_threads()))
     return out
 
 
 def vote(influence: Tensor, k: int) -> Tensor:
-    influence = _values(influence)
     out = _output(influence.shape[1], dtype=torch.float64).zero_()
     if influence.numel():
-        _check(_native.vote(values=_matrix(influence), k=k, votes=out.data_ptr(), threads=torch.get_num_threads()))
+        values, _influence = _matrix("influence", influence.to(torch.float32))
+        _check(_native.vote(values, k, out.data_ptr(), torch.get_num_threads()))
     return out
 
 
 def tally(influence: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    influence = _values(influence)
     ranks, votes = (_output(influence.shape[1], dtype=torch.float64).zero_() for _ in range(2))
     if influence.numel():
-        _check(
-            _native.rank_and_vote(
-                values=_matrix(influence),
-                k=k,
-                ranks=ranks.data_ptr(),
-                votes=votes.data_ptr(),
-                threads=torch.get_num_threads(),
-            )
-        )
+        values, _influence = _matrix("influence", influence.to(torch.float32))
+        threads = torch.get_num_threads()
+        _check(_native.rank_and_vote(values, k, ranks.data_ptr(), votes.data_ptr(), threads))
     return ranks, votes
 
 
@@ -194,39 +168,52 @@ def _fill(out: Tensor, side: Side, row: int, column: int) -> None:
 
 def _output(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """Where a result goes, whatever torch's default dtype and device are."""
-    return torch.empty(shape, dtype=dtype, device="cpu")
+    return torch.empty(shape, dtype=dtype, device=_CPU)
 
 
-def _readable(name: str, x: Tensor) -> Tensor:
-    """``x`` as it lies in main memory, with a last stride of one; InputError where it does not lie there."""
-    return unit_stride(_in_memory(name, x))
+def _tokens(name: str, x: Tensor) -> tuple[Any, Tensor]:
+    """What the kernels take for ``(N, T, features)``, and the tensor that must outlive the call."""
+    if x.is_neg() or not x.is_cpu:
+        x = _in_memory(name, x)
+    try:
+        strides = x.stride()
+        if strides[2] != 1:
+            x = unit_stride(x)
+            strides = x.stride()
+        return _native.Tokens(x.data_ptr(), _DTYPES[x.dtype], x.shape, strides), x
+    except RuntimeError as error:
+        raise _no_memory(name, x, error) from None
+
+
+def _matrix(name: str, x: Tensor) -> tuple[Any, Tensor]:
+    """The same for ``(rows, columns)``, of any strides."""
+    if x.is_neg() or not x.is_cpu:
+        x = _in_memory(name, x)
+    try:
+        return _native.Matrix(x.data_ptr(), _DTYPES[x.dtype], x.shape, x.stride()), x
+    except RuntimeError as error:
+        raise _no_memory(name, x, error) from None
+
+
+def _dense(name: str, x: Tensor) -> Tensor:
+    """Contiguous float32."""
+    return _in_memory(name, x.to(torch.float32)).contiguous()
 
 
 def _in_memory(name: str, x: Tensor) -> Tensor:
-    if not x.is_cpu or x.layout is not torch.strided:
-        raise InputError(f"{name}: expected a dense tensor in main memory, got {x.layout} on {x.device}")
-    try:
-        x.data_ptr()
-    except RuntimeError as error:
-        raise InputError(f"{name}: expected a tensor with memory, got {type(x).__name__} ({error})") from None
+    if not x.is_cpu:
+        raise InputError(f"{name}: expected a tensor in main memory, got one on {x.device}")
     # Memory of a negated view holds the opposite of its values.
-    return x.resolve_neg() if x.is_neg() else x
+    return x.resolve_neg()
 
 
-def _values(influence: Tensor) -> Tensor:
-    return _in_memory("influence", influence.to(torch.float32))
+def _no_memory(name: str, x: Tensor, error: RuntimeError) -> InputError:
+    """For sparse and fake tensors."""
+    return InputError(f"{name}: expected a tensor with values in memory, got {type(x).__name__} {x.layout} ({error})")
 
 
 def _optional(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
-
-
-def _tokens(x: Tensor) -> Any:
-    return _native.Tokens(x.data_ptr(), _DTYPES[x.dtype], x.shape, x.stride())
-
-
-def _matrix(x: Tensor) -> Any:
-    return _native.Matrix(x.data_ptr(), _DTYPES[x.dtype], x.shape, x.stride())
 
 
 @lru_cache(maxsize=4096)
@@ -244,7 +231,7 @@ def _side(name: str, side: Side | Tensor | None, features: int, keep: bool = Tru
             return _implicit(side), None, side.k
         matrix, scale = _gaussian(side), side.scale
     else:
-        matrix, scale = _in_memory(name, side.to(torch.float32)).contiguous(), 1.0
+        matrix, scale = _dense(name, side), 1.0
     given = _native.dense_side(data=matrix.data_ptr(), shape=matrix.shape, strides=matrix.stride(), scale=scale)
     return given, matrix, matrix.shape[0]
 
