@@ -1,4 +1,4 @@
-// The exact search around the inner loops of scan.inc.
+// The exact search around the inner loops of kernels/exact_search.inc.
 //
 // Blocks of rows are taken in the order of their longest row, so that the first ones raise the limit (the k-th highest
 // score less slack seen so far, at most the k-th best score) and |<u, g>| <= |u| |g| rules out the rest unread. A row whose
@@ -6,7 +6,7 @@
 // until no bound reaches the k-th best score. What is found does not depend on threads: every row that could be among
 // the best k is scored, and order and ties are those of the exact scores.
 
-#include "scan.h"
+#include "exact_search.h"
 
 #include <algorithm>
 #include <atomic>
@@ -69,41 +69,40 @@ void raise(std::atomic<float>& limit, float value) {
 // Reads exact rows.
 class Reader {
  public:
-  Reader(const ScanKernels& kernels, const ScanSource& source) : kernels_(kernels), source_(source) {
+  Reader(const SearchKernels& kernels, const StoredRows& source) : kernels_(kernels), source_(source) {
     int64_t widest = 0;
     for (int64_t l = 0; l < source.layers; ++l) widest = std::max(widest, source.dims[l]);
-    if (source.type != Stored::f32) room_.resize(widest);
+    if (source.dtype != Dtype::float32) room_.resize(widest);
   }
 
   const float* read(int64_t row, int64_t layer) {
-    const ScanShard* shard = std::upper_bound(source_.shards, source_.shards + source_.shard_count, row,
-                                              [](int64_t r, const ScanShard& s) { return r < s.first; }) - 1;
+    const StoreShard* shard = std::upper_bound(source_.shards, source_.shards + source_.shard_count, row,
+                                              [](int64_t r, const StoreShard& s) { return r < s.first; }) - 1;
     const int64_t dim = source_.dims[layer], at = (row - shard->first) * dim;
-    switch (source_.type) {
-      case Stored::f32: return reinterpret_cast<const float*>(shard->data[layer]) + at;
-      case Stored::i8: {
+    switch (source_.dtype) {
+      case Dtype::float32: return reinterpret_cast<const float*>(shard->data[layer]) + at;
+      case Dtype::int8: {
         const int8_t* codes = reinterpret_cast<const int8_t*>(shard->data[layer]) + at;
         const float scale = reinterpret_cast<const float*>(shard->scale[layer])[row - shard->first];
         for (int64_t i = 0; i < dim; ++i) room_[i] = static_cast<float>(codes[i]) * scale;
         return room_.data();
       }
       default:
-        kernels_.widen(reinterpret_cast<const uint16_t*>(shard->data[layer]) + at, static_cast<int>(source_.type), dim,
-                       room_.data());
+        kernels_.widen(reinterpret_cast<const uint16_t*>(shard->data[layer]) + at, source_.dtype, dim, room_.data());
         return room_.data();
     }
   }
 
  private:
-  const ScanKernels& kernels_;
-  const ScanSource& source_;
+  const SearchKernels& kernels_;
+  const StoredRows& source_;
   std::vector<float> room_;
 };
 
 // One query's exact scores.
 class Scorer {
  public:
-  Scorer(const ScanKernels& kernels, const ScanSource& source, const ScanQuery& queries, const float* query)
+  Scorer(const SearchKernels& kernels, const StoredRows& source, const Queries& queries, const float* query)
       : kernels_(kernels), source_(source), queries_(queries), query_(query), reader_(kernels, source) {
     double sum = 0;
     const float* v = query;
@@ -128,9 +127,9 @@ class Scorer {
   double norm() const { return norm_; }
 
  private:
-  const ScanKernels& kernels_;
-  const ScanSource& source_;
-  const ScanQuery& queries_;
+  const SearchKernels& kernels_;
+  const StoredRows& source_;
+  const Queries& queries_;
   const float* query_;
   Reader reader_;
   double norm_ = 0;
@@ -139,7 +138,7 @@ class Scorer {
 // Queries scaled to unit length (as far as scores go) and rounded to 8 bits.
 class Tile {
  public:
-  Tile(const ScanPart* parts, int64_t count, const ScanQuery& queries, int64_t first, int width, double* unit,
+  Tile(const RowPart* parts, int64_t count, const Queries& queries, int64_t first, int width, double* unit,
        const int64_t* layer_begin, int64_t total)
       : first(first), used(static_cast<int>(std::min<int64_t>(width, queries.count - first))) {
     view.width = width;
@@ -202,7 +201,7 @@ class Tile {
     view.across = across_.data();
   }
 
-  ScanQueries view;
+  QueryTile view;
   int64_t first;
   int used;
   std::vector<float> whole;  // bound on |u|
@@ -220,7 +219,7 @@ struct Block {
 
 bool better(double a, int64_t row_a, double b, int64_t row_b) { return a > b || (a == b && row_a < row_b); }
 
-void first_rows(const ScanSegment* segments, int64_t count, const uint8_t* allowed, int64_t k, double* scores,
+void first_rows(const Segment* segments, int64_t count, const uint8_t* allowed, int64_t k, double* scores,
                 int64_t* rows) {
   int64_t found = 0;
   for (int64_t s = 0; s < count; ++s) {
@@ -234,8 +233,8 @@ void first_rows(const ScanSegment* segments, int64_t count, const uint8_t* allow
 
 }  // namespace
 
-ScanStats scan_search(const ScanKernels& kernels, const ScanSegment* segments, int64_t segment_count, const ScanPart* parts,
-                      int64_t part_count, const ScanSource& source, const ScanQuery& queries, const uint8_t* allowed,
+SearchStats exact_search(const SearchKernels& kernels, const Segment* segments, int64_t segment_count, const RowPart* parts,
+                      int64_t part_count, const StoredRows& source, const Queries& queries, const uint8_t* allowed,
                       int64_t k, double* scores, int64_t* rows, int threads) {
   std::vector<int64_t> layer_begin(source.layers);
   int64_t total = 0;
@@ -255,10 +254,10 @@ ScanStats scan_search(const ScanKernels& kernels, const ScanSegment* segments, i
 
   std::vector<Block> blocks;
   for (int64_t s = 0; s < segment_count; ++s) {
-    for (int64_t begin = 0; begin < segments[s].rows; begin += kScanBlockRows) {
+    for (int64_t begin = 0; begin < segments[s].rows; begin += kBlockRows) {
       const float* longest = segments[s].longest;
-      blocks.push_back({s, begin, std::min(kScanBlockRows, segments[s].rows - begin),
-                        longest == nullptr ? -kNone : longest[begin / kScanBlockRows]});
+      blocks.push_back({s, begin, std::min(kBlockRows, segments[s].rows - begin),
+                        longest == nullptr ? -kNone : longest[begin / kBlockRows]});
     }
   }
   std::stable_sort(blocks.begin(), blocks.end(), [](const Block& a, const Block& b) { return a.longest > b.longest; });
@@ -274,20 +273,20 @@ ScanStats scan_search(const ScanKernels& kernels, const ScanSegment* segments, i
     std::vector<Found>& mine = found[worker];
     mine.resize(queries.count);
     for (Found& f : mine) f.full = 2 * static_cast<size_t>(k);
-    std::vector<float> room(2 * kScanBlockRows * kWideTile), limit(kWideTile);
-    float *score = room.data(), *slack = score + kScanBlockRows * kWideTile;
-    std::vector<uint64_t> hits(kScanBlockRows);
+    std::vector<float> room(2 * kBlockRows * kWideTile), limit(kWideTile);
+    float *score = room.data(), *slack = score + kBlockRows * kWideTile;
+    std::vector<uint64_t> hits(kBlockRows);
     int64_t read = 0;
     for (int64_t at; (at = next.fetch_add(kBlocksAtOnce)) < block_count;) {
       for (int64_t b = at; b < std::min(at + kBlocksAtOnce, block_count); ++b) {
         const Block& block = blocks[b];
-        const ScanSegment& segment = segments[block.segment];
+        const Segment& segment = segments[block.segment];
         const int32_t* order = segment.order + block.begin;
         if (allowed != nullptr && std::none_of(order, order + block.rows, [&](int32_t position) {
               return allowed[segment.first + position] != 0;
             }))
           continue;
-        const ScanBlock view{segment.codes + block.begin * segment.stride,
+        const CodeBlock view{segment.codes + block.begin * segment.stride,
                              segment.stride,
                              block.rows,
                              segment.scale + block.begin,
@@ -313,7 +312,7 @@ ScanStats scan_search(const ScanKernels& kernels, const ScanSegment* segments, i
               if (q >= tile->used) break;
               const int64_t row = segment.first + order[r];
               if (allowed != nullptr && allowed[row] == 0) continue;
-              const int64_t place = few ? q * kScanBlockRows + r : r * tile->view.width + q;
+              const int64_t place = few ? q * kBlockRows + r : r * tile->view.width + q;
               Candidate candidate{score[place], slack[place], row};
               // What float32 cannot hold is decided by the exact score.
               if (!std::isfinite(candidate.score) || !std::isfinite(candidate.slack))
@@ -388,7 +387,7 @@ ScanStats scan_search(const ScanKernels& kernels, const ScanSegment* segments, i
   return {scanned.load(), rescored.load(), bad.load()};
 }
 
-void scan_rescore(const ScanKernels& kernels, const ScanSource& source, const ScanQuery& queries, const int64_t* rows,
+void exact_scores(const SearchKernels& kernels, const StoredRows& source, const Queries& queries, const int64_t* rows,
                   int64_t width, double* scores, int threads) {
   int64_t total = 0;
   for (int64_t l = 0; l < source.layers; ++l) total += source.dims[l];
