@@ -27,7 +27,7 @@ def check(values: Tensor, k: int, backend: str) -> None:
     np.testing.assert_array_equal(ops.rank(values, backend=backend).double(), ranks)
     votes = -np.maximum(k - ranks, 0).sum(0)
     np.testing.assert_array_equal(ops.vote(values, k, backend=backend), votes)
-    both = ops.tally(values, k, backend=backend)
+    both = ops.rank_and_vote(values, k, backend=backend)
     np.testing.assert_array_equal(both[0], ranks.sum(0))
     np.testing.assert_array_equal(both[1], votes)
 
