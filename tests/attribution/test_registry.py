@@ -41,7 +41,9 @@ def test_a_method_of_ones_own_works_everywhere(mine: str, tmp_path) -> None:
     by_key = {key: row["auc_ndr"] for key, row in zip(found.keys, found.rows, strict=True)}
     assert by_key[inf.RankingKey(mine, "all", "mean")] != by_key[inf.RankingKey("dot", "all", "mean")]
     model, rows = models.make("bert"), models.rows(count=12)
-    result = inf.audit(model, rows, rows[:4], methods=["dot", mine], aggregations=["mean"], layers="head", progress=False)
+    result = inf.audit(
+        model, rows, rows[:4], methods=["dot", mine], aggregations=["mean"], layers="head", progress=False
+    )
     torch.testing.assert_close(
         result.rankings[inf.RankingKey(mine, "all", "mean")], -result.rankings[inf.RankingKey("dot", "all", "mean")]
     )

@@ -14,7 +14,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_ops import Extras, call, make_extras
+from operations import Extras, call, make_extras
 from torch import Tensor
 
 import influence_fast

@@ -12,10 +12,10 @@ import models
 import numpy as np
 import pytest
 import torch
+from audits import tokenizer, write_rows
 from click.testing import CliRunner
 from scipy import stats
 from sklearn.metrics import roc_auc_score
-from test_audit import tokenizer, write_rows
 
 from benchmarks import paper, paper_tables, protocol
 from benchmarks.paper import main, relevance

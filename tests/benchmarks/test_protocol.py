@@ -15,8 +15,8 @@ import click
 import pytest
 import torch
 import transformers as hf
+from audits import tokenizer, write_rows
 from click.testing import CliRunner, Result
-from test_audit import tokenizer, write_rows
 
 import influence_fast as inf
 from benchmarks import capture, finetune, million, naive, protocol

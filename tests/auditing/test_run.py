@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import re
 import sys
@@ -11,11 +10,8 @@ from pathlib import Path
 import models
 import pytest
 import torch
-from click.testing import CliRunner
-from tokenizers import Tokenizer, pre_tokenizers
-from tokenizers import models as tokenizer_models
+from audits import options, read_csv, run, sentences, write_rows
 from tolerances import rank_range
-from transformers import PreTrainedTokenizerFast
 
 import influence_fast as inf
 from influence_fast.auditing.report.page import findings
@@ -27,62 +23,6 @@ from influence_fast.data.models import load_model
 from influence_fast.data.samples import Samples
 
 IDENTITY = inf.Projection("identity")
-WORDS = [f"w{i}" for i in range(models.VOCAB - 2)]
-
-
-def tokenizer() -> PreTrainedTokenizerFast:
-    inner = Tokenizer(tokenizer_models.WordLevel({w: i for i, w in enumerate(["[PAD]", "[UNK]", *WORDS])}, "[UNK]"))
-    inner.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="[PAD]", unk_token="[UNK]")
-
-
-def write_rows(path: Path, rows: list[dict]) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
-
-
-def read_csv(path: Path) -> list[dict[str, str]]:
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def sentences(count: int, seed: int) -> list[dict]:
-    random = torch.Generator().manual_seed(seed)
-    rows = []
-    for i in range(count):
-        length = int(torch.randint(3, 9, (), generator=random))
-        words = [WORDS[int(w)] for w in torch.randint(len(WORDS), (length,), generator=random)]
-        rows.append({"text": " ".join(words), "label": i % 3, "noise": i % 5 == 0})
-    return rows
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model, an adapter of it, a causal model, and data."""
-    path = tmp_path_factory.mktemp("audit")
-    torch.manual_seed(0)
-    models.make("bert").save_pretrained(path / "model")
-    adapted = models.make("bert", lora=True)
-    adapted.peft_config["default"].base_model_name_or_path = str(path / "model")
-    adapted.save_pretrained(path / "adapter")
-    models.make("llama", "causal").save_pretrained(path / "causal")
-    for name in ("model", "causal"):
-        tokenizer().save_pretrained(path / name)
-    write_rows(path / "train.jsonl", sentences(20, 1))
-    write_rows(path / "queries.jsonl", sentences(9, 2))
-    return path
-
-
-def run(*arguments: object) -> tuple[int, str, str]:
-    result = CliRunner().invoke(main, [str(a) for a in arguments])
-    if result.exception and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result.exit_code, result.stdout, result.stderr
-
-
-def options(folder: Path, **changes: object) -> list[object]:
-    given = {"model": folder / "model", "train": folder / "train.jsonl", "queries": folder / "queries.jsonl", **changes}
-    return [part for name, value in given.items() for part in (f"--{name.replace('_', '-')}", value)]
 
 
 def test_audit_writes_scores_report_and_config(folder: Path, tmp_path: Path) -> None:

@@ -8,8 +8,8 @@ from pathlib import Path
 import models
 import pytest
 import torch
-from test_audit import folder, options, run, write_rows  # noqa: F401 (folder is a fixture)
-from test_audit import sentences as texts
+from audits import options, run, write_rows
+from audits import sentences as texts
 
 import influence_fast as inf
 from influence_fast.auditing.config import RankingPlan
@@ -97,7 +97,7 @@ def _wrap(values: dict[str, torch.Tensor]):
 
 
 @pytest.mark.parametrize("projection", ["identity", "rademacher:4x4"])
-def test_in_an_audit(folder: Path, tmp_path: Path, projection: str) -> None:  # noqa: F811
+def test_in_an_audit(folder: Path, tmp_path: Path, projection: str) -> None:
     data = write_rows(tmp_path / "train.jsonl", texts(60, 1))
     given = [
         "--projection",
@@ -125,7 +125,7 @@ def test_in_an_audit(folder: Path, tmp_path: Path, projection: str) -> None:  # 
     assert len(sentences(found)) >= 6
 
 
-def test_a_method_of_one_row_goes_beside_those_of_many(folder: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_a_method_of_one_row_goes_beside_those_of_many(folder: Path, tmp_path: Path) -> None:
     data = write_rows(tmp_path / "train.jsonl", texts(60, 1))
     given = ["--layers", "attention", "--self-check", 0.2, "--methods", "pool,dot", "--out", tmp_path / "a"]
     code, out, err = run("audit", *options(folder, train=data), *given, "--json")
@@ -139,7 +139,7 @@ def test_a_method_of_one_row_goes_beside_those_of_many(folder: Path, tmp_path: P
 
 
 @pytest.mark.parametrize("method", ["pool", "fitted-cosine", "dot"])
-def test_other_checkpoints(folder: Path, tmp_path: Path, method: str) -> None:  # noqa: F811
+def test_other_checkpoints(folder: Path, tmp_path: Path, method: str) -> None:
     other = models.make("bert")
     with torch.no_grad():
         for weights in other.parameters():
@@ -164,7 +164,7 @@ def test_other_checkpoints(folder: Path, tmp_path: Path, method: str) -> None:  
     assert not (tmp_path / "b").exists()
 
 
-def test_too_few_queries_to_fit_on_halves(folder: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_too_few_queries_to_fit_on_halves(folder: Path, tmp_path: Path) -> None:
     train, queries = (write_rows(tmp_path / f"{n}.jsonl", texts(n, n)) for n in (60, 3))
     given = ["--layers", "attention", "--methods", "fitted-cosine", "--self-check", 0.2, "--out", tmp_path / "a"]
     code, out, err = run("audit", *options(folder, train=train, queries=queries), *given, "--json")
@@ -172,7 +172,7 @@ def test_too_few_queries_to_fit_on_halves(folder: Path, tmp_path: Path) -> None:
     assert "too few queries" in json.loads(out)["facts"]["self_check"]["stability"]["skipped"]
 
 
-def test_in_an_audit_of_a_causal_model(folder: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_in_an_audit_of_a_causal_model(folder: Path, tmp_path: Path) -> None:
     data = write_rows(tmp_path / "train.jsonl", texts(40, 1))
     given = ["--layers", "attention[0]", "--projection", "rademacher:4x4", "--self-check", 0.2]
     arguments = options(folder, train=data, model=folder / "causal")
