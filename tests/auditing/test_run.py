@@ -14,15 +14,53 @@ from audits import options, read_csv, run, sentences, write_rows
 from tolerances import rank_range
 
 import influence_fast as inf
-from influence_fast.auditing.report.page import findings
-from influence_fast.auditing.result import AuditResult
 from influence_fast.auditing.run import default_layers, method_inputs
-from influence_fast.cli import main
 from influence_fast.data.label_noise import uniform
 from influence_fast.data.models import load_model
 from influence_fast.data.samples import Samples
 
 IDENTITY = inf.Projection("identity")
+
+
+def bad(folder: Path, tmp_path: Path, what: str) -> tuple[list[object], str]:
+    """Arguments of an audit that must fail, and what its message must say."""
+    rows = sentences(20, 1)
+
+    written = iter(range(99))
+
+    def data(changed: list[dict]) -> list[object]:
+        return options(folder, train=write_rows(tmp_path / f"{next(written)}.jsonl", changed))
+
+    cases = {
+        "missing file": (options(folder, train=tmp_path / "none.jsonl"), "train: no file"),
+        "missing model": (options(folder, model=tmp_path / "none"), "model: no folder"),
+        "missing column": ([*options(folder), "--text-column", "sentence"], "'sentence'; there are text, label, noise"),
+        "missing label": ([*options(folder), "--label-column", "y"], "no column 'y'"),
+        "empty file": (data([]), "is empty"),
+        "one class": (data([{**row, "label": 1} for row in rows]), "all 20 samples have one class"),
+        "label out of range": (
+            data([*rows, {**rows[0], "label": 7}]),
+            "row 20 has label 7, expected an int from 0 to 2",
+        ),
+        "label unknown": (data([{**row, "label": "good"} for row in rows]), "label 'good', the model knows LABEL_0"),
+        "too long": (data([*rows, {**rows[0], "text": "w1 " * 50}]), "row 20 has 50 tokens, the model takes 40"),
+        "no text": (data([*rows, {**rows[0], "text": None}]), "row 20 has no text"),
+        "broken json": (options(folder, train=_broken(tmp_path)), "cannot read"),
+        "layer": ([*options(folder), "--layers", "nope"], "'nope' is neither a kind"),
+        "method": ([*options(folder), "--methods", "dot,tracin"], "methods: expected some of dot, cosine, datainf"),
+        "aggregation": ([*options(folder), "--aggregations", "sum"], "aggregations: expected some of mean"),
+        "projection": ([*options(folder), "--projection", "fft:3"], "projection: expected|kind: expected"),
+        "rank-by": ([*options(folder), "--rank-by", "dot"], "rank_by: expected METHOD:GROUP:AGGREGATION"),
+        "dtype": ([*options(folder), "--dtype", "float8"], "dtype: expected one of"),
+        "batch": ([*options(folder), "--batch-tokens", "many"], "batch_tokens: expected"),
+        "noise": ([*options(folder), "--noise-column", "text"], "noise|true or false"),
+    }
+    return cases[what]
+
+
+def _broken(tmp_path: Path) -> Path:
+    (tmp_path / "broken.jsonl").write_text('{"text": "a"\n{')
+    return tmp_path / "broken.jsonl"
 
 
 def test_audit_writes_scores_report_and_config(folder: Path, tmp_path: Path) -> None:
@@ -160,137 +198,6 @@ def test_a_classifier_is_ranked_by_the_pool_of_the_model_before_and_after(
     assert inf.audit(str(folder / "adapter"), *data, progress=False).main == ("cosine", "all", "rank-c")
 
 
-def test_report_stands_alone_and_escapes_text(folder: Path, tmp_path: Path) -> None:
-    rows = sentences(20, 1)
-    for row in rows:
-        row["text"] += " <script>alert(1)</script>"
-    data = write_rows(tmp_path / "train.jsonl", rows)
-    assert run("audit", *options(folder, train=data), "--out", tmp_path / "a")[0] == 0
-    html = (tmp_path / "a" / "report.html").read_text()
-    assert "<script" not in html
-    assert "&lt;script&gt;" in html
-    assert not re.findall(r"""(?:src|href)\s*=\s*["'](?!#|data:)""", html)
-    assert set(re.findall(r"https?://[^\s\"'<]+", html)) <= {"http://www.w3.org/2000/svg"}
-    assert "not measured here" in html
-
-
-def test_the_report_says_when_loss_wins(tmp_path: Path) -> None:
-    noise = torch.arange(40) < 8
-    perfect, useless = torch.arange(40.0).double(), torch.arange(40, 0, -1.0).double()
-    facts = {"zero_gradients": 0, "queries": 10, "queries_correct": 9, "samples": 40}
-    main, loss = inf.RankingKey("dot", "all", "rank"), inf.RankingKey("loss")
-    rankings = {
-        inf.RankingKey("random"): useless,
-        loss: perfect,
-        inf.RankingKey("self-influence"): useless,
-        main: useless,
-    }
-    result = AuditResult(range(40), None, None, noise, {"all": ["l"]}, rankings, main, {}, facts)
-    assert any("baseline loss wins" in line for line in findings(result, result.evaluate()))
-    rankings[main], rankings[loss] = perfect + 0.001, useless
-    assert not any("wins" in line for line in findings(result, result.evaluate()))
-
-
-def test_causal_models_with_prompt_and_answer(folder: Path, tmp_path: Path) -> None:
-    rows = [{"text": "w1 w2", "answer": f" w{i % 7} w{i}"} for i in range(12)]
-    data = write_rows(tmp_path / "train.jsonl", rows)
-    changed = options(folder, model=folder / "causal", train=data, queries=data, answer_column="answer")
-    code, _, err = run("audit", *changed, "--layers", "attention[1]", "--out", tmp_path / "a")
-    assert code == 0, err
-    assert json.loads((tmp_path / "a" / "stores" / "train" / "manifest.json").read_text())["loss"] == "causal-lm"
-
-
-@pytest.mark.parametrize("kind", ["csv", "parquet", "folder"])
-def test_other_files(folder: Path, tmp_path: Path, kind: str) -> None:
-    import datasets
-
-    data = datasets.Dataset.from_list(sentences(12, 1))
-    path = tmp_path / ("saved" if kind == "folder" else f"train.{kind}")
-    {"csv": data.to_csv, "parquet": data.to_parquet, "folder": data.save_to_disk}[kind](str(path))
-    code, _, err = run("audit", *options(folder, train=path), "--layers", "head", "--out", tmp_path / "a")
-    assert code == 0, err
-
-
-def test_build_index_search_score_evaluate(folder: Path, tmp_path: Path) -> None:
-    stores = {}
-    for name in ("train", "queries"):
-        stores[name] = tmp_path / name
-        code, out, err = run(
-            "build", "--model", folder / "model", "--data", folder / f"{name}.jsonl", "--layers", "attention,head",
-            "--projection", "rademacher:4x4", "--out", stores[name], "--json",
-        )  # fmt: skip
-        assert code == 0, err
-        assert json.loads(out)["dims"]["classifier"] == 16
-    code, out, _ = run("index", stores["train"], "--out", tmp_path / "index", "--json")
-    assert json.loads(out)["recall"] == 1.0
-    code, out, _ = run("search", tmp_path / "index", "--queries", stores["queries"], "-k", 3, "--harmful", "--json")
-    found = json.loads(out)
-    assert len(found) == 9
-    dense = inf.influence(*(inf.GradientStore.open(stores[n]) for n in ("train", "queries")))
-    total = sum(dense.layer(name) for name in dense.layers)
-    assert [row["ids"] for row in found] == total.argsort(1)[:, :3].tolist()
-    code, out, _ = run(
-        "score", "--train", stores["train"], "--queries", stores["queries"], "--aggregation", "vote",
-        "--out", tmp_path / "scores.csv",
-    )  # fmt: skip
-    assert code == 0
-    rows = read_csv(tmp_path / "scores.csv")
-    with open(tmp_path / "noisy.csv", "w") as file:
-        file.write("score,noise\n" + "".join(f"{row['score']},{i % 4 == 0}\n" for i, row in enumerate(rows)))
-    code, out, err = run("evaluate", tmp_path / "noisy.csv", "--json")
-    assert code == 0, err
-    assert 0 < json.loads(out)["auc_ndr"] < 1.2
-
-
-def test_doctor() -> None:
-    code, out, _ = run("doctor", "--json")
-    found = json.loads(out)
-    assert code == 0
-    assert found["backends"]["cpu"]["rank"]["takes"] in ("cpu", "reference")
-    assert run("doctor")[0] == 0
-
-
-def bad(folder: Path, tmp_path: Path, what: str) -> tuple[list[object], str]:
-    """Arguments of an audit that must fail, and what its message must say."""
-    rows = sentences(20, 1)
-
-    written = iter(range(99))
-
-    def data(changed: list[dict]) -> list[object]:
-        return options(folder, train=write_rows(tmp_path / f"{next(written)}.jsonl", changed))
-
-    cases = {
-        "missing file": (options(folder, train=tmp_path / "none.jsonl"), "train: no file"),
-        "missing model": (options(folder, model=tmp_path / "none"), "model: no folder"),
-        "missing column": ([*options(folder), "--text-column", "sentence"], "'sentence'; there are text, label, noise"),
-        "missing label": ([*options(folder), "--label-column", "y"], "no column 'y'"),
-        "empty file": (data([]), "is empty"),
-        "one class": (data([{**row, "label": 1} for row in rows]), "all 20 samples have one class"),
-        "label out of range": (
-            data([*rows, {**rows[0], "label": 7}]),
-            "row 20 has label 7, expected an int from 0 to 2",
-        ),
-        "label unknown": (data([{**row, "label": "good"} for row in rows]), "label 'good', the model knows LABEL_0"),
-        "too long": (data([*rows, {**rows[0], "text": "w1 " * 50}]), "row 20 has 50 tokens, the model takes 40"),
-        "no text": (data([*rows, {**rows[0], "text": None}]), "row 20 has no text"),
-        "broken json": (options(folder, train=_broken(tmp_path)), "cannot read"),
-        "layer": ([*options(folder), "--layers", "nope"], "'nope' is neither a kind"),
-        "method": ([*options(folder), "--methods", "dot,tracin"], "methods: expected some of dot, cosine, datainf"),
-        "aggregation": ([*options(folder), "--aggregations", "sum"], "aggregations: expected some of mean"),
-        "projection": ([*options(folder), "--projection", "fft:3"], "projection: expected|kind: expected"),
-        "rank-by": ([*options(folder), "--rank-by", "dot"], "rank_by: expected METHOD:GROUP:AGGREGATION"),
-        "dtype": ([*options(folder), "--dtype", "float8"], "dtype: expected one of"),
-        "batch": ([*options(folder), "--batch-tokens", "many"], "batch_tokens: expected"),
-        "noise": ([*options(folder), "--noise-column", "text"], "noise|true or false"),
-    }
-    return cases[what]
-
-
-def _broken(tmp_path: Path) -> Path:
-    (tmp_path / "broken.jsonl").write_text('{"text": "a"\n{')
-    return tmp_path / "broken.jsonl"
-
-
 @pytest.mark.parametrize(
     "what",
     ["missing file", "missing model", "missing column", "missing label", "empty file", "one class", "label out of range",
@@ -306,46 +213,6 @@ def test_bad_input_ends_with_a_message_and_nothing_written(folder: Path, tmp_pat
     assert "Traceback" not in err
     assert len(err.strip().splitlines()) == 1
     assert not (tmp_path / "out").exists()
-
-
-def test_other_errors_of_the_command_line(folder: Path, tmp_path: Path) -> None:
-    assert run("audit", "--out", tmp_path / "x")[0] == 2
-    assert run("nope")[0] == 2
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "file").touch()
-    code, _, err = run("audit", *options(folder), "--out", tmp_path / "full")
-    assert (code, "holds something else" in err) == (1, True)
-    for arguments, message in (
-        (("index", tmp_path / "none", "--out", tmp_path / "i"), "no gradient store"),
-        (("search", tmp_path / "none", "--queries", tmp_path / "none"), "no index"),
-        (("evaluate", folder / "train.jsonl"), "no column 'score'"),
-        (("audit", "--config", tmp_path / "none.json", "--out", tmp_path / "y"), "config: cannot read"),
-    ):
-        code, _, err = run(*arguments)
-        assert code == 1, arguments
-        assert message in err
-
-
-def test_every_command_has_an_example() -> None:
-    for name in main.commands:
-        code, out, _ = run(name, "--help")
-        assert code == 0
-        assert f"influence-fast {name}" in out
-
-
-def test_truncation_when_told(folder: Path, tmp_path: Path) -> None:
-    data = write_rows(tmp_path / "long.jsonl", [*sentences(20, 1), {"text": "w1 " * 50, "label": 0, "noise": False}])
-    code, _, err = run("audit", *options(folder, train=data), "--truncate", "--layers", "head", "--out", tmp_path / "a")
-    assert code == 0, err
-
-
-def test_demo(tmp_path: Path) -> None:
-    code, out, err = run("demo", "--out", tmp_path / "demo", "--samples", 60, "--json")
-    assert code == 0, err
-    document = json.loads(out)
-    assert document["facts"]["samples"] == 60
-    assert {row["group"] for row in document["evaluation"]} >= {"", "all", "embedding", "attention q1", "mlp", "head"}
-    assert (tmp_path / "demo" / "report.html").exists()
 
 
 def test_every_method_in_one_audit(folder: Path, tmp_path: Path) -> None:
@@ -374,29 +241,3 @@ def test_methods_that_do_not_fit(folder: Path, tmp_path: Path) -> None:
         code, _, err = run("audit", *options(folder), *given, "--out", tmp_path / "out")
         assert (code, message in err) == (1, True), err
         assert not (tmp_path / "out").exists()
-
-
-def test_the_whole_table_from_stores(folder: Path, tmp_path: Path) -> None:
-    code, out, _ = run("audit", *options(folder), "--noise-column", "noise", "--out", tmp_path / "a", "--json")
-    audited = {(r["method"], r["group"], r["aggregation"]): r for r in json.loads(out)["evaluation"]}
-    given = [
-        tmp_path / "a" / "scores.csv",
-        "--train",
-        tmp_path / "a/stores/train",
-        "--queries",
-        tmp_path / "a/stores/queries",
-    ]
-    code, out, err = run("evaluate", *given, "--json")
-    assert code == 0, err
-    document = json.loads(out)
-    for row in document["rows"]:
-        key = row["method"], row["group"], row["aggregation"]
-        if key in audited:
-            for name in ("auc_ndr", "low", "high", "over_loss"):
-                assert row[name] == pytest.approx(audited[key][name]), (key, name)
-    assert ("datainf", "block 1", "vote-c") in {(r["method"], r["group"], r["aggregation"]) for r in document["rows"]}
-    assert len(document["wins"]) == len(document["rows"])
-    code, out, _ = run("evaluate", *given)
-    assert code == 0
-    assert "Share of resamples" in out
-    assert run("evaluate", given[0], "--train", tmp_path)[0] == 2
