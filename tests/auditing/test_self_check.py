@@ -182,3 +182,19 @@ def test_in_an_audit_of_a_causal_model(folder: Path, tmp_path: Path) -> None:
     code, _, err = run("audit", *arguments, "--self-check", 0.01, "--out", tmp_path / "b")
     assert (code, "self_check: 0.01 of 40 samples plants 0" in err) == (1, True)
     assert not (tmp_path / "b").exists()
+
+
+def test_the_index_is_the_one_that_the_store_would_get(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not the exact one that so few rows always get: its figure may be below 1, and is said."""
+    monkeypatch.setattr(inf.InfluenceIndex, "choose_factory", lambda store: "IVF4,SQ8")
+    monkeypatch.setattr("influence_fast.search.influence_index.InfluenceIndex._tune", lambda *rest: None)
+    data = write_rows(tmp_path / "train.jsonl", texts(60, 1))
+    given = ["--layers", "attention", "--methods", "dot", "--self-check", 0.2, "--out", tmp_path / "a", "--json"]
+    code, out, err = run("audit", *options(folder, train=data), *given)
+    assert code == 0, err
+    index = json.loads(out)["facts"]["self_check"]["fidelity"]["index"]
+    assert (index["factory"], index["rows"]) == ("IVF4,SQ8", 60)
+    assert 0 < index["recall"] < 1
+    assert f"recall@10 {index['recall']:.3f}" in (tmp_path / "a" / "report.html").read_text()

@@ -1,4 +1,4 @@
-"""The FAISS index against brute force."""
+"""An index: what it answers, saves, refuses and says of its recall."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> inf.GradientStore:
 
 
 def test_the_default_is_exact(store: inf.GradientStore) -> None:
-    """Its answers are held against brute force in test_scan.py."""
+    """Its answers are held against brute force in test_exact.py."""
     index = inf.InfluenceIndex.build(store)
     assert (index.factory, index.recall) == ("Flat", 1.0)
 
@@ -78,3 +78,22 @@ def test_errors(tmp_path: Path, store: inf.GradientStore) -> None:
     queries["a"][1] = float("nan")
     with pytest.raises(inf.InputError, match="row 1 has NaN"):
         index.search(queries)
+
+
+@pytest.mark.parametrize("metric", ["dot", "cosine"])
+def test_recall_is_measured_and_can_fail(
+    store: inf.GradientStore, metric: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    queries = gradients(6, 2)
+    index = inf.InfluenceIndex.build(store, metric=metric)
+    assert index.measure_recall(queries) == 1.0
+    plain = index.search_rows
+    monkeypatch.setattr(index, "search_rows", lambda asked, k: plain(asked, k, harmful=True))
+    assert index.measure_recall(queries) == 0.0
+
+
+def test_the_factory_that_a_store_would_get(store: inf.GradientStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert inf.InfluenceIndex.choose_factory(store) == "Flat"
+    monkeypatch.setattr("influence_fast.search.influence_index._SLOW_SCAN", 0)
+    assert inf.InfluenceIndex.choose_factory(store).startswith("IVF")
+    assert inf.InfluenceIndex.choose_factory(store, recall=1) == "Flat"
