@@ -20,7 +20,15 @@ from torch import Tensor, nn
 
 from influence_fast import ops
 from influence_fast.errors import InputError
-from influence_fast.gradients.layers import check_supported, layer_shape, named_layers, select_layers
+from influence_fast.gradients.layers import (
+    check_supported,
+    is_conv1d,
+    layer_shape,
+    named_layers,
+    other_parameters,
+    select_layers,
+)
+from influence_fast.gradients.model_state import is_sharded
 from influence_fast.ops import philox
 from influence_fast.ops.arguments import accumulator
 from influence_fast.ops.projections import Projection, Side
@@ -108,6 +116,14 @@ class CapturedLayer:
             straight = _Operator(self.right, float(self.bias)), _Operator(self.left)
             self.operators = straight, (straight[1], _Operator(self.right))
 
+    def projected(self, gradients: Tensor, matrices: ops.Matrices) -> Tensor:
+        """Whole gradients ``(N, out, in)`` as they are kept: ``(N, dim)``."""
+        if self.left is not None and self.right is not None:
+            right = matrices.project(gradients, (self.right,), (0.0,))[0]
+            return matrices.project(right.mT.contiguous(), (self.left,))[0].mT.flatten(1)
+        flat = gradients.flatten(1)
+        return flat if self.single is None else ops.sketch(flat, self.single)
+
 
 @dataclass
 class _SharedInput:
@@ -151,6 +167,8 @@ class GradientCapture:
         layers: a specification or a list of names for :func:`~influence_fast.select_layers`.
         projection: a :class:`~influence_fast.Projection` or its text; identity keeps whole gradients.
         bias: give the gradient of a layer that has a bias one more input column, of the bias (off by default).
+        exact: names of the layers that autograd itself differentiates, for uses of a weight that hooks do not see. They, and
+            parameters that are no layer's weight (norms, biases, ...), need a batch of one sample.
 
     The loss must be the **sum** of per-sample losses: with a mean every gradient is divided by the batch size. A weight
     that several modules share (tied embedding and head) has the sum over its uses, as autograd would give it, which
@@ -170,26 +188,40 @@ class GradientCapture:
         projection: Projection | str = Projection("identity"),  # noqa: B008 (frozen)
         *,
         bias: bool = False,
+        exact: Iterable[str] = (),
     ) -> None:
         self.model = model
         self.projection = Projection.parse(projection)
         self.layers = select_layers(model, layers)
-        check_supported(self.layers)
-        modules = named_layers(model)
-        self._layers = [_layer(name, modules[name], self.projection, bias) for name in self.layers]
+        modules, parameters = named_layers(model), other_parameters(model)
+        self.exact = [name for name in self.layers if name in parameters or name in set(exact)]
+        hooked = [name for name in self.layers if name not in set(self.exact)]
+        check_supported(hooked)
+        self._layers = [
+            _layer(name, modules[name], self.projection, bias)
+            if name in modules
+            else _parameter_layer(name, parameters[name], self.projection)
+            for name in self.layers
+        ]
+        # Weight, then bias where the gradient has a column for it.
+        self._parameters: dict[str, list[nn.Parameter]] = {}
+        for layer in self._layers:
+            if layer.name in set(self.exact):
+                owner = modules.get(layer.name)
+                found = [parameters[layer.name]] if owner is None else [owner.weight, owner.bias][: 1 + layer.bias]
+                self._parameters[layer.name] = cast("list[nn.Parameter]", found)
+        # An embedding's weight is (vocabulary, width) and a Conv1D's (in, out); gradients are (out, in).
+        self._turned = {name for name in self.exact if name in modules and not isinstance(modules[name], nn.Linear)}
         self._uses: dict[nn.Module, list[tuple[CapturedLayer, bool]]] = {}
         for layer in self._layers:
+            if layer.name in self._parameters:
+                continue
             owner = modules[layer.name]
             for module in modules.values():
                 if module is owner or _weight(module) is _weight(owner):
                     transposed = isinstance(module, nn.Embedding) != isinstance(owner, nn.Embedding)
                     self._uses.setdefault(module, []).append((layer, transposed))
-        for module in self._uses:
-            if isinstance(module, nn.Embedding) and type(module).forward is not nn.Embedding.forward:
-                name = next(n for n, m in modules.items() if m is module)
-                raise InputError(
-                    f"layers: {name!r} is a {type(module).__name__} with a forward of its own; leave it out"
-                )
+        self._plain: set[nn.Module] = set()
         self._handles: list[Any] = []
         self._stance = ExitStack()
         self._matrices = ops.Matrices()
@@ -202,6 +234,7 @@ class GradientCapture:
         self._factors: dict[str, Factors] = {}
         self._gradients: dict[str, Tensor] = {}
         self._warned: set[str] = set()
+        self._flags: list[tuple[nn.Parameter, bool, Tensor | None]] = []
 
     @property
     def dims(self) -> dict[str, int]:
@@ -226,6 +259,8 @@ class GradientCapture:
         """Forget what has arrived since the last :meth:`pop`, such as part of a backward that failed."""
         self._gradients, self._factors = {}, {}
         self._shared = None
+        for parameter, _, _ in self._flags:
+            parameter.grad = None
 
     @contextmanager
     def part(self, begin: int, end: int, total: int) -> Iterator[None]:
@@ -273,12 +308,20 @@ class GradientCapture:
         for module in self._uses:
             self._handles.append(module.register_forward_hook(self._see, with_kwargs=True))
         self._handles.append(self.model.register_forward_hook(self._end))
+        for parameter in self._exact_parameters():
+            self._flags.append((parameter, parameter.requires_grad, parameter.grad))
+            parameter.grad = None
+            parameter.requires_grad_(True)
         return self
 
     def __exit__(self, *error: object) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        for parameter, flag, grad in self._flags:
+            parameter.requires_grad_(flag)
+            parameter.grad = grad
+        self._flags.clear()
         self._stance.close()
         self.clear()
         self._batch = None
@@ -288,6 +331,7 @@ class GradientCapture:
 
         A selected layer that the loss does not depend on has zeros; that is logged once.
         """
+        self._take_exact()
         if not self._gradients and not self._factors:
             raise InputError(
                 "capture: no gradient has arrived; run forward (with gradients enabled) and backward before pop()"
@@ -306,6 +350,35 @@ class GradientCapture:
             out[layer.name] = sample.new_zeros(len(sample), layer.dim) if found is None else found
         self.clear()
         return out
+
+    def _take_exact(self) -> None:
+        """Gradients that autograd left on the parameters, of the one sample there was."""
+        if not self._flags:
+            return
+        if self._batch not in (None, 1) or self._packed is not None:
+            raise InputError(
+                f"layer {self.exact[0]!r}: autograd gives the gradient of the whole batch, so it takes one sample a batch, "
+                f"got {self._batch}"
+            )
+        for layer in self._layers:
+            found = [parameter.grad for parameter in self._parameters.get(layer.name, [])]
+            if not found or all(grad is None for grad in found):
+                continue
+            columns = [
+                torch.zeros_like(parameter) if grad is None else grad
+                for parameter, grad in zip(self._parameters[layer.name], found, strict=True)
+            ]
+            weight = columns[0].detach().to(accumulator(columns[0].dtype))
+            matrix = (
+                weight.T if layer.name in self._turned else weight.flatten(1) if weight.dim() > 1 else weight[..., None]
+            )
+            if layer.bias:
+                matrix = torch.cat([matrix, columns[1].detach().to(matrix)[:, None]], 1)
+            self._gradients[layer.name] = layer.projected(matrix.reshape(1, *layer.shape), self._matrices)
+
+    def _exact_parameters(self) -> list[nn.Parameter]:
+        """Each of them once, also where two layers share one."""
+        return list({id(p): p for found in self._parameters.values() for p in found}.values())
 
     def _form(self) -> None:
         """Gradients from their factors: one call for all layers of one shape, as far as copying them together pays."""
@@ -343,6 +416,8 @@ class GradientCapture:
         if not torch.is_grad_enabled():
             return None
         x = args[0] if args else next(iter(kwargs.values()))
+        if module not in self._plain:
+            self._check_plain(module, x, output)
         name, samples = self._uses[module][0][0].name, self._samples(x)
         seen: Operand
         if isinstance(module, nn.Embedding):
@@ -357,6 +432,29 @@ class GradientCapture:
         with _exactly(output):
             receivers = [self._record(module, *use, seen, samples) for use in self._uses[module]]
         return _OutputHook.apply(output, self._anchor, partial(self._receive, module, name, samples, seen, receivers))
+
+    def _check_plain(self, module: nn.Module, x: Tensor, output: Any) -> None:
+        """Raise where a layer's output is not that of its weight and bias alone; once for each module."""
+        name = self._uses[module][0][0].name
+        weight = cast(Tensor, module.weight)
+        if is_sharded(weight) or not weight.is_floating_point() or tuple(weight.shape) != _weight_shape(module):
+            # A part of a weight, or a packed one: there is nothing to compare with.
+            self._plain.add(module)
+            return
+        with torch.no_grad():
+            expected = _plain_output(module, x)
+        same = isinstance(output, Tensor) and output.shape == expected.shape
+        if same:
+            scale = float(expected.abs().max()) if expected.numel() else 0.0
+            loose = 1e-3 if output.dtype in (torch.float32, torch.float64) else 3e-2
+            same = torch.allclose(output.detach().to(expected.dtype), expected, rtol=loose, atol=loose * scale)
+        if not same:
+            raise UnseenUse(
+                [name],
+                f"layer {name!r}: the output of its {type(module).__name__} is not that of a plain layer with its weight (a "
+                "forward or a hook of its own), so its gradient cannot be told from inputs and outputs; name it in exact=",
+            )
+        self._plain.add(module)
 
     def _share(self, x: Tensor, samples: SampleRows, operator: _Operator) -> tuple[_SharedInput, int]:
         """The input that ``operator`` projects, and its place among those that do.
@@ -476,6 +574,42 @@ class GradientCapture:
             self._gradients[layer.name] = arrived if earlier is None else earlier + arrived
 
 
+class UnseenUse(InputError):
+    """Hooks cannot give the gradient of some layers; autograd can. ``layers`` names them."""
+
+    def __init__(self, layers: Iterable[str], message: str) -> None:
+        super().__init__(message)
+        self.layers = list(layers)
+
+
+def _plain_output(module: nn.Module, x: Tensor) -> Tensor:
+    """What a layer with this weight and bias gives, and nothing else does."""
+    weight = cast(Tensor, module.weight)
+    if isinstance(module, nn.Embedding):
+        return nn.functional.embedding(x, weight)
+    matrix = weight.T if is_conv1d(module) else weight
+    return nn.functional.linear(x, matrix, cast("Tensor | None", getattr(module, "bias", None)))
+
+
+def _weight_shape(module: nn.Module) -> tuple[int, int]:
+    out, in_ = layer_shape(module)
+    return (out, in_) if isinstance(module, nn.Linear) else (in_, out)
+
+
+def _parameter_layer(name: str, parameter: Tensor, projection: Projection) -> CapturedLayer:
+    """A parameter that is no layer's weight. A vector of d numbers has shape ``(d, 1)``, one of more dimensions is flattened
+    behind the first; a vector is sketched to as many numbers as a matrix is, or kept where it has no more."""
+    out = parameter.shape[0] if parameter.dim() else 1
+    shape = (out, max(1, parameter.numel() // max(1, out)))
+    dim = projection.output_dim(shape)
+    if shape[1] == 1:
+        if projection.kind == "identity" or out <= dim:
+            return CapturedLayer(name, shape, out, False)
+        seed = "" if projection.seed is None else f"/seed{projection.seed}"
+        return CapturedLayer(name, shape, dim, False, single=Side(projection.kind, f"{name}/single{seed}", dim, out))
+    return _captured(name, shape, False, projection)
+
+
 def _exactly(like: Tensor) -> AbstractContextManager[Any]:
     """Our own arithmetic is not in the low precision that the model may run in. What it works on is detached."""
     kind = like.device.type
@@ -486,11 +620,16 @@ def _layer(name: str, module: nn.Module, projection: Projection, bias: bool) -> 
     out, in_ = layer_shape(module)
     bias = bias and getattr(module, "bias", None) is not None
     in_ += bias
-    dim = projection.output_dim((out, in_))
+    return _captured(name, (out, in_), bias, projection)
+
+
+def _captured(name: str, shape: tuple[int, int], bias: bool, projection: Projection) -> CapturedLayer:
+    out, in_ = shape
+    dim = projection.output_dim(shape)
     if projection.two_sided:
         left, right = projection.side(name, "left", out), projection.side(name, "right", in_)
-        return CapturedLayer(name, (out, in_), dim, bias, left, right)
-    return CapturedLayer(name, (out, in_), dim, bias, single=projection.side(name, "single", out * in_))
+        return CapturedLayer(name, shape, dim, bias, left, right)
+    return CapturedLayer(name, shape, dim, bias, single=projection.side(name, "single", out * in_))
 
 
 def _weight(module: nn.Module) -> Any:

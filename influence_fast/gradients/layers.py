@@ -1,7 +1,8 @@
 """Which layers: names from a model by kind, block range, quarter or pattern.
 
 A *layer* is one weight matrix: an ``nn.Linear``, a GPT-2 ``Conv1D``, a LoRA ``A`` or ``B``, an embedding table, a
-classification or language-model head. Its name is its module's name in ``model.named_modules()``.
+classification or language-model head. Its name is its module's name in ``model.named_modules()``. Every other parameter
+(norms, biases, convolutions, recurrent cells, bare ones) is a layer too, under its own name in ``model.named_parameters()``.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from torch import Tensor, nn
 from influence_fast.errors import InputError
 
 KINDS = ("all", "attention", "mlp", "embedding", "head", "lora")
+# Kinds of parameters that are no weight matrix, and what training changes.
+PARAMETER_KINDS = ("norm", "bias", "conv", "other")
 QUARTERS = ("q1", "q2", "q3", "q4")
 
 _BLOCK = re.compile(r"(?:^|\.)(?:h|[a-z_]*(?:layers?|blocks?|groups?))\.(\d+)(?=\.|$)", re.IGNORECASE)
@@ -59,9 +62,38 @@ def named_layers(model: nn.Module) -> dict[str, nn.Module]:
         name = uncompiled(name)
         if type(module).__name__ == "NonDynamicallyQuantizableLinear" or "original_module" in name.split("."):
             continue
-        if isinstance(module, nn.Linear | nn.Embedding) or is_conv1d(module):
+        # A weight that is computed from other parameters (weight norm, pruning) is no parameter itself; those are.
+        if (isinstance(module, nn.Linear | nn.Embedding) or is_conv1d(module)) and "weight" in module._parameters:
             found[name] = module
     return found
+
+
+def other_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Every parameter that is no layer's weight, by name, in the model's order; a shared one under its first name."""
+    weights = {id(module.weight) for module in named_layers(model).values()}
+    return {
+        uncompiled(name): parameter
+        for name, parameter in model.named_parameters()
+        if id(parameter) not in weights and "original_module" not in name.split(".")
+    }
+
+
+def parameter_kind(model: nn.Module, name: str) -> str:
+    """``norm``, ``bias``, ``conv`` or ``other``: by the module that holds the parameter, then by its name."""
+    path, _, leaf = name.rpartition(".")
+    holder = next((module for other, module in model.named_modules() if uncompiled(other) == path), model)
+    if "norm" in type(holder).__name__.lower():
+        return "norm"
+    if isinstance(holder, nn.modules.conv._ConvNd) and leaf == "weight":
+        return "conv"
+    return "bias" if leaf.startswith("bias") or leaf.endswith("bias") else "other"
+
+
+def trained_layers(model: nn.Module) -> list[str]:
+    """Names of all layers whose parameter has ``requires_grad``, in the model's order."""
+    modules, parameters = named_layers(model), other_parameters(model)
+    trained = [name for name, module in modules.items() if cast(Tensor, module.weight).requires_grad]
+    return trained + [name for name, parameter in parameters.items() if parameter.requires_grad]
 
 
 def block_of(name: str) -> int | None:
@@ -88,43 +120,49 @@ def select_layers(model: nn.Module, spec: str | Iterable[str] = "all") -> list[s
         spec: ``all attention mlp embedding head lora`` or a layer's whole name, joined by commas; each kind may carry
             a range of blocks: ``attention[8:16]``, ``mlp[3]``, ``all[-2:]``, a quarter ``attention[q1]`` .. ``[q4]`` or
             ``[middle]`` (the second and third). Block b of B lies in quarter ``4 b // B + 1``. ``re:PATTERN`` takes the
-            names that match whole. A list of names passes through.
+            names that match whole. A list of names passes through. ``all`` are the weight matrices; ``norm``, ``bias``,
+            ``conv`` and ``other`` are the parameters that are none, with block ranges alike; ``trained`` is everything that
+            has ``requires_grad``.
 
     Raises:
         InputError: a name, kind or range that fits nothing; the message lists what there is.
     """
     layers = named_layers(model)
-    if not layers:
-        raise InputError(f"model: {type(model).__name__} has no linear layer or embedding")
+    parameters = other_parameters(model)
+    everything = [*layers, *parameters]
+    if not everything:
+        raise InputError(f"model: {type(model).__name__} has no parameter")
     if not isinstance(spec, str):
-        return _known(list(spec), layers)
+        return _known(list(spec), everything, layers)
     if spec.startswith("re:"):
         try:
             pattern = re.compile(spec[3:])
         except re.error as error:
             raise InputError(f"layers: {spec[3:]!r} is no regular expression ({error})") from None
         chosen = {name for name in layers if pattern.fullmatch(name)}
+        chosen = chosen or {name for name in parameters if pattern.fullmatch(name)}
     else:
         items = [item.strip() for item in spec.split(",")]
-        chosen = set().union(*(_select(layers, item) for item in items))
+        chosen = set().union(*(_select(model, layers, parameters, item) for item in items))
         for item in items:
             if item not in layers and item.partition("[")[0] in ("all", "mlp"):
                 _refuse_fused_experts(model, item)
     if not chosen:
         raise InputError(f"layers: {spec!r} matches nothing; {_overview(layers)}")
-    return [name for name in layers if name in chosen]
+    return [name for name in everything if name in chosen]
 
 
 def layer_groups(model: nn.Module, layers: Iterable[str]) -> dict[str, list[str]]:
-    """``layers`` by group, empty ones left out: embedding, attention q1 .. q4, mlp, head, all."""
+    """``layers`` by group, empty ones left out: embedding, attention q1 .. q4, mlp, head, norm, bias, conv, other, all."""
     modules = named_layers(model)
-    names = _known(list(layers), modules)
+    parameters = other_parameters(model)
+    names = _known(list(layers), [*modules, *parameters], modules)
     blocks = _block_count(modules)
     groups: dict[str, list[str]] = {
-        group: [] for group in ("embedding", *(f"attention {q}" for q in QUARTERS), "mlp", "head")
+        group: [] for group in ("embedding", *(f"attention {q}" for q in QUARTERS), "mlp", "head", *PARAMETER_KINDS)
     }
     for name in names:
-        kind = kind_of(name, modules[name])
+        kind = kind_of(name, modules[name]) if name in modules else parameter_kind(model, name)
         if kind == "attention":
             kind += f" {QUARTERS[4 * (block_of(name) or 0) // blocks]}"
         groups[kind].append(name)
@@ -150,24 +188,35 @@ def _refuse_fused_experts(model: nn.Module, item: str) -> None:
             )
 
 
-def _known(names: list[str], layers: dict[str, nn.Module]) -> list[str]:
-    unknown = [name for name in names if name not in layers]
+def _known(names: list[str], everything: list[str], layers: dict[str, nn.Module]) -> list[str]:
+    there, wanted = set(everything), set(names)
+    unknown = [name for name in names if name not in there]
     if unknown:
         raise InputError(f"layers: no layer is named {unknown[0]!r}; {_overview(layers)}")
     if not names:
         raise InputError(f"layers: the list is empty; {_overview(layers)}")
-    wanted = set(names)
-    return [name for name in layers if name in wanted]
+    return [name for name in everything if name in wanted]
 
 
-def _select(layers: dict[str, nn.Module], item: str) -> set[str]:
-    if item in layers:
+def _select(model: nn.Module, layers: dict[str, nn.Module], parameters: dict[str, nn.Parameter], item: str) -> set[str]:
+    if item in layers or item in parameters:
         return {item}
+    if item == "trained":
+        found = set(trained_layers(model))
+        if not found:
+            raise InputError("layers: 'trained' is nothing, for no parameter of the model has requires_grad")
+        return found
     match = _ITEM.fullmatch(item)
-    if match is None or match["kind"] not in KINDS:
-        raise InputError(f"layers: {item!r} is neither a kind ({', '.join(KINDS)}) nor a layer; {_overview(layers)}")
+    kinds = (*KINDS, *PARAMETER_KINDS)
+    if match is None or match["kind"] not in kinds:
+        raise InputError(
+            f"layers: {item!r} is neither a kind ({', '.join(kinds)}, trained) nor a layer; {_overview(layers)}"
+        )
     kind, text = match["kind"], match["range"]
-    chosen = {name for name, module in layers.items() if _is(kind, name, module)}
+    if kind in PARAMETER_KINDS:
+        chosen = {name for name in parameters if parameter_kind(model, name) == kind}
+    else:
+        chosen = {name for name, module in layers.items() if _is(kind, name, module)}
     if text is None:
         return chosen
     blocks = _blocks(text, _block_count(layers), item)
