@@ -168,7 +168,7 @@ def gradients_of(
     with as_evaluated(model), GradientCapture(model, layers, projection) as capture:
         shard = _Shard(rows, range(len(rows)), capture.dims)
         budget = Budget(token_budget("auto", model))
-        for chosen, results in run(model, capture, _loss(kind, capture), rows, range(len(rows)), budget):
+        for chosen, results in run(model, capture, losses.of_kind(kind, capture.part), rows, range(len(rows)), budget):
             shard.put(chosen, results)
     return shard.gradients
 
@@ -254,7 +254,7 @@ def prepare_job(
     shard_rows = settings.shard_rows
     if not isinstance(shard_rows, int):
         shard_rows = max(1, min(_SHARD_ROWS, _SHARD_BYTES // (4 * sum(capture.dims.values()))))
-    loss = settings.loss if callable(settings.loss) else _loss(kind, capture)
+    loss = settings.loss if callable(settings.loss) else losses.of_kind(kind, capture.part)
     return Job(model, rows, capture, loss, kind, Budget(tokens), shard_rows, settings)
 
 
@@ -318,12 +318,6 @@ class _Copies:
         if event is not None:
             event.synchronize()
         return chosen, found
-
-
-def _loss(kind: str, capture: GradientCapture) -> Loss:
-    if kind == "classification":
-        return losses.classification
-    return losses.CausalLM(mean=kind == "causal-lm", part=capture.part)
 
 
 def has_shards(model: nn.Module) -> bool:

@@ -9,7 +9,7 @@ autograd graph, so weights need no ``requires_grad``; where nothing below does, 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -27,6 +27,7 @@ from influence_fast.gradients.layers import (
     named_layers,
     other_parameters,
     select_layers,
+    uncompiled,
 )
 from influence_fast.gradients.model_state import is_sharded
 from influence_fast.ops import philox
@@ -78,7 +79,7 @@ class SampleRows:
             if tokens != self.tokens:
                 raise InputError(f"layer {name!r}: expected {self.tokens} packed tokens, got shape {tuple(x.shape)}")
             return nn.functional.pad(x.reshape(tokens, features), (0, 0, 0, 1))[self.index.to(x.device)]
-        if x.shape[0] != self.count and (x.dim() != 2 or tokens % max(self.count, 1)):
+        if self.count != 1 and x.shape[0] != self.count and (x.dim() != 2 or tokens % max(self.count, 1)):
             raise InputError(
                 f"layer {name!r}: expected {self.count} samples in the first dimension, got shape {tuple(x.shape)}"
             )
@@ -108,6 +109,10 @@ class CapturedLayer:
     left: Side | None = None
     right: Side | None = None
     single: Side | None = None
+    turned: bool = False
+    """Whether the parameter is the gradient's ``(out, in)`` transposed: an embedding's table, a Conv1D's weight."""
+    vector: str = ""
+    """``bias`` or ``weight`` where this is a vector that is added to, or multiplied with, every token."""
     operators: tuple[tuple[_Operator, _Operator], ...] = ()
     """Of the input and of the output gradient of a use; then of a use with the weight transposed. None for one side."""
 
@@ -194,7 +199,14 @@ class GradientCapture:
         self.projection = Projection.parse(projection)
         self.layers = select_layers(model, layers)
         modules, parameters = named_layers(model), other_parameters(model)
-        self.exact = [name for name in self.layers if name in parameters or name in set(exact)]
+        vectors = {
+            name: (module, leaf)
+            for name, (module, leaf) in vector_owners(model).items()
+            if name in parameters and name not in set(exact)
+        }
+        self.exact = [
+            name for name in self.layers if name in set(exact) or (name in parameters and name not in vectors)
+        ]
         hooked = [name for name in self.layers if name not in set(self.exact)]
         check_supported(hooked)
         self._layers = [
@@ -207,14 +219,15 @@ class GradientCapture:
         self._parameters: dict[str, list[nn.Parameter]] = {}
         for layer in self._layers:
             if layer.name in set(self.exact):
-                owner = modules.get(layer.name)
-                found = [parameters[layer.name]] if owner is None else [owner.weight, owner.bias][: 1 + layer.bias]
-                self._parameters[layer.name] = cast("list[nn.Parameter]", found)
-        # An embedding's weight is (vocabulary, width) and a Conv1D's (in, out); gradients are (out, in).
-        self._turned = {name for name in self.exact if name in modules and not isinstance(modules[name], nn.Linear)}
+                self._parameters[layer.name] = owned_parameters(layer, modules, parameters)
         self._uses: dict[nn.Module, list[tuple[CapturedLayer, bool]]] = {}
         for layer in self._layers:
             if layer.name in self._parameters:
+                continue
+            if layer.name in vectors:
+                module, leaf = vectors[layer.name]
+                layer.vector = leaf
+                self._uses.setdefault(module, []).append((layer, False))
                 continue
             owner = modules[layer.name]
             for module in modules.values():
@@ -361,20 +374,28 @@ class GradientCapture:
                 f"got {self._batch}"
             )
         for layer in self._layers:
-            found = [parameter.grad for parameter in self._parameters.get(layer.name, [])]
-            if not found or all(grad is None for grad in found):
-                continue
-            columns = [
-                torch.zeros_like(parameter) if grad is None else grad
-                for parameter, grad in zip(self._parameters[layer.name], found, strict=True)
-            ]
-            weight = columns[0].detach().to(accumulator(columns[0].dtype))
-            matrix = (
-                weight.T if layer.name in self._turned else weight.flatten(1) if weight.dim() > 1 else weight[..., None]
-            )
-            if layer.bias:
-                matrix = torch.cat([matrix, columns[1].detach().to(matrix)[:, None]], 1)
-            self._gradients[layer.name] = layer.projected(matrix.reshape(1, *layer.shape), self._matrices)
+            owned = self._parameters.get(layer.name, [])
+            grads = [parameter.grad for parameter in owned]
+            if any(grad is not None for grad in grads):
+                self._gradients[layer.name] = self.as_kept(layer, owned, grads, self._matrices)
+
+    def as_kept(
+        self, layer: CapturedLayer, owned: Sequence[Tensor], grads: Sequence[Tensor | None], matrices: ops.Matrices
+    ) -> Tensor:
+        """What autograd gives for a layer's weight (and bias) as it is kept of one sample: ``(1, dim)``."""
+        weight, *bias = [
+            (torch.zeros_like(parameter) if grad is None else grad).detach().to(accumulator(parameter.dtype))
+            for parameter, grad in zip(owned, grads, strict=True)
+        ]
+        matrix = weight.T if layer.turned else weight.flatten(1) if weight.dim() > 1 else weight[..., None]
+        if bias:
+            matrix = torch.cat([matrix, bias[0][:, None]], 1)
+        return layer.projected(matrix.reshape(1, *layer.shape), matrices)
+
+    @property
+    def captured_layers(self) -> list[CapturedLayer]:
+        """The layers with their shapes and sides."""
+        return list(self._layers)
 
     def _exact_parameters(self) -> list[nn.Parameter]:
         """Each of them once, also where two layers share one."""
@@ -424,7 +445,7 @@ class GradientCapture:
             if self._batch is not None and x.dim() == 2 and x.shape[0] == 1 < self._batch:
                 # Positions come once for the whole batch; only a copy for each sample has a gradient for each.
                 x, output = x.expand(self._batch, -1), output.expand(self._batch, -1, -1)
-            if x.dim() != 2:
+            if x.dim() != 2 and self._batch != 1:
                 raise InputError(f"layer {name!r}: expected ids of shape (N, T), got {tuple(x.shape)}")
             seen = TokenIds(samples.unfold(x[..., None], 1, name)[..., 0], module.num_embeddings)
         else:
@@ -437,7 +458,9 @@ class GradientCapture:
         """Raise where a layer's output is not that of its weight and bias alone; once for each module."""
         name = self._uses[module][0][0].name
         weight = cast(Tensor, module.weight)
-        if is_sharded(weight) or not weight.is_floating_point() or tuple(weight.shape) != _weight_shape(module):
+        matrix = isinstance(module, nn.Linear | nn.Embedding) or is_conv1d(module)
+        packed = not weight.is_floating_point() or (matrix and tuple(weight.shape) != _weight_shape(module))
+        if is_sharded(weight) or packed:
             # A part of a weight, or a packed one: there is nothing to compare with.
             self._plain.add(module)
             return
@@ -450,7 +473,7 @@ class GradientCapture:
             same = torch.allclose(output.detach().to(expected.dtype), expected, rtol=loose, atol=loose * scale)
         if not same:
             raise UnseenUse(
-                [name],
+                [layer.name for layer, _ in self._uses[module]],
                 f"layer {name!r}: the output of its {type(module).__name__} is not that of a plain layer with its weight (a "
                 "forward or a hook of its own), so its gradient cannot be told from inputs and outputs; name it in exact=",
             )
@@ -493,6 +516,8 @@ class GradientCapture:
     ) -> Callable[[Tensor], Tensor | Factors]:
         """Keep what ``layer`` needs of a module's input; the result turns an output gradient into ``(N, dim)``, or
         into the factors of it."""
+        if layer.vector:
+            return self._record_vector(module, layer, seen, samples)
         if layer.operators:
             return self._record_two_sided(module, layer, transposed, seen, samples)
         if isinstance(seen, TokenIds):
@@ -507,6 +532,22 @@ class GradientCapture:
                 raise InputError(f"layer {layer.name!r}: its input was changed in place after the layer saw it")
             x, g = _oriented(*promoted(dense, dy), transposed)
             return ops.outer(x, g).flatten(1) if layer.single is None else ops.sketch_outer(x, g, layer.single)
+
+        return gradient
+
+    def _record_vector(
+        self, module: nn.Module, layer: CapturedLayer, seen: Operand, samples: SampleRows
+    ) -> Callable[[Tensor], Tensor | Factors]:
+        """A bias is the sum of ``dy`` over tokens, a norm's weight the sum of ``dy`` times the normalised input."""
+        scaled: Tensor | None = None
+        if layer.vector == "weight" and isinstance(seen, Tensor):
+            normal = normalised(module, seen.detach())
+            scaled = samples.unfold(normal, normal.shape[-1], layer.name)
+
+        def gradient(dy: Tensor) -> Tensor:
+            dy = dy.to(accumulator(dy.dtype))
+            summed = (dy if scaled is None else dy * scaled).sum(1)
+            return layer.projected(summed[..., None], self._matrices)
 
         return gradient
 
@@ -574,6 +615,16 @@ class GradientCapture:
             self._gradients[layer.name] = arrived if earlier is None else earlier + arrived
 
 
+def owned_parameters(
+    layer: CapturedLayer, modules: Mapping[str, nn.Module], parameters: Mapping[str, nn.Parameter]
+) -> list[nn.Parameter]:
+    """What autograd differentiates for a layer: its weight, and its bias where the gradient has a column for it."""
+    if layer.name not in modules:
+        return [parameters[layer.name]]
+    owner = modules[layer.name]
+    return cast("list[nn.Parameter]", [owner.weight, owner.bias] if layer.bias else [owner.weight])
+
+
 class UnseenUse(InputError):
     """Hooks cannot give the gradient of some layers; autograd can. ``layers`` names them."""
 
@@ -587,8 +638,41 @@ def _plain_output(module: nn.Module, x: Tensor) -> Tensor:
     weight = cast(Tensor, module.weight)
     if isinstance(module, nn.Embedding):
         return nn.functional.embedding(x, weight)
+    if weight.dim() == 1:
+        normal = normalised(module, x)
+        bias = cast("Tensor | None", getattr(module, "bias", None))
+        plain = normal * weight.to(normal.dtype)
+        return plain if bias is None else plain + bias.to(normal.dtype)
     matrix = weight.T if is_conv1d(module) else weight
     return nn.functional.linear(x, matrix, cast("Tensor | None", getattr(module, "bias", None)))
+
+
+def normalised(module: nn.Module, x: Tensor) -> Tensor:
+    """A norm's input before its weight: minus the mean where it is a LayerNorm, divided by the root mean square."""
+    x = x.to(accumulator(x.dtype))
+    if isinstance(module, nn.LayerNorm):
+        return nn.functional.layer_norm(x, module.normalized_shape, eps=module.eps)
+    eps = next((getattr(module, name) for name in ("variance_epsilon", "eps") if hasattr(module, name)), 1e-6)
+    eps = torch.finfo(x.dtype).eps if eps is None else eps
+    return x * (x.square().mean(-1, keepdim=True) + eps).rsqrt()
+
+
+def vector_owners(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
+    """Vectors that a hook can serve, by the parameter's name: biases of layers, weights and biases of norms.
+
+    A norm whose output is not that of a plain one is told when it is called, as a layer's is.
+    """
+    found = {}
+    for name, module in model.named_modules():
+        norm = "norm" in type(module).__name__.lower() and not isinstance(
+            module, nn.modules.batchnorm._NormBase | nn.GroupNorm
+        )
+        linear = isinstance(module, nn.Linear) or is_conv1d(module)
+        for leaf in ["weight", "bias"] if norm else ["bias"] if linear else []:
+            parameter = module._parameters.get(leaf)
+            if parameter is not None and parameter.dim() == 1:
+                found[uncompiled(f"{name}.{leaf}")] = module, leaf
+    return found
 
 
 def _weight_shape(module: nn.Module) -> tuple[int, int]:
@@ -620,7 +704,9 @@ def _layer(name: str, module: nn.Module, projection: Projection, bias: bool) -> 
     out, in_ = layer_shape(module)
     bias = bias and getattr(module, "bias", None) is not None
     in_ += bias
-    return _captured(name, (out, in_), bias, projection)
+    layer = _captured(name, (out, in_), bias, projection)
+    layer.turned = not isinstance(module, nn.Linear)
+    return layer
 
 
 def _captured(name: str, shape: tuple[int, int], bias: bool, projection: Projection) -> CapturedLayer:

@@ -31,6 +31,9 @@ class FactorCapture(GradientCapture):
 
     def __init__(self, model: nn.Module, layers: str | Iterable[str] = "all") -> None:
         super().__init__(model, layers, Projection("identity"))
+        no_factors = [*self.exact, *(layer.name for layer in self.captured_layers if layer.vector)]
+        if no_factors:
+            raise InputError(f"layers: {no_factors[0]!r} is no weight matrix and has no factors; leave it out here")
         for module, uses in self._uses.items():
             for layer, transposed in uses:
                 if transposed:

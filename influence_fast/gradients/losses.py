@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from influence_fast.data.batching import IGNORED
+from influence_fast.data.batching import IGNORED, Loss
 from influence_fast.gradients.layers import layer_shape
 from influence_fast.gradients.model_state import is_sharded
 
@@ -36,6 +36,14 @@ def classification(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     """Cross entropy of ``logits (N, classes)``."""
     answers = logits(model, batch)
     return cross_entropy(answers, batch["labels"].to(answers.device))
+
+
+def of_kind(kind: str, part: Callable[[int, int, int], AbstractContextManager[Any]] | None) -> Loss:
+    """The loss of a kind that is no callable of the user's; without ``part`` heads run whole, not in chunks."""
+    if kind == "classification":
+        return classification
+    mean = kind == "causal-lm"
+    return CausalLM(mean, chunked=False) if part is None else CausalLM(mean, part)
 
 
 class CausalLM:
