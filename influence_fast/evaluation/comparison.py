@@ -29,6 +29,7 @@ class RankingKey(NamedTuple):
 
     @property
     def is_baseline(self) -> bool:
+        """Whether it is ``random``, ``loss`` or another ranking that is no influence: one without a layer group."""
         return not self.group
 
 

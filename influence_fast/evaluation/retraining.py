@@ -40,6 +40,9 @@ def filter_and_retrain(
 
     Returns:
         ``{arm: Retrained}``. The epoch is the best on the selection split, so the reported split has no part in choosing.
+
+    Raises:
+        InputError: no ranking, or a share out of range.
     """
     if not scores or not 0 < drop < 1:
         raise InputError(

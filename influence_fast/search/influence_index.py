@@ -71,6 +71,7 @@ class InfluenceIndex:
 
     @property
     def ids(self) -> Sequence[int | str]:
+        """Names of the rows, in the order of the stores."""
         stores = self._rows.stores
         if len(stores) == 1 and isinstance(stores[0][0].ids, range):
             return stores[0][0].ids[stores[0][1].start : stores[0][1].stop]
@@ -187,6 +188,9 @@ class InfluenceIndex:
         """Take in the rows of another store of the same model, projection and layers, behind those that are there.
 
         Partitions keep what they learnt from the first store. An index that was loaded is added to in memory; save it again.
+
+        Raises:
+            StoreError: a store of another model, projection or layers.
         """
         for key in ("model", "projection"):
             if store.meta[key] != self.meta[key]:
@@ -247,7 +251,7 @@ class InfluenceIndex:
         layers: Sequence[str] | Mapping[str, float] | None = None,
         only: Tensor | Sequence[bool] | Sequence[int | str] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """As :meth:`search`, with float64 scores and numbers of rows."""
+        """As :meth:`search`, with float64 scores and row numbers, both ``(m, k)``; errors as of :meth:`search`."""
         weights = self._weights(layers)
         values = self._queries(queries, list(weights))
         allowed = None if only is None else self._mask(only)
@@ -308,6 +312,7 @@ class InfluenceIndex:
 
         Raises:
             StoreError: there is none, it is damaged, or the store is another than was indexed.
+            InputError: another number of stores than was indexed.
         """
         folder = Path(path)
         try:
