@@ -83,7 +83,7 @@ def api() -> str:
     sections: dict[str, list[tuple[str, Any]]] = {folder: [] for folder in SECTIONS}
     for name, value in documented():
         sections[value.__module__.split(".")[1]].append((name, value))
-    out = ["# API", _note(), "`inf` is `import influence_fast as inf`. Names without it are what other functions return.", ""]
+    out = ["# API", _note(), "`inf` is `import influence_fast as inf`; names without it are what others return.", ""]
     for folder, names in sections.items():
         links = ", ".join(f"[{name}](#{_anchor(name)})" for name, _ in names)
         out.append(f"- [{SECTIONS[folder][0]}](#{_anchor(SECTIONS[folder][0])}): {links}")
@@ -94,7 +94,7 @@ def api() -> str:
             module = importlib.import_module(f"influence_fast.{opening}")
             out += ["", markdown(inspect.getdoc(module) or "")]
         if folder == "ops":
-            out += ["", "Constants:", "", *(f"- `inf.ops.{n}`: {_listed(getattr(ops, n))}" for n in ("BACKENDS", "OPS"))]
+            out += [f"\nConstants: `inf.ops.BACKENDS` is {_listed(ops.BACKENDS)}; `inf.ops.OPS` is {_listed(ops.OPS)}."]
         if folder == "attribution":
             out += ["", _methods()]
         for name, value in names:
@@ -177,9 +177,8 @@ def cli() -> str:
     """Every command: usage, what it does, arguments and options with their defaults, an example."""
     top = click.Context(main, info_name="influence-fast")
     names = main.list_commands(top)
-    out = ["# Command line", _note()]
-    out += ["`influence-fast COMMAND --help` prints the same. Exit code 1: an error that the message says how to mend; 2: "]
-    out[-1] += "wrong usage.\n"
+    codes = "Exit code 1: an error, whose message says what to mend; 2: wrong usage."
+    out = ["# Command line", _note(), f"`influence-fast COMMAND --help` prints the same. {codes}\n"]
     out += [f"- [{name}](#{_anchor(name)}): {_first_sentence(_command(top, name))}" for name in names]
     for name in names:
         command = _command(top, name)

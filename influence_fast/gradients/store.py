@@ -34,6 +34,7 @@ that was killed goes on with the shards that are missing. A reader in plain NumP
     import json, pathlib
     import numpy as np
 
+
     def read_store(folder, layer):
         folder = pathlib.Path(folder)
         manifest = json.loads((folder / "manifest.json").read_text())

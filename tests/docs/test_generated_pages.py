@@ -68,7 +68,7 @@ a     |g|
 ====  =====
 
 Behind."""
-    assert DOCS["markdown"](doc) == """One `line` of `Projection`.
+    expected = """One `line` of `Projection`.
 
 Example:
 
@@ -92,3 +92,4 @@ with a as b:
 | a | \\|g\\| more |
 
 Behind."""
+    assert DOCS["markdown"](doc) == expected
