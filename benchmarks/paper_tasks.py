@@ -21,7 +21,7 @@ METHODS = (
 AGGREGATIONS = ("mean", "rank-c", "vote-c")
 # An audit's default; judged beside the baselines, never chosen by the noise.
 DEFAULT = ("pool", "all", "mean")
-# Fixed before any full run but for the pool, whose opinions were chosen on seed 0 of each task with the mask in view: those
+# Fixed before any full run but for the pool, whose estimates were chosen on seed 0 of each task with the mask in view: those
 # runs are no test of it. The first two are the paper's plain TracIn and its recommendation; pool is an audit's default.
 ARMS = {
     "dot all mean": ("dot", "all", "mean"),

@@ -50,16 +50,16 @@ def agree(make: Callable[[], T]) -> T:
     text, failed = b"", None
     if rank == 0:
         try:
-            said: dict[str, Any] = {"value": make()}
+            document: dict[str, Any] = {"value": make()}
         except InfluenceError as error:
-            failed, said = error, {"error": type(error).__name__, "message": str(error)}
-        text = json.dumps(said).encode()
-    heard = json.loads(_from_first(text))
+            failed, document = error, {"error": type(error).__name__, "message": str(error)}
+        text = json.dumps(document).encode()
+    received = json.loads(_from_first(text))
     if failed is not None:
         raise failed
-    if "error" in heard:
-        raise getattr(errors, heard["error"])(heard["message"])
-    return heard["value"]
+    if "error" in received:
+        raise getattr(errors, received["error"])(received["message"])
+    return received["value"]
 
 
 def _from_first(data: bytes) -> bytes:

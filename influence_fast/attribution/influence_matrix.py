@@ -35,7 +35,7 @@ from influence_fast.errors import InputError
 
 METHODS = ("dot", "cosine", "datainf", "trak", "trackstar", "ekfac")
 MEMORY = 512 << 20
-# Bytes that ranking takes for each training sample, apart from the influence itself: kernels' room on two threads and sums.
+# Bytes that ranking takes for each training sample beside the influence itself: kernels' scratch on two threads, and sums.
 _RANKING = 270
 
 
@@ -70,8 +70,8 @@ def inner_products(
         raise InputError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
     if not 0 < options.damping < float("inf"):
         raise InputError(f"damping: expected a positive share of the mean eigenvalue, got {options.damping!r}")
-    source, asked = GradientSource("train", train), GradientSource("queries", queries)
-    matrix = InfluenceMatrix(source, asked, method, options)
+    sources = GradientSource("train", train), GradientSource("queries", queries)
+    matrix = InfluenceMatrix(*sources, method, options)
     missing = [name for name in matrix.layers if name not in matrix.factors] if method == "ekfac" else []
     if missing:
         raise InputError(f"factors: ekfac needs those of layer {missing[0]!r}; kronecker_factors() finds them")

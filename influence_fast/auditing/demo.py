@@ -27,7 +27,7 @@ _WORDS = ["[PAD]", "[CLS]", *_LIKED, *_DISLIKED, *_PARTS, *_JOINS, *_FILLERS, "n
 
 
 def sentences(count: int, generator: torch.Generator) -> tuple[list[str], list[int]]:
-    """Reviews of two or three clauses; the label is the majority opinion, and "not" turns a word's opinion round."""
+    """Reviews of two or three clauses; the label is the majority sentiment, and "not" turns a word's sentiment round."""
 
     def draw(words: list[str]) -> str:
         return words[int(torch.randint(len(words), (), generator=generator))]
@@ -39,11 +39,11 @@ def sentences(count: int, generator: torch.Generator) -> tuple[list[str], list[i
     for _ in range(count):
         label = int(chance(0.5))
         clauses = []
-        opinions = [label, label, 1 - label] if chance(0.4) else [label, label]
-        for place in torch.randperm(len(opinions), generator=generator).tolist():
+        sentiments = [label, label, 1 - label] if chance(0.4) else [label, label]
+        for place in torch.randperm(len(sentiments), generator=generator).tolist():
             negated = chance(0.2)
-            opinion = draw(_LIKED if opinions[place] != negated else _DISLIKED)
-            clauses.append(" ".join([draw(_FILLERS), draw(_PARTS), *(["not"] if negated else []), opinion]))
+            word = draw(_LIKED if sentiments[place] != negated else _DISLIKED)
+            clauses.append(" ".join([draw(_FILLERS), draw(_PARTS), *(["not"] if negated else []), word]))
         texts.append(f" {draw(_JOINS)} ".join(clauses))
         labels.append(label)
     return texts, labels

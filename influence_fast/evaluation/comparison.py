@@ -18,7 +18,7 @@ _INTERVALS = ("over_random", "over_loss")
 
 
 class RankingKey(NamedTuple):
-    """What tells rankings apart. A baseline has a name alone."""
+    """The key of a ranking: method, layer group, aggregation. A baseline has a name alone."""
 
     method: str
     group: str = ""

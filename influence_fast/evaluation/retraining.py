@@ -14,7 +14,13 @@ from influence_fast.evaluation.metrics import first_rows
 
 @dataclass(frozen=True)
 class Retrained:
-    """One arm of :func:`filter_and_retrain`: rows kept, the epoch chosen, its accuracy on the reported split."""
+    """One arm of :func:`filter_and_retrain`: its training set and what it reached.
+
+    Attributes:
+        rows: numbers of the rows kept, int64 ascending.
+        epoch: the one chosen, from 0, by its accuracy on the selection split.
+        selection, reported: accuracy of that epoch on the selection split and on the reported one.
+    """
 
     rows: Tensor
     epoch: int

@@ -172,7 +172,7 @@ class Scan:
     def add(self, rows: Rows, folder: Path | None = None) -> None:
         """Copy the rows that are not yet in it; with ``folder`` each segment into a file, which is then mapped."""
         step = max(_native.block_rows, _SEGMENT_BYTES // (4 * sum(self.dims.values())))
-        # One room for all segments: freed and asked for again, it would leave holes that the allocator cannot fill.
+        # One buffer for all segments: freed and allocated again, it would leave holes that the allocator cannot fill.
         count = min(step, rows.count - self.rows)
         codes = np.empty((count, self.stride), np.uint8)
         padded = None if folder is None else np.empty(count * self.stride + 64, np.uint8)

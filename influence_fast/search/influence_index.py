@@ -4,7 +4,7 @@ An index is over its layers' gradients side by side, so an inner product is the 
 ``cosine`` divides by the length of that whole vector. ``Flat`` is exact (``exact.py``) and needs no FAISS: it reads an 8-bit
 copy and proves its answer. Any other factory string makes FAISS indexes over partitions by length (``norm_partitions.py``),
 whose candidates are scored again from the store. What they miss is measured on held-out queries when the index is built, and
-is said by every search.
+is reported by every search.
 
 On disk: ``index.json`` beside ``scan-00000.bin``, ... (``Flat``) or ``band-0.faiss``, ``band-0.npy`` (rows of a partition),
 ... All of them are memory-mapped. The exact rows stay in the store, whose folder ``index.json`` names.
@@ -443,13 +443,13 @@ class InfluenceIndex:
         k = min(10, len(self))
         if queries is None:
             numbers = torch.from_numpy(np.sort(np.random.default_rng(1).permutation(len(self))[:_HELD_OUT]))
-            asked = torch.cat([self._rows.take(name, numbers) for name in self.layers], 1)
+            held_out = torch.cat([self._rows.take(name, numbers) for name in self.layers], 1)
         else:
-            asked = self._queries(queries, self.layers)[:_HELD_OUT]
-        true = _best(self._rows, asked, k, self.metric)
+            held_out = self._queries(queries, self.layers)[:_HELD_OUT]
+        true = _best(self._rows, held_out, k, self.metric)
         limit = max(partition.limit for partition in self._partitions)
         while True:
-            found = self._approximately(asked, k)[1].tolist()
+            found = self._approximately(held_out, k)[1].tolist()
             reached = float(np.mean([len(set(a) & set(b)) / k for a, b in zip(true.tolist(), found, strict=True)]))
             self.recall = self.meta["recall"] = reached
             if reached >= recall or self.meta["breadth"] >= limit:
