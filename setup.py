@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -20,26 +21,30 @@ import pybind11
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-JOBS = 2
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 # The one place for flags. No -march=native: a unit per instruction set, chosen at run time.
 CXX_FLAGS = ["-std=c++17", "-O3", "-fvisibility=hidden", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
-CXX_FLAGS += ["-Wall", "-Wextra", "-Wno-psabi", "-Wno-maybe-uninitialized", "-pthread"]
+CXX_FLAGS += ["-Wall", "-Wextra", "-pthread"]
+# Left out where a compiler does not know them.
+WANTED_FLAGS = ["-Wno-psabi", "-Wno-maybe-uninitialized", "-mprefer-vector-width=512"]
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
-AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
-ISA_FLAGS = {"avx2": AVX2, "avx512": AVX512, "avx512bf16": [*AVX512, "-mavx512bf16", "-mavx512vnni"]}
-NVCC_FLAGS = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
-NVCC_FLAGS += ["-lineinfo", "-Werror", "all-warnings", "-cudart", "static", "--threads", str(JOBS)]
-
+AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
 X86 = platform.machine().lower() in ("x86_64", "amd64")
+# A unit is left out, and never chosen, where a compiler does not know its flags.
+ISA_FLAGS = {"avx2": AVX2, "avx512": AVX512, "avx512bf16": [*AVX512, "-mavx512bf16", "-mavx512vnni"]} if X86 else {}
+NVCC_FLAGS = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+NVCC_FLAGS += ["-lineinfo", "-Werror", "all-warnings", "-cudart", "static"]
+
+if sys.platform == "darwin":
+    # A Python for both Mac architectures asks for both at once, but units are for one of them.
+    os.environ.setdefault("ARCHFLAGS", f"-arch {platform.machine()}")
 
 
 def cpu_extension() -> Extension:
     sources = sorted(str(path) for path in Path("csrc/cpu").glob("*.cpp"))
-    if not X86:
-        sources = [path for path in sources if Path(path).stem.removeprefix("isa_") not in ISA_FLAGS]
-    macros = [("INFLUENCE_FAST_X86", "1")] if X86 else []
-    headers = [str(path) for pattern in ("*.h", "cpu/*.h", "cpu/*.inc") for path in Path("csrc").glob(pattern)]
-    return Extension("influence_fast_cpu", sources, define_macros=macros, depends=headers, language="c++")
+    sources += [f"csrc/cpu/isa/{isa}.cpp" for isa in ("baseline", *ISA_FLAGS)]
+    headers = [str(path) for pattern in ("*.h", "cpu/*.h", "cpu/kernels/*.inc") for path in Path("csrc").glob(pattern)]
+    return Extension("influence_fast_cpu", sources, depends=headers, language="c++")
 
 
 def cuda_extension() -> Extension | None:
@@ -66,6 +71,14 @@ def nvcc() -> str | None:
 
 
 class BuildExt(build_ext):
+    def build_extensions(self) -> None:
+        if self.compiler.compiler_type != "unix":
+            raise SystemExit(
+                "influence_fast compiles with g++ or clang on Linux and macOS, not with "
+                f"{self.compiler.compiler_type}: on Windows, install it within WSL 2"
+            )
+        super().build_extensions()
+
     def build_extension(self, extension: Extension) -> None:
         if extension.name == "influence_fast_cuda":
             self.build_cuda(extension)
@@ -75,23 +88,45 @@ class BuildExt(build_ext):
     def version_flag(self) -> str:
         return f'-DINFLUENCE_FAST_VERSION="{self.distribution.get_version()}"'
 
+    def knows(self, *flags: str) -> bool:
+        """Whether the C++ compiler takes these flags."""
+        command = getattr(self.compiler, "compiler_so_cxx", None) or self.compiler.compiler_so
+        with tempfile.TemporaryDirectory() as folder:
+            source = Path(folder, "empty.cpp")
+            source.touch()
+            line = [*command, "-Werror", *flags, "-c", str(source), "-o", str(source.with_suffix(".o"))]
+            try:
+                return subprocess.run(line, capture_output=True).returncode == 0
+            except FileNotFoundError:
+                raise SystemExit(f"influence_fast: no {command[0]} found; install g++ or clang, or set CXX") from None
+
     def build_cpu(self, extension: Extension) -> None:
+        flags = [*CXX_FLAGS, *(flag for flag in WANTED_FLAGS if self.knows(flag)), self.version_flag()]
+        isas = {isa: isa_flags for isa, isa_flags in ISA_FLAGS.items() if self.knows(*isa_flags)}
+        left_out = {f"csrc/cpu/isa/{isa}.cpp" for isa in ISA_FLAGS.keys() - isas}
+        if left_out:
+            print(
+                f"influence_fast: not built, the compiler lacks its flags: {', '.join(sorted(left_out))}",
+                file=sys.stderr,
+            )
+        macros = [(f"INFLUENCE_FAST_{isa.upper()}", "1") for isa in isas]
+
         def compiled(source: str) -> str:
-            flags = [*CXX_FLAGS, *ISA_FLAGS.get(Path(source).stem.removeprefix("isa_"), []), self.version_flag()]
             [target] = self.compiler.compile(
                 [source],
                 output_dir=self.build_temp,
-                macros=extension.define_macros,
+                macros=macros,
                 include_dirs=[pybind11.get_include()],
                 depends=extension.depends,
-                extra_postargs=flags,
+                extra_postargs=[*flags, *isas.get(Path(source).stem, [])],
             )
             return target
 
-        with ThreadPoolExecutor(JOBS) as pool:
-            objects = list(pool.map(compiled, extension.sources))
+        with ThreadPoolExecutor(CORES) as pool:
+            objects = list(pool.map(compiled, [source for source in extension.sources if source not in left_out]))
         target = self.get_ext_fullpath(extension.name)
-        self.compiler.link_shared_object(objects, target, extra_postargs=["-pthread", "-ldl"], target_lang="c++")
+        libraries = ["-pthread", *(["-ldl"] if sys.platform == "linux" else [])]
+        self.compiler.link_shared_object(objects, target, extra_postargs=libraries, target_lang="c++")
 
     def build_cuda(self, extension: Extension) -> None:
         archs = os.environ.get("INFLUENCE_FAST_CUDA_ARCHS", "80;86;89;90").split(";")
@@ -100,6 +135,8 @@ class BuildExt(build_ext):
         includes = [f"-I{path}" for path in (pybind11.get_include(), sysconfig.get_path("include"))]
         temp = Path(self.build_temp, "csrc/cuda")
         temp.mkdir(parents=True, exist_ok=True)
+        processes = min(CORES, len(extension.sources))
+        flags = [*NVCC_FLAGS, "--threads", str(-(-CORES // processes))]
 
         def run(*arguments: str) -> None:
             print(" ".join(arguments))
@@ -107,11 +144,11 @@ class BuildExt(build_ext):
 
         def compiled(source: str) -> str:
             target = str(temp / Path(source).with_suffix(".o").name)
-            run(str(nvcc()), *NVCC_FLAGS, *targets, *includes, self.version_flag(), "-c", source, "-o", target)
+            run(str(nvcc()), *flags, *targets, *includes, self.version_flag(), "-c", source, "-o", target)
             return target
 
         try:
-            with ThreadPoolExecutor(JOBS) as pool:
+            with ThreadPoolExecutor(processes) as pool:
                 objects = list(pool.map(compiled, extension.sources))
             target = Path(self.get_ext_fullpath(extension.name))
             target.parent.mkdir(parents=True, exist_ok=True)

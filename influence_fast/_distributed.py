@@ -50,16 +50,16 @@ def agree(make: Callable[[], T]) -> T:
     text, failed = b"", None
     if rank == 0:
         try:
-            document: dict[str, Any] = {"value": make()}
+            made: dict[str, Any] = {"value": make()}
         except InfluenceError as error:
-            failed, document = error, {"error": type(error).__name__, "message": str(error)}
-        text = json.dumps(document).encode()
-    received = json.loads(_from_first(text))
+            failed, made = error, {"error": type(error).__name__, "message": str(error)}
+        text = json.dumps(made).encode()
+    answer = json.loads(_from_first(text))
     if failed is not None:
         raise failed
-    if "error" in received:
-        raise getattr(errors, received["error"])(received["message"])
-    return received["value"]
+    if "error" in answer:
+        raise getattr(errors, answer["error"])(answer["message"])
+    return answer["value"]
 
 
 def _from_first(data: bytes) -> bytes:

@@ -44,8 +44,8 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
             raise
         free = shutil.disk_usage(target.parent).free
         raise InfluenceError(
-            f"{target}: the disk is full ({free:,} bytes are free). What was written before stays valid: make room and run "
-            "again to go on"
+            f"{target}: the disk is full ({free:,} bytes are free). What was written before stays valid: free some "
+            "space and run again to go on"
         ) from error
     finally:
         temporary.unlink(missing_ok=True)

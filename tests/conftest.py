@@ -56,3 +56,23 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
         return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
 
     monkeypatch.setattr(torch, "empty", poison)
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model, an adapter of it, a causal model, and data on disk, made once: no test writes there."""
+    import models
+    from audits import sentences, tokenizer, write_rows
+
+    path = tmp_path_factory.mktemp("audit")
+    torch.manual_seed(0)
+    models.make("bert").save_pretrained(path / "model")
+    adapted = models.make("bert", lora=True)
+    adapted.peft_config["default"].base_model_name_or_path = str(path / "model")
+    adapted.save_pretrained(path / "adapter")
+    models.make("llama", "causal").save_pretrained(path / "causal")
+    for name in ("model", "causal"):
+        tokenizer().save_pretrained(path / name)
+    write_rows(path / "train.jsonl", sentences(20, 1))
+    write_rows(path / "queries.jsonl", sentences(9, 2))
+    return path

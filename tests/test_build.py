@@ -62,7 +62,8 @@ if {with_torch}:
 import influence_fast_cpu as native
 def matrix():
     out = (ctypes.c_float * (64 * 999))()
-    native.random_matrix((2, 1, 2, 64, 999, 1.0, 0, 0), 0, 64, 0, 999, ctypes.addressof(out), 2)
+    side = native.Side(kind="rademacher", key0=1, key1=2, k=64, features=999, scale=1.0)
+    native.random_matrix(side, row=0, rows=64, column=0, columns=999, out=ctypes.addressof(out), threads=2)
     return bytes(out)
 first = matrix()
 child = os.fork()

@@ -1,39 +1,56 @@
-// The Python face of the CPU kernels: pointers come in as integers, sizes and strides in elements. Callers (ops/cpu.py) check
-// shapes and dtypes; here nothing is known of tensors.
+// The Python module influence_fast_cpu: named arguments, all of them checked before a kernel sees them. Nothing is known of torch's
+// tensors here: addresses, sizes and strides come in (ops/cpu.py, scan.py), so that one build serves every version of it.
 
+#ifdef INFLUENCE_FAST_AVX2
+#include <cpuid.h>
+#endif
+#include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <algorithm>
 #include <cstdlib>
-#include <stdexcept>
 #include <string>
+#include <string_view>
 #include <vector>
 
+#include "../bindings.h"
 #include "../philox.h"
+#include "exact_search.h"
 #include "kernels.h"
 #include "parallel.h"
-#include "scan.h"
 
-namespace py = pybind11;
 using namespace influence_fast;
 
 namespace {
 
-// Slowest first; the last one that the machine can run is the default.
+#ifdef INFLUENCE_FAST_AVX2
+// For features that not every compiler has a name for: bits of the registers eax, ebx, ecx, edx.
+bool cpuid_bit(unsigned leaf, unsigned subleaf, int word, int bit) {
+  unsigned words[4];
+  return __get_cpuid_count(leaf, subleaf, words, words + 1, words + 2, words + 3) && (words[word] >> bit & 1);
+}
+#endif
+
+// Slowest first; the last one that the machine can run is the default. Units whose flags the compiler lacks are not here.
 std::vector<const Kernels*> supported() {
   std::vector<const Kernels*> found{kernels_baseline()};
-#ifdef INFLUENCE_FAST_X86
+#ifdef INFLUENCE_FAST_AVX2
   __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
-    found.push_back(kernels_avx2());
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-        __builtin_cpu_supports("avx512vl")) {
-      found.push_back(kernels_avx512());
-      // Every CPU with the one has the other.
-      if (__builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni")) found.push_back(kernels_avx512bf16());
-    }
-  }
+  const bool f16c = cpuid_bit(1, 0, 2, 29);
+  if (!(__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && f16c)) return found;
+  found.push_back(kernels_avx2());
+#endif
+#ifdef INFLUENCE_FAST_AVX512
+  if (!(__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512vl")))
+    return found;
+  found.push_back(kernels_avx512());
+#endif
+#ifdef INFLUENCE_FAST_AVX512BF16
+  const bool avx512bf16 = cpuid_bit(7, 1, 0, 5);
+  // Every CPU with the one has the other.
+  if (avx512bf16 && __builtin_cpu_supports("avx512vnni")) found.push_back(kernels_avx512bf16());
 #endif
   return found;
 }
@@ -49,181 +66,351 @@ const Kernels* named(const std::string& isa) {
     if (isa == k->isa) return k;
     names += (names.empty() ? "" : ", ") + std::string(k->isa);
   }
-  throw std::invalid_argument("isa: expected one of " + names + " on this machine, got " + isa);
+  refuse("isa", "one of " + names + " on this machine", isa);
 }
 
 const Kernels* kernels = nullptr;
+constexpr Side kIdentity = {Kind::identity, 0, 0, 1.0f, 1, 1, nullptr, 0};
 
-using Address = uintptr_t;
+Side dense_side(Address data, const py::tuple& shape_in, const py::tuple& strides_in, float scale) {
+  const Matrix matrix = make_matrix(data, "float32", shape_in, strides_in);
+  if (matrix.columns > 1 && matrix.column_stride != 1) refuse("strides", "columns one after another", matrix.column_stride);
+  return {Kind::dense, 0, 0, scale, matrix.rows, matrix.columns, static_cast<const float*>(matrix.data), matrix.row_stride};
+}
+
+// What acts on these features; null is the identity.
+const Side& checked_side(const char* name, const Side* side, int64_t features) {
+  if (side == nullptr) return kIdentity;
+  same(name, side->features, features);
+  return *side;
+}
+
+// x and dy hold the same samples and tokens; spans lie within them.
+Batch checked_batch(const Tokens& x, const Tokens& dy, Address address) {
+  same("dy: samples", dy.samples, x.samples);
+  same("dy: tokens", dy.tokens, x.tokens);
+  same_dtype("dy: dtype", dy.dtype, x.dtype);
+  const int64_t* spans = checked_spans(address);
+  for (int64_t n = 0; spans != nullptr && n < x.samples; ++n) {
+    const int64_t begin = spans[2 * n], end = spans[2 * n + 1];
+    if (begin < 0 || begin > end || end > x.tokens)
+      refuse("spans", "0 <= begin <= end <= " + std::to_string(x.tokens) + " for sample " + std::to_string(n),
+             std::to_string(begin) + " and " + std::to_string(end));
+  }
+  return {x.samples, x.tokens, spans};
+}
+
+float* output(Address out, int64_t rows, int64_t columns) {
+  return pointer<float>("out", out, product("out", rows, columns) == 0);
+}
+
+void random_matrix(const Side& side, int64_t row, int64_t rows, int64_t column, int64_t columns, Address out, int threads) {
+  if (side.kind == Kind::dense) refuse("side", "a random matrix", "a dense one");
+  if (sum("rows", at_least("row", row, 0), at_least("rows", rows, 0)) > side.k)
+    refuse("rows", "rows within " + std::to_string(side.k), row + rows);
+  if (sum("columns", at_least("column", column, 0), at_least("columns", columns, 0)) > side.features)
+    refuse("columns", "columns within " + std::to_string(side.features), column + columns);
+  float* to = output(out, rows, columns);
+  at_least("threads", threads, 1);
+  py::gil_scoped_release free;
+  kernels->random_matrix(side, row, row + rows, column, column + columns, to, threads);
+}
+
+void sketch(const Matrix& g, const Side& side, Address out, int threads) {
+  checked_side("side: features", &side, g.columns);
+  if (side.kind == Kind::dense) refuse("side", "a random matrix", "a dense one");
+  if (g.columns > 1 && g.column_stride != 1) refuse("g: strides", "features one after another", g.column_stride);
+  float* to = output(out, g.rows, side.k);
+  at_least("threads", threads, 1);
+  py::gil_scoped_release free;
+  kernels->sketch(g, side, to, threads);
+}
+
+void project_outer(const Tokens& x, const Tokens& dy, Address spans, const Side* p_in, const Side* p_out, Address out,
+                   int threads) {
+  const Batch batch = checked_batch(x, dy, spans);
+  const Side &right = checked_side("p_in: features", p_in, x.features), &left = checked_side("p_out: features", p_out, dy.features);
+  float* to = output(out, x.samples, product("out", p_in ? right.k : x.features, p_out ? left.k : dy.features));
+  at_least("threads", threads, 1);
+  py::gil_scoped_release free;
+  kernels->project_outer(x, dy, batch, right, left, to, threads);
+}
+
+void sketch_outer(const Tokens& x, const Tokens& dy, Address spans, const Side& side, Address weight, Address out, int threads) {
+  const Batch batch = checked_batch(x, dy, spans);
+  checked_side("side: features", &side, product("x, dy: features", x.features, dy.features));
+  const float* factor = optional_pointer<const float>("weight", weight);
+  float* to = output(out, x.samples, side.k);
+  at_least("threads", threads, 1);
+  py::gil_scoped_release free;
+  kernels->sketch_outer(x, dy, batch, side, factor, to, threads);
+}
+
+void ghost_dot(const Tokens& xa, const Tokens& dya, Address spans_a, const Tokens& xb, const Tokens& dyb, Address spans_b,
+               Address out, int threads) {
+  const Batch a = checked_batch(xa, dya, spans_a), b = checked_batch(xb, dyb, spans_b);
+  same("xb: features", xb.features, xa.features);
+  same("dyb: features", dyb.features, dya.features);
+  same_dtype("xb: dtype", xb.dtype, xa.dtype);
+  float* to = output(out, xa.samples, xb.samples);
+  at_least("threads", threads, 1);
+  py::gil_scoped_release free;
+  kernels->ghost_dot(xa, dya, a, xb, dyb, b, to, threads);
+}
+
+void ghost_norm(const Tokens& x, const Tokens& dy, Address spans, Address out, int threads) {
+  const Batch batch = checked_batch(x, dy, spans);
+  float* to = output(out, x.samples, 1);
+  at_least("threads", threads, 1);
+  py::gil_scoped_release free;
+  kernels->ghost_norm(x, dy, batch, to, threads);
+}
+
+const Matrix& checked_values(const Matrix& values, int threads) {
+  same_dtype("values: dtype", values.dtype, Dtype::float32);
+  at_least("values: rows", values.rows, 1);
+  at_least("values: columns", values.columns, 1);
+  at_least("threads", threads, 1);
+  return values;
+}
+
+int64_t checked_k(int64_t k, int64_t most) {
+  if (k < 1 || k > most) refuse("k", "1 to " + std::to_string(most), k);
+  return k;
+}
+
+int64_t rank(const Matrix& values, Address out, bool wide, int threads) {
+  checked_values(values, threads);
+  // Half integers are exact in float32 up to here.
+  if (!wide && values.columns > 1 << 22) refuse("wide", "True for more than 2^22 columns", "False");
+  float* narrow = wide ? nullptr : pointer<float>("out", out);
+  double* large = wide ? pointer<double>("out", out) : nullptr;
+  py::gil_scoped_release free;
+  return kernels->rank(values, narrow, large, threads);
+}
+
+int64_t vote(const Matrix& values, int64_t k, Address votes, int threads) {
+  checked_k(k, checked_values(values, threads).columns);
+  double* to = pointer<double>("votes", votes);
+  py::gil_scoped_release free;
+  return kernels->vote(values, k, to, threads);
+}
+
+int64_t rank_and_vote(const Matrix& values, int64_t k, Address ranks, Address votes, int threads) {
+  checked_k(k, checked_values(values, threads).columns);
+  double *rank_sums = pointer<double>("ranks", ranks), *vote_sums = pointer<double>("votes", votes);
+  py::gil_scoped_release free;
+  return kernels->rank_and_vote(values, k, rank_sums, vote_sums, threads);
+}
+
+// ---------------------------------------------------------------------------------------------------- exact search
+
 template <typename T>
-T* at(Address address) {
-  return reinterpret_cast<T*>(address);
-}
+using Table = py::array_t<T, py::array::c_style>;
 
-Tokens tokens(Address data, int type, int64_t features, int64_t stride_n, int64_t stride_t) {
-  return {at<const void>(data), static_cast<Type>(type), features, stride_n, stride_t};
-}
+// The exact rows of some layers, shard by shard; owns its tables, not the rows.
+class Stored {
+ public:
+  Stored(const Table<int64_t>& firsts, const Table<int64_t>& data, const Table<int64_t>& scales, const Table<int64_t>& dims,
+         std::string_view dtype)
+      : data_(data.data(), data.data() + data.size()),
+        scales_(scales.data(), scales.data() + scales.size()),
+        dims_(dims.data(), dims.data() + dims.size()) {
+    const int64_t count = at_least("firsts: rows", firsts.size(), 2) - 1, layers = at_least("dims: layers", dims.size(), 1);
+    same("data: addresses", data.size(), count * layers);
+    same("scales: addresses", scales.size(), count * layers);
+    const Dtype type = dtype == "int8" ? Dtype::int8 : dtype_of(dtype);
+    for (int64_t dim : dims_) total_ = sum("dims", total_, at_least("dims", dim, 1));
+    const int64_t* first = firsts.data();
+    for (int64_t s = 0; s < count; ++s) {
+      if (first[s] > first[s + 1]) refuse("firsts", "numbers in order", first[s + 1]);
+      for (int64_t l = 0; l < layers; ++l) {
+        if (data_[s * layers + l] % static_cast<Address>(bytes_of(type)) != 0)
+          refuse("data", "addresses aligned to an element", data_[s * layers + l]);
+        pointer<const void>("data", data_[s * layers + l], first[s] == first[s + 1]);
+        pointer<const float>("scales", scales_[s * layers + l], type != Dtype::int8 || first[s] == first[s + 1]);
+      }
+      shards_.push_back({first[s], first[s + 1] - first[s], &data_[s * layers], &scales_[s * layers]});
+    }
+    rows_ = first[count];
+    view = {shards_.data(), count, dims_.data(), layers, type};
+  }
+  Stored(const Stored&) = delete;
+  Stored& operator=(const Stored&) = delete;
 
-// (kind, key0, key1, k, features, scale, dense, ld)
-Side side(const py::tuple& t) {
-  return {static_cast<Kind>(t[0].cast<int>()), t[1].cast<uint32_t>(), t[2].cast<uint32_t>(), t[3].cast<int64_t>(),
-          t[4].cast<int64_t>(), t[5].cast<float>(), at<const float>(t[6].cast<Address>()), t[7].cast<int64_t>()};
-}
+  int64_t total() const { return total_; }
+  int64_t rows() const { return rows_; }
+  const std::vector<int64_t>& dims() const { return dims_; }
 
-// Where exact rows are: addresses of int64 arrays, firsts (shards + 1), data and scales (shards, layers), dims (layers).
-struct Stores {
-  std::vector<ScanShard> shards;
-  ScanSource source;
+  StoredRows view;
+
+ private:
+  std::vector<Address> data_, scales_;
+  std::vector<int64_t> dims_;
+  std::vector<StoreShard> shards_;
+  int64_t total_ = 0, rows_ = 0;
 };
 
-Stores stores(const py::tuple& t) {
-  const int64_t count = t[0].cast<int64_t>(), layers = t[1].cast<int64_t>();
-  const int64_t* firsts = at<const int64_t>(t[2].cast<Address>());
-  const uintptr_t* data = at<const uintptr_t>(t[3].cast<Address>());
-  const uintptr_t* scales = at<const uintptr_t>(t[4].cast<Address>());
-  Stores found;
-  for (int64_t s = 0; s < count; ++s)
-    found.shards.push_back({firsts[s], firsts[s + 1] - firsts[s], data + s * layers, scales + s * layers});
-  found.source = {nullptr, count, at<const int64_t>(t[5].cast<Address>()), layers, static_cast<Stored>(t[6].cast<int>())};
-  return found;
+Queries checked_queries(const Matrix& queries, const Table<double>& weights, bool cosine, const Stored& stored) {
+  same_dtype("queries: dtype", queries.dtype, Dtype::float32);
+  same("queries: columns", queries.columns, stored.total());
+  if (queries.rows > 1) same("queries: row stride", queries.row_stride, queries.columns);
+  if (queries.columns > 1) same("queries: column stride", queries.column_stride, 1);
+  same("weights: layers", weights.size(), stored.view.layers);
+  return {static_cast<const float*>(queries.data), queries.rows, weights.data(), cosine};
+}
+
+Segment make_segment(Address codes, int64_t stride, int64_t first, int64_t rows, int64_t parts, Address scale, Address error,
+                     Address norm, Address order, Address longest, Address factor) {
+  product("rows", at_least("rows", rows, 1), product("rows", at_least("stride", stride, 4), at_least("parts", parts, 1)));
+  return {pointer<const uint8_t>("codes", codes), stride, rows, parts, pointer<const float>("scale", scale),
+          pointer<const float>("error", error), pointer<const float>("norm", norm), pointer<const int32_t>("order", order),
+          at_least("first", first, 0), optional_pointer<const float>("longest", longest),
+          optional_pointer<const float>("factor", factor)};
+}
+
+RowPart make_part(int64_t offset, int64_t dim, int64_t index, int64_t layer, int64_t begin) {
+  if (at_least("offset", offset, 0) % 4 != 0) refuse("offset", "a multiple of 4", offset);
+  // Sums of products of two bytes fit 32 bits.
+  if (at_least("dim", dim, 1) > 65536) refuse("dim", "1 to 65536", dim);
+  return {offset, dim, at_least("index", index, 0), at_least("layer", layer, 0), at_least("begin", begin, 0)};
+}
+
+py::tuple search(const std::vector<Segment>& segments, const std::vector<RowPart>& parts, const Stored& stored,
+                 const Matrix& queries, const Table<double>& weights, bool cosine, Address allowed, int64_t k, Address scores,
+                 Address rows, int threads) {
+  const Queries asked = checked_queries(queries, weights, cosine, stored);
+  at_least("parts", static_cast<int64_t>(parts.size()), 1);
+  for (const RowPart& part : parts) {
+    if (part.layer >= stored.view.layers) refuse("parts: layer", "one of " + std::to_string(stored.view.layers), part.layer);
+    if (part.begin + part.dim > stored.dims()[part.layer])
+      refuse("parts: begin", "numbers of the layer", part.begin + part.dim);
+    for (const Segment& segment : segments) {
+      if (part.offset + part.dim > segment.stride) refuse("parts: offset", "bytes of a row", part.offset + part.dim);
+      if (part.index >= segment.parts) refuse("parts: index", "one of " + std::to_string(segment.parts), part.index);
+    }
+  }
+  for (const Segment& segment : segments)
+    if (segment.rows > stored.rows() - segment.first) refuse("segments", "stored rows", segment.first + segment.rows);
+  const bool empty = product("k", queries.rows, at_least("k", k, 0)) == 0;
+  double* best = pointer<double>("scores", scores, empty);
+  int64_t* best_rows = pointer<int64_t>("rows", rows, empty);
+  at_least("threads", threads, 1);
+  SearchStats stats;
+  {
+    py::gil_scoped_release free;
+    stats = exact_search(kernels->search, segments.data(), static_cast<int64_t>(segments.size()), parts.data(),
+                         static_cast<int64_t>(parts.size()), stored.view, asked,
+                         reinterpret_cast<const uint8_t*>(allowed), k, best, best_rows, threads);
+  }
+  return py::make_tuple(stats.rows_scanned, stats.rows_rescored, stats.bad_row);
+}
+
+void score_rows(const Stored& stored, const Matrix& queries, const Table<double>& weights, bool cosine, Address rows,
+                int64_t width, Address scores, int threads) {
+  const Queries asked = checked_queries(queries, weights, cosine, stored);
+  const bool empty = product("width", queries.rows, at_least("width", width, 0)) == 0;
+  const int64_t* numbers = pointer<const int64_t>("rows", rows, empty);
+  double* to = pointer<double>("scores", scores, empty);
+  for (int64_t i = 0; i < queries.rows * width; ++i)
+    if (numbers[i] >= stored.rows()) refuse("rows", "numbers below " + std::to_string(stored.rows()), numbers[i]);
+  at_least("threads", threads, 1);
+  py::gil_scoped_release free;
+  exact_scores(kernels->search, stored.view, asked, numbers, width, to, threads);
+}
+
+void quantise(const Matrix& rows, Address codes, int64_t stride, Address scale, Address error, Address norm, int threads) {
+  same_dtype("rows: dtype", rows.dtype, Dtype::float32);
+  if (rows.columns > 1) same("rows: column stride", rows.column_stride, 1);
+  at_least("stride", stride, rows.columns);
+  at_least("threads", threads, 1);
+  struct Job {
+    const Matrix& rows;
+    uint8_t* codes;
+    int64_t stride;
+    float *scale, *error, *norm;
+  } job{rows,
+        pointer<uint8_t>("codes", codes),
+        stride,
+        pointer<float>("scale", scale),
+        pointer<float>("error", error),
+        pointer<float>("norm", norm)};
+  static constexpr int64_t kRows = 256;
+  py::gil_scoped_release free;
+  parallel_for(
+      threads, (rows.rows + kRows - 1) / kRows,
+      [](void* context, int64_t i) {
+        const Job& j = *static_cast<const Job*>(context);
+        const int64_t begin = i * kRows, count = std::min(kRows, j.rows.rows - begin);
+        kernels->search.quantise(static_cast<const float*>(j.rows.data) + begin * j.rows.row_stride, j.rows.row_stride, count,
+                                 j.rows.columns, j.codes + begin * j.stride, j.stride, j.scale + begin, j.error + begin,
+                                 j.norm + begin);
+      },
+      &job);
 }
 
 }  // namespace
 
 PYBIND11_MODULE(influence_fast_cpu, m) {
-  m.doc() = "Native CPU kernels of influence_fast; see csrc/cpu/kernels.h.";
+  m.doc() = "Kernels of influence_fast for the CPU, on addresses (csrc/cpu/kernels.h); every argument is checked.";
   m.attr("__version__") = INFLUENCE_FAST_VERSION;
+  define_arguments(m);
+  m.def("dense_side", &dense_side, py::arg("data"), py::arg("shape"), py::arg("strides"), py::arg("scale"),
+        "A Side of given float32 entries, which must outlive it.");
 
   const char* forced = std::getenv("INFLUENCE_FAST_ISA");
   kernels = forced != nullptr && *forced != '\0' ? named(forced) : all().back();
-
   m.def("isa", [] { return std::string(kernels->isa); }, "The instruction set in use.");
-  m.def("isas", [] {
-    std::vector<std::string> names;
-    for (const Kernels* k : all()) names.emplace_back(k->isa);
-    return names;
-  }, "The instruction sets this machine can run, slowest first.");
-  m.def("set_isa", [](const std::string& isa) { kernels = named(isa); }, py::arg("isa"),
-        "Use one of isas() from now on; the environment variable INFLUENCE_FAST_ISA sets the first.");
+  m.def(
+      "isas",
+      [] {
+        std::vector<std::string> names;
+        for (const Kernels* k : all()) names.emplace_back(k->isa);
+        return names;
+      },
+      "The instruction sets this machine can run, slowest first.");
+  m.def(
+      "set_isa", [](const std::string& isa) { kernels = named(isa); }, py::arg("isa"),
+      "Use one of isas() from now on; the environment variable INFLUENCE_FAST_ISA sets the first.");
+  m.def(
+      "philox4x32_10",
+      [](uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3, uint32_t k0, uint32_t k1) {
+        const philox::Block b = philox::philox4x32_10(c0, c1, c2, c3, {k0, k1});
+        return py::make_tuple(b.x[0], b.x[1], b.x[2], b.x[3]);
+      },
+      py::arg("c0"), py::arg("c1"), py::arg("c2"), py::arg("c3"), py::arg("k0"), py::arg("k1"));
 
-  m.def("philox4x32_10", [](uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3, uint32_t k0, uint32_t k1) {
-    const philox::Block b = philox::philox4x32_10(c0, c1, c2, c3, {k0, k1});
-    return py::make_tuple(b.x[0], b.x[1], b.x[2], b.x[3]);
-  });
+  m.def("random_matrix", &random_matrix, py::arg("side"), py::arg("row"), py::arg("rows"), py::arg("column"), py::arg("columns"),
+        py::arg("out"), py::arg("threads"));
+  m.def("sketch", &sketch, py::arg("g"), py::arg("side"), py::arg("out"), py::arg("threads"));
+  m.def("project_outer", &project_outer, py::arg("x"), py::arg("dy"), py::arg("spans"), py::arg("p_in"), py::arg("p_out"),
+        py::arg("out"), py::arg("threads"));
+  m.def("sketch_outer", &sketch_outer, py::arg("x"), py::arg("dy"), py::arg("spans"), py::arg("side"), py::arg("weight"),
+        py::arg("out"), py::arg("threads"));
+  m.def("ghost_dot", &ghost_dot, py::arg("xa"), py::arg("dya"), py::arg("spans_a"), py::arg("xb"), py::arg("dyb"),
+        py::arg("spans_b"), py::arg("out"), py::arg("threads"));
+  m.def("ghost_norm", &ghost_norm, py::arg("x"), py::arg("dy"), py::arg("spans"), py::arg("out"), py::arg("threads"));
+  m.def("rank", &rank, py::arg("values"), py::arg("out"), py::arg("wide"), py::arg("threads"));
+  m.def("vote", &vote, py::arg("values"), py::arg("k"), py::arg("votes"), py::arg("threads"));
+  m.def("rank_and_vote", &rank_and_vote, py::arg("values"), py::arg("k"), py::arg("ranks"), py::arg("votes"), py::arg("threads"));
 
-  m.def("random_matrix", [](const py::tuple& s, int64_t r0, int64_t r1, int64_t c0, int64_t c1, Address out, int threads) {
-    const Side matrix = side(s);
-    py::gil_scoped_release free;
-    kernels->random_matrix(matrix, r0, r1, c0, c1, at<float>(out), threads);
-  });
-
-  m.def("sketch", [](Address g, int type, int64_t n, int64_t features, int64_t stride, const py::tuple& s, Address out,
-                     int threads) {
-    const Side matrix = side(s);
-    py::gil_scoped_release free;
-    kernels->sketch(tokens(g, type, features, stride, 0), n, matrix, at<float>(out), threads);
-  });
-
-  m.def("project_outer", [](int type, int64_t n, int64_t t, Address spans, Address x, int64_t in, int64_t xn, int64_t xt,
-                            Address dy, int64_t rows, int64_t dn, int64_t dt, const py::tuple& s_in, const py::tuple& s_out,
-                            Address out, int threads) {
-    const Side right = side(s_in), left = side(s_out);
-    py::gil_scoped_release free;
-    kernels->project_outer(tokens(x, type, in, xn, xt), tokens(dy, type, rows, dn, dt), {n, t, at<const int64_t>(spans)},
-                           right, left, at<float>(out), threads);
-  });
-
-  m.def("sketch_outer", [](int type, int64_t n, int64_t t, Address spans, Address x, int64_t in, int64_t xn, int64_t xt,
-                           Address dy, int64_t rows, int64_t dn, int64_t dt, const py::tuple& s, Address weight, Address out,
-                           int threads) {
-    const Side matrix = side(s);
-    py::gil_scoped_release free;
-    kernels->sketch_outer(tokens(x, type, in, xn, xt), tokens(dy, type, rows, dn, dt), {n, t, at<const int64_t>(spans)},
-                          matrix, at<const float>(weight), at<float>(out), threads);
-  });
-
-  m.def("ghost_dot", [](int type, int64_t na, int64_t ta, Address spans_a, Address xa, int64_t in, int64_t xan, int64_t xat,
-                        Address dya, int64_t rows, int64_t dan, int64_t dat, int64_t nb, int64_t tb, Address spans_b,
-                        Address xb, int64_t xbn, int64_t xbt, Address dyb, int64_t dbn, int64_t dbt, Address out,
-                        int threads) {
-    py::gil_scoped_release free;
-    kernels->ghost_dot(tokens(xa, type, in, xan, xat), tokens(dya, type, rows, dan, dat), {na, ta, at<const int64_t>(spans_a)},
-                       tokens(xb, type, in, xbn, xbt), tokens(dyb, type, rows, dbn, dbt), {nb, tb, at<const int64_t>(spans_b)},
-                       at<float>(out), threads);
-  });
-
-  m.def("rank", [](Address data, int64_t rows, int64_t n, int64_t sm, int64_t sn, Address out, bool wide, int threads) {
-    py::gil_scoped_release free;
-    const Rows matrix{at<const float>(data), rows, n, sm, sn};
-    return kernels->rank(matrix, wide ? nullptr : at<float>(out), wide ? at<double>(out) : nullptr, threads);
-  });
-
-  m.def("vote", [](Address data, int64_t rows, int64_t n, int64_t sm, int64_t sn, int64_t k, Address out, int threads) {
-    py::gil_scoped_release free;
-    return kernels->vote({at<const float>(data), rows, n, sm, sn}, k, at<double>(out), threads);
-  });
-
-  m.def("tally", [](Address data, int64_t rows, int64_t n, int64_t sm, int64_t sn, int64_t k, Address ranks, Address votes,
-                    int threads) {
-    py::gil_scoped_release free;
-    return kernels->tally({at<const float>(data), rows, n, sm, sn}, k, at<double>(ranks), at<double>(votes), threads);
-  });
-
-  m.attr("block_rows") = kScanBlockRows;
-
-  m.def("quantise", [](Address rows, int64_t ld_in, int64_t count, int64_t dim, Address codes, int64_t stride, Address scale,
-                       Address error, Address norm, int threads) {
-    py::gil_scoped_release free;
-    struct Job {
-      const float* rows;
-      int64_t ld_in, count, dim;
-      uint8_t* codes;
-      int64_t stride;
-      float *scale, *error, *norm;
-    } job{at<const float>(rows), ld_in, count, dim, at<uint8_t>(codes), stride, at<float>(scale), at<float>(error),
-          at<float>(norm)};
-    static constexpr int64_t kRows = 256;
-    parallel_for(threads, (count + kRows - 1) / kRows, [](void* context, int64_t i) {
-      const Job& j = *static_cast<const Job*>(context);
-      const int64_t begin = i * kRows, rows = std::min(kRows, j.count - begin);
-      kernels->scan.quantise(j.rows + begin * j.ld_in, j.ld_in, rows, j.dim, j.codes + begin * j.stride, j.stride,
-                             j.scale + begin, j.error + begin, j.norm + begin);
-    }, &job);
-  });
-
-  m.def("scan_search", [](Address segments, int64_t segment_count, Address parts, int64_t part_count, const py::tuple& rows_in,
-                          Address queries, int64_t m, Address weights, bool cosine, Address allowed, int64_t k,
-                          Address scores, Address rows, int threads) {
-    Stores found = stores(rows_in);
-    found.source.shards = found.shards.data();
-    py::gil_scoped_release free;
-    // A segment is ten numbers.
-    const int64_t* numbers = at<const int64_t>(segments);
-    std::vector<ScanSegment> list;
-    for (int64_t s = 0; s < segment_count; ++s, numbers += 10)
-      list.push_back({at<const uint8_t>(numbers[0]), numbers[1], numbers[2], at<const float>(numbers[3]),
-                      at<const float>(numbers[4]), at<const float>(numbers[5]), at<const int32_t>(numbers[6]), numbers[7],
-                      at<const float>(numbers[8]), at<const float>(numbers[9])});
-    const ScanStats stats = scan_search(kernels->scan, list.data(), segment_count, at<const ScanPart>(parts), part_count,
-                                        found.source, {at<const float>(queries), m, at<const double>(weights), cosine},
-                                        at<const uint8_t>(allowed), k, at<double>(scores), at<int64_t>(rows), threads);
-    py::gil_scoped_acquire back;
-    return py::make_tuple(stats.rows_scanned, stats.rows_rescored, stats.bad_row);
-  });
-
-  m.def("scan_rescore", [](const py::tuple& rows_in, Address queries, int64_t m, Address weights, bool cosine, Address rows,
-                           int64_t width, Address scores, int threads) {
-    Stores found = stores(rows_in);
-    found.source.shards = found.shards.data();
-    py::gil_scoped_release free;
-    scan_rescore(kernels->scan, found.source, {at<const float>(queries), m, at<const double>(weights), cosine},
-                 at<const int64_t>(rows), width, at<double>(scores), threads);
-  });
-
-  m.def("ghost_norm", [](int type, int64_t n, int64_t t, Address spans, Address x, int64_t in, int64_t xn, int64_t xt,
-                         Address dy, int64_t rows, int64_t dn, int64_t dt, Address out, int threads) {
-    py::gil_scoped_release free;
-    kernels->ghost_norm(tokens(x, type, in, xn, xt), tokens(dy, type, rows, dn, dt), {n, t, at<const int64_t>(spans)},
-                        at<float>(out), threads);
-  });
+  m.attr("block_rows") = kBlockRows;
+  py::class_<Stored>(m, "StoredRows", py::module_local(), "Where the exact rows of a store's shards and layers are.")
+      .def(py::init<const Table<int64_t>&, const Table<int64_t>&, const Table<int64_t>&, const Table<int64_t>&,
+                    std::string_view>(),
+           py::arg("firsts"), py::arg("data"), py::arg("scales"), py::arg("dims"), py::arg("dtype"));
+  py::class_<Segment>(m, "Segment", py::module_local(), "A piece of the 8-bit copy.")
+      .def(py::init(&make_segment), py::kw_only(), py::arg("codes"), py::arg("stride"), py::arg("first"), py::arg("rows"),
+           py::arg("parts"), py::arg("scale"), py::arg("error"), py::arg("norm"), py::arg("order"), py::arg("longest"),
+           py::arg("factor"));
+  py::class_<RowPart>(m, "RowPart", py::module_local(), "Some numbers of a layer within a row of the 8-bit copy.")
+      .def(py::init(&make_part), py::kw_only(), py::arg("offset"), py::arg("dim"), py::arg("index"), py::arg("layer"),
+           py::arg("begin"));
+  m.def("quantise", &quantise, py::kw_only(), py::arg("rows"), py::arg("codes"), py::arg("stride"), py::arg("scale"),
+        py::arg("error"), py::arg("norm"), py::arg("threads"));
+  m.def("exact_search", &search, py::kw_only(), py::arg("segments"), py::arg("parts"), py::arg("stored"), py::arg("queries"),
+        py::arg("weights"), py::arg("cosine"), py::arg("allowed"), py::arg("k"), py::arg("scores"), py::arg("rows"),
+        py::arg("threads"));
+  m.def("exact_scores", &score_rows, py::kw_only(), py::arg("stored"), py::arg("queries"), py::arg("weights"), py::arg("cosine"),
+        py::arg("rows"), py::arg("width"), py::arg("scores"), py::arg("threads"));
 }

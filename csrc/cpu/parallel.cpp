@@ -183,14 +183,16 @@ float* allocate(size_t count) {
   return static_cast<float*>(memory);
 }
 
-struct Scratch {
-  float* data[kScratchSlots] = {};
-  size_t count[kScratchSlots] = {};
-  ~Scratch() {
+constexpr int kPlaces = static_cast<int>(Scratch::places);
+
+struct OfThread {
+  float* data[kPlaces] = {};
+  size_t count[kPlaces] = {};
+  ~OfThread() {
     for (float* memory : data) std::free(memory);
   }
 };
-thread_local Scratch own;
+thread_local OfThread own;
 
 }  // namespace
 
@@ -225,7 +227,8 @@ void take_large_pages([[maybe_unused]] void* memory, [[maybe_unused]] size_t byt
 #endif
 }
 
-float* scratch(int slot, size_t count) {
+float* scratch(Scratch place, size_t count) {
+  const int slot = static_cast<int>(place);
   if (own.count[slot] < count) {
     std::free(own.data[slot]);
     own.data[slot] = nullptr;

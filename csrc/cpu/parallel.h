@@ -24,9 +24,20 @@ class Buffer {
   float* data;
 };
 
-// The same, kept by the thread from call to call (for what is of cache size); a slot's content is lost when it is asked for again.
-constexpr int kScratchSlots = 8;
-float* scratch(int slot, size_t count);
+// The same, kept by the thread from call to call, for what is of cache size. Each use has a place of its own, whose content is
+// lost when it is asked for again.
+enum class Scratch : int {
+  widened,       // rows of 16-bit inputs as float32
+  packed_x,      // panels of tokens
+  packed_dy,     // likewise
+  entries,       // of a random matrix: a panel, or signs and rotations
+  gradient,      // a block of rows of G
+  accumulators,  // sums of SJLT rows
+  transposed,    // tokens as lanes
+  pattern_sums,  // of Rademacher sign patterns
+  places,        // how many there are
+};
+float* scratch(Scratch place, size_t count);
 
 // For memory that is about to be written whole, perhaps for the first time: where a page of 4 KB costs as much as filling it,
 // takes pages of 2 MB, now, before anything is in cache. Its content is lost.

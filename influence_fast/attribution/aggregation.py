@@ -174,11 +174,11 @@ def _sum_blocks(
             if "mean" in bases:
                 found["mean"] = some.sum(0, dtype=torch.float64)
             if bases >= {"rank", "vote"}:
-                found["rank"], found["vote"] = ops.tally(some, k)
+                found["rank"], found["vote"] = ops.rank_and_vote(some, k)
             elif "vote" in bases:
                 found["vote"] = ops.vote(some, k)
             elif "rank" in bases:
-                found["rank"] = ops.tally(some, 1)[0]
+                found["rank"] = ops.rank_and_vote(some, 1)[0]
             for method in methods:
                 if method.endswith("-c") in of:
                     _add(out, weights, layer, method, found[_base(method)])

@@ -35,7 +35,7 @@ from influence_fast.errors import InputError
 
 METHODS = ("dot", "cosine", "datainf", "trak", "trackstar", "ekfac")
 MEMORY = 512 << 20
-# Bytes that ranking takes for each training sample beside the influence itself: kernels' scratch on two threads, and sums.
+# Bytes that ranking takes for each training sample beside the influence: kernels' scratch on two threads, and sums.
 _RANKING = 270
 
 
@@ -274,6 +274,10 @@ class InMemory:
             raise InputError(f"matrix: expected layers of one shape (queries, samples), got {shapes}")
         m, n = next(iter(shapes.values()))
         self.shape = (m, n)
+
+    def layer(self, name: str) -> Tensor:
+        """All of one layer: ``(m, n)``."""
+        return self.values[name]
 
     def __iter__(self) -> Iterator[tuple[str, slice, Tensor]]:
         for name, value in self.values.items():

@@ -27,7 +27,7 @@ _WORDS = ["[PAD]", "[CLS]", *_LIKED, *_DISLIKED, *_PARTS, *_JOINS, *_FILLERS, "n
 
 
 def sentences(count: int, generator: torch.Generator) -> tuple[list[str], list[int]]:
-    """Reviews of two or three clauses; the label is the majority sentiment, and "not" turns a word's sentiment round."""
+    """Reviews of two or three clauses; the label is the majority's, and "not" turns a word's sentiment round."""
 
     def draw(words: list[str]) -> str:
         return words[int(torch.randint(len(words), (), generator=generator))]

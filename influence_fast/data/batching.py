@@ -156,7 +156,7 @@ def _max_length(model: nn.Module) -> int | None:
 
 
 def token_budget(batch_tokens: int | str, model: nn.Module) -> int:
-    """Tokens of a batch, padding included: as given, or for ``auto`` what memory has room for."""
+    """Tokens of a batch, padding included: as given, or for ``auto`` what fits in memory."""
     if batch_tokens == "auto":
         return _tokens_in_memory(model)
     if isinstance(batch_tokens, bool) or not isinstance(batch_tokens, int) or batch_tokens < 1:

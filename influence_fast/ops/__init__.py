@@ -17,6 +17,7 @@ from influence_fast.ops.specs import project as project
 from influence_fast.ops.specs import project_outer as project_outer
 from influence_fast.ops.specs import random_matrix as random_matrix
 from influence_fast.ops.specs import rank as rank
+from influence_fast.ops.specs import rank_and_vote as rank_and_vote
 from influence_fast.ops.specs import score_outer as score_outer
 from influence_fast.ops.specs import sketch as sketch
 from influence_fast.ops.specs import sketch_outer as sketch_outer
@@ -24,4 +25,4 @@ from influence_fast.ops.specs import tally as tally
 from influence_fast.ops.specs import vote as vote
 
 OPS = tuple(OPERATIONS)
-__all__ = ["BACKENDS", "OPS", "Matrices", "available", "choose", "dot_outer", "project", *OPS]
+__all__ = ["BACKENDS", "OPS", "Matrices", "available", "choose", "dot_outer", "project", "tally", *OPS]

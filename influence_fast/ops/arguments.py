@@ -107,6 +107,16 @@ def _masked(x: Tensor, dy: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor
     return torch.where(mask[..., None], x, 0), torch.where(mask[..., None], dy, 0), None
 
 
+def unit_stride(x: Tensor) -> Tensor:
+    """``x`` with a last stride of one, as kernels read it; a copy only where it has another."""
+    if x.stride(-1) == 1 or x.shape[-1] <= 1:
+        return x
+    if x.dim() == 3 and x.stride(0) == 0:
+        # A packed batch, N views of the same tokens: copied once.
+        return x[:1].contiguous().expand(x.shape)
+    return x.contiguous()
+
+
 def not_finite(row: int) -> InputError:
     """The error of rank and vote; backends find the row, this words it."""
     return InputError(f"influence: expected finite values, row {row} has NaN or infinity")

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from influence_fast.ops.arguments import Side, not_finite
+from influence_fast.errors import InputError
+from influence_fast.ops.arguments import Side, not_finite, unit_stride
 
 try:
     import influence_fast_cpu as _native
@@ -23,9 +24,8 @@ except ImportError as error:
     _native = None
     _missing = f"the extension influence_fast_cpu is not built ({error})"
 
-_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-_NONE = (0, 0, 0, 1, 1, 1.0, 0, 0)
-_KINDS = {"rademacher": 2, "gaussian": 3, "sjlt": 4}
+_DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
+_CPU = torch.device("cpu")
 _CACHE_BYTES = 1 << 26
 
 
@@ -35,10 +35,8 @@ def unavailable(op: str, device: torch.device, dtype: torch.dtype) -> str | None
         return f"it works on tensors in main memory, not on {device.type}"
     if _native is None:
         return _missing
-    if dtype not in _TYPES and op != "random_matrix":
+    if dtype not in _DTYPES and op != "random_matrix":
         return f"it sums in float32, {dtype} is the reference's"
-    if op not in globals():
-        return f"it has no kernel for {op}"
     return None
 
 
@@ -49,29 +47,28 @@ def outer(x: Tensor, dy: Tensor, spans: Tensor | None) -> Tensor:
 def project_outer(
     x: Tensor, dy: Tensor, p_in: Side | Tensor | None, p_out: Side | Tensor | None, spans: Tensor | None
 ) -> Tensor:
-    right, _right = _side(p_in, cached=True)
-    left, _left = _side(p_out, cached=True)
-    k_out = dy.shape[2] if p_out is None else left[3]
-    k_in = x.shape[2] if p_in is None else right[3]
-    out = torch.empty(x.shape[0], k_out, k_in)
+    right, _right, k_in = _side("p_in", p_in, x.shape[2])
+    left, _left, k_out = _side("p_out", p_out, dy.shape[2])
+    out = _output(x.shape[0], k_out, k_in)
     if out.numel():
-        x, dy, head = _batch(x, dy, spans)
-        _native.project_outer(*head, *_tokens(x), *_tokens(dy), right, left, out.data_ptr(), torch.get_num_threads())
+        tokens_x, _x = _tokens("x", x)
+        tokens_dy, _dy = _tokens("dy", dy)
+        threads = torch.get_num_threads()
+        _native.project_outer(tokens_x, tokens_dy, _optional(spans), right, left, out.data_ptr(), threads)
     return out
 
 
 def sketch_outer(x: Tensor, dy: Tensor, side: Side | Tensor, spans: Tensor | None, scale: Tensor | None) -> Tensor:
-    matrix, _matrix = _side(side)
-    out = torch.empty(x.shape[0], matrix[3])
+    matrix, _matrix, k = _side("projection", side, x.shape[2] * dy.shape[2], keep=False)
+    out = _output(x.shape[0], k)
     if not x.shape[2] * dy.shape[2]:
         return out.zero_()
     if out.numel():
-        if scale is not None:
-            scale = scale.detach().to(torch.float32).contiguous()
-        weight = 0 if scale is None else scale.data_ptr()
-        x, dy, head = _batch(x, dy, spans)
-        tail = (matrix, weight, out.data_ptr(), torch.get_num_threads())
-        _native.sketch_outer(*head, *_tokens(x), *_tokens(dy), *tail)
+        weight = None if scale is None else _dense("scale", scale)
+        tokens_x, _x = _tokens("x", x)
+        tokens_dy, _dy = _tokens("dy", dy)
+        tail = (_optional(spans), matrix, _optional(weight), out.data_ptr(), torch.get_num_threads())
+        _native.sketch_outer(tokens_x, tokens_dy, *tail)
     return out
 
 
@@ -83,63 +80,60 @@ def score_outer(x: Tensor, dy: Tensor, q: Tensor, spans: Tensor | None) -> Tenso
 def ghost_dot(
     xa: Tensor, dya: Tensor, xb: Tensor, dyb: Tensor, spans_a: Tensor | None, spans_b: Tensor | None
 ) -> Tensor:
-    out = torch.empty(xa.shape[0], xb.shape[0])
+    out = _output(xa.shape[0], xb.shape[0])
     if out.numel():
-        xa, dya, (kind, *head_a) = _batch(xa, dya, spans_a)
-        xb, dyb, (_, *head_b) = _batch(xb, dyb, spans_b)
-        (pxb, _, *sxb), (pdyb, _, *sdyb) = _tokens(xb), _tokens(dyb)
-        second = (*head_b, pxb, *sxb, pdyb, *sdyb)
-        _native.ghost_dot(kind, *head_a, *_tokens(xa), *_tokens(dya), *second, out.data_ptr(), torch.get_num_threads())
+        tokens_xa, _xa = _tokens("xa", xa)
+        tokens_dya, _dya = _tokens("dya", dya)
+        tokens_xb, _xb = _tokens("xb", xb)
+        tokens_dyb, _dyb = _tokens("dyb", dyb)
+        a, b = (tokens_xa, tokens_dya, _optional(spans_a)), (tokens_xb, tokens_dyb, _optional(spans_b))
+        _native.ghost_dot(*a, *b, out.data_ptr(), torch.get_num_threads())
     return out
 
 
 def ghost_norm(x: Tensor, dy: Tensor, spans: Tensor | None) -> Tensor:
-    out = torch.empty(x.shape[0])
+    out = _output(x.shape[0])
     if out.numel():
-        x, dy, head = _batch(x, dy, spans)
-        _native.ghost_norm(*head, *_tokens(x), *_tokens(dy), out.data_ptr(), torch.get_num_threads())
+        tokens_x, _x = _tokens("x", x)
+        tokens_dy, _dy = _tokens("dy", dy)
+        _native.ghost_norm(tokens_x, tokens_dy, _optional(spans), out.data_ptr(), torch.get_num_threads())
     return out
 
 
 def sketch(g: Tensor, side: Side | Tensor) -> Tensor:
     if isinstance(side, Tensor):
         return g.to(torch.float32) @ side.to(torch.float32).T
-    out = torch.empty(g.shape[0], side.k)
+    out = _output(g.shape[0], side.k)
     if out.numel():
-        g = _unit(g)
-        matrix, _ = _side(side)
-        size = (g.shape[0], g.shape[1], g.stride(0))
-        _native.sketch(g.data_ptr(), _TYPES[g.dtype], *size, matrix, out.data_ptr(), torch.get_num_threads())
+        matrix, _g = _matrix("g", unit_stride(g))
+        _native.sketch(matrix, _implicit(side), out.data_ptr(), torch.get_num_threads())
     return out
 
 
 def rank(influence: Tensor) -> Tensor:
-    influence = influence.to(torch.float32)
-    out = torch.empty(influence.shape, dtype=torch.float32 if influence.shape[1] <= 1 << 22 else torch.float64)
+    wide = influence.shape[1] > 1 << 22
+    out = _output(*influence.shape, dtype=torch.float64 if wide else torch.float32)
     if out.numel():
-        wide = out.dtype == torch.float64
-        _check(_native.rank(*_rows(influence), out.data_ptr(), wide, torch.get_num_threads()))
+        values, _influence = _matrix("influence", influence.to(torch.float32))
+        _check(_native.rank(values, out.data_ptr(), wide, torch.get_num_threads()))
     return out
 
 
 def vote(influence: Tensor, k: int) -> Tensor:
-    influence = influence.to(torch.float32)
-    out = torch.zeros(influence.shape[1], dtype=torch.float64)
+    out = _output(influence.shape[1], dtype=torch.float64).zero_()
     if influence.numel():
-        _check(_native.vote(*_rows(influence), k, out.data_ptr(), torch.get_num_threads()))
+        values, _influence = _matrix("influence", influence.to(torch.float32))
+        _check(_native.vote(values, k, out.data_ptr(), torch.get_num_threads()))
     return out
 
 
-def tally(influence: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    influence = influence.to(torch.float32)
-    ranks, votes = (torch.zeros(influence.shape[1], dtype=torch.float64) for _ in range(2))
+def rank_and_vote(influence: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    ranks, votes = (_output(influence.shape[1], dtype=torch.float64).zero_() for _ in range(2))
     if influence.numel():
-        _check(_native.tally(*_rows(influence), k, ranks.data_ptr(), votes.data_ptr(), torch.get_num_threads()))
+        values, _influence = _matrix("influence", influence.to(torch.float32))
+        threads = torch.get_num_threads()
+        _check(_native.rank_and_vote(values, k, ranks.data_ptr(), votes.data_ptr(), threads))
     return ranks, votes
-
-
-def _rows(influence: Tensor) -> tuple[int, ...]:
-    return influence.data_ptr(), *influence.shape, *influence.stride()
 
 
 def _check(row: int) -> None:
@@ -150,48 +144,94 @@ def _check(row: int) -> None:
 def random_matrix(
     side: Side, rows: tuple[int, int], cols: tuple[int, int], dtype: torch.dtype, device: torch.device
 ) -> Tensor:
-    out = torch.empty(rows[1] - rows[0], cols[1] - cols[0])
-    if out.numel():
-        _native.random_matrix(_implicit(side), *rows, *cols, out.data_ptr(), torch.get_num_threads())
+    out = _output(rows[1] - rows[0], cols[1] - cols[0])
+    _fill(out, side, rows[0], cols[0])
     out = out.to(dtype)
     return out if side.kind == "sjlt" else out.mul_(side.scale)
 
 
-def _unit(x: Tensor) -> Tensor:
-    """``x`` with a last stride of one."""
-    if x.stride(-1) == 1 or x.shape[-1] <= 1:
-        return x
-    if x.dim() == 3 and x.stride(0) == 0:
-        # A packed batch: N views of the same tokens stay that.
-        return x[:1].contiguous().expand(x.shape)
-    return x.contiguous()
+def _fill(out: Tensor, side: Side, row: int, column: int) -> None:
+    """Unscaled entries from ``(row, column)`` on."""
+    if out.numel():
+        _native.random_matrix(
+            side=_implicit(side),
+            row=row,
+            rows=out.shape[0],
+            column=column,
+            columns=out.shape[1],
+            out=out.data_ptr(),
+            threads=torch.get_num_threads(),
+        )
 
 
-def _batch(x: Tensor, dy: Tensor, spans: Tensor | None) -> tuple[Tensor, Tensor, tuple[int, int, int, int]]:
-    pointer = 0 if spans is None else spans.data_ptr()
-    return _unit(x), _unit(dy), (_TYPES[x.dtype], x.shape[0], x.shape[1], pointer)
+def _output(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Where a result goes, whatever torch's default dtype and device are."""
+    return torch.empty(shape, dtype=dtype, device=_CPU)
 
 
-def _tokens(x: Tensor) -> tuple[int, int, int, int]:
-    return x.data_ptr(), x.shape[2], x.stride(0), x.stride(1)
+def _tokens(name: str, x: Tensor) -> tuple[Any, Tensor]:
+    """What the kernels take for ``(N, T, features)``, and the tensor that must outlive the call."""
+    if x.is_neg() or not x.is_cpu:
+        x = _in_memory(name, x)
+    try:
+        strides = x.stride()
+        if strides[2] != 1:
+            x = unit_stride(x)
+            strides = x.stride()
+        return _native.Tokens(x.data_ptr(), _DTYPES[x.dtype], x.shape, strides), x
+    except RuntimeError as error:
+        raise _no_memory(name, x, error) from None
+
+
+def _matrix(name: str, x: Tensor) -> tuple[Any, Tensor]:
+    """The same for ``(rows, columns)``, of any strides."""
+    if x.is_neg() or not x.is_cpu:
+        x = _in_memory(name, x)
+    try:
+        return _native.Matrix(x.data_ptr(), _DTYPES[x.dtype], x.shape, x.stride()), x
+    except RuntimeError as error:
+        raise _no_memory(name, x, error) from None
+
+
+def _dense(name: str, x: Tensor) -> Tensor:
+    """Contiguous float32."""
+    return _in_memory(name, x.to(torch.float32)).contiguous()
+
+
+def _in_memory(name: str, x: Tensor) -> Tensor:
+    if not x.is_cpu:
+        raise InputError(f"{name}: expected a tensor in main memory, got one on {x.device}")
+    # Memory of a negated view holds the opposite of its values.
+    return x.resolve_neg()
+
+
+def _no_memory(name: str, x: Tensor, error: RuntimeError) -> InputError:
+    """For sparse and fake tensors."""
+    return InputError(f"{name}: expected a tensor with values in memory, got {type(x).__name__} {x.layout} ({error})")
+
+
+def _optional(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
 
 
 @lru_cache(maxsize=4096)
-def _implicit(side: Side) -> tuple[Any, ...]:
-    return (_KINDS[side.kind], *side.key, side.k, side.features, side.scale, 0, 0)
+def _implicit(side: Side) -> Any:
+    key0, key1 = side.key
+    return _native.Side(kind=side.kind, key0=key0, key1=key1, k=side.k, features=side.features, scale=side.scale)
 
 
-def _side(side: Side | Tensor | None, cached: bool = False) -> tuple[tuple[Any, ...], Tensor | None]:
-    """What the kernels take for a side, and the tensor that must outlive the call."""
+def _side(name: str, side: Side | Tensor | None, features: int, keep: bool = True) -> tuple[Any, Tensor | None, int]:
+    """What the kernels take for a side, the tensor that must outlive the call, and how many numbers it leaves."""
     if side is None:
-        return _NONE, None
+        return None, None, features
     if not isinstance(side, Tensor):
-        if not (cached and side.kind == "gaussian"):
-            return _implicit(side), None
+        if not (keep and side.kind == "gaussian"):
+            return _implicit(side), None, side.k
         matrix, scale = _gaussian(side), side.scale
     else:
-        matrix, scale = side.to(torch.float32).contiguous(), 1.0
-    return (1, 0, 0, *matrix.shape, scale, matrix.data_ptr(), matrix.shape[1]), matrix
+        matrix, scale = _dense(name, side), 1.0
+    given = _native.dense_side(data=matrix.data_ptr(), shape=matrix.shape, strides=matrix.stride(), scale=scale)
+    return given, matrix, matrix.shape[0]
 
 
 _kept: OrderedDict[Side, Tensor] = OrderedDict()
@@ -203,9 +243,8 @@ def _gaussian(side: Side) -> Tensor:
     with _lock:
         matrix = _kept.pop(side, None)
         if matrix is None:
-            matrix = torch.empty(side.k, side.features)
-            size = (0, side.k, 0, side.features)
-            _native.random_matrix(_implicit(side), *size, matrix.data_ptr(), torch.get_num_threads())
+            matrix = _output(side.k, side.features)
+            _fill(matrix, side, 0, 0)
         if matrix.nbytes <= _CACHE_BYTES:
             _kept[side] = matrix
             while sum(m.nbytes for m in _kept.values()) > _CACHE_BYTES:

@@ -29,18 +29,8 @@ _SORTED = 1 << 23
 # Entries of G, or of a dense random matrix, that exist at a time where a kernel does not spare them.
 _ENTRIES = 1 << 26
 
-_LEFT_TO_OTHERS = {
-    "outer": "a batched product of cuBLAS, which the reference is, runs at the matmul ceiling",
-    "tally": "it has rank and vote",
-    "score_outer": "Triton has it",
-    "ghost_dot": "Triton has it",
-    "ghost_norm": "Triton has it",
-}
-
 
 def unavailable(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
-    if op in _LEFT_TO_OTHERS:
-        return _LEFT_TO_OTHERS[op]
     if device.type != "cuda":
         return f"it works on tensors on an NVIDIA GPU, not on {device.type}"
     if dtype not in (torch.float32, torch.float16, torch.bfloat16):

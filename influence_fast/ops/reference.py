@@ -121,7 +121,7 @@ def vote(influence: Tensor, k: int) -> Tensor:
     return (rank(influence).double() - k).clamp_max(0).sum(0)
 
 
-def tally(influence: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def rank_and_vote(influence: Tensor, k: int) -> tuple[Tensor, Tensor]:
     ranks = rank(influence).double()
     return ranks.sum(0), (ranks - k).clamp_max(0).sum(0)
 

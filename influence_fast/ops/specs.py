@@ -15,6 +15,7 @@ was asked for and cannot run.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -213,10 +214,16 @@ def vote(influence: Tensor, k: int, *, backend: str = "auto") -> Tensor:
 
 
 @operation("cpu", triton=_SORTED, cuda="it has rank and vote")
-def tally(influence: Tensor, k: int, *, backend: str = "auto") -> tuple[Tensor, Tensor]:
+def rank_and_vote(influence: Tensor, k: int, *, backend: str = "auto") -> tuple[Tensor, Tensor]:
     """``(rank(influence).sum(0), vote(influence, k))``, both float64 ``(n,)``, with no ``(m, n)`` of ranks in between."""
     _check_votes(influence, k)
-    return run("tally", backend, influence.device, influence.dtype, influence.detach(), k)
+    return run("rank_and_vote", backend, influence.device, influence.dtype, influence.detach(), k)
+
+
+def tally(influence: Tensor, k: int, *, backend: str = "auto") -> tuple[Tensor, Tensor]:
+    """The name of :func:`rank_and_vote` in version 0.1. It warns, and goes in version 2."""
+    warnings.warn("ops.tally is called ops.rank_and_vote now", DeprecationWarning, stacklevel=2)
+    return rank_and_vote(influence, k, backend=backend)
 
 
 def _check_votes(influence: Tensor, k: int) -> None:

@@ -4,7 +4,7 @@ The score of a row is the float64 sum of products of its stored numbers (float32
 the query's, layer by layer, times the layer's weight; best first, ties in row order. A cosine is that sum divided by both
 lengths, ``sqrt(sum of weight * |layer|^2)``, and 0 where one is 0. The answer is proven to be the best k of these scores:
 the copy's rounding error is known for every row, so a row is left out only where its score cannot reach the k-th best
-(``csrc/cpu/scan.h``). It does not depend on threads, batches, instruction sets or on how the copy is cut.
+(``csrc/cpu/exact_search.h``). It does not depend on threads, batches, instruction sets or on how the copy is cut.
 
 The copy is a list of segments of consecutive rows, in memory or each a file that is mapped, with these arrays at multiples
 of 64 bytes, one behind the other (P parts of a row: a layer, or 65,536 numbers of one; blocks are 192 rows):
@@ -44,7 +44,6 @@ except ImportError as error:
 _SEGMENT_BYTES = 64 << 20
 _READ_BYTES = 4 << 20
 _PART = 1 << 16
-_TYPES = {"float32": 0, "float16": 1, "bfloat16": 2, "int8": 3}
 _NAMES = ("codes", "scale", "error", "norm", "order", "bound")
 _KEPT_VIEWS = 4
 
@@ -106,7 +105,7 @@ class Rows:
             first += len(rows)
         raise IndexError(row)
 
-    def native(self, layers: Sequence[str]) -> _Address:
+    def native(self, layers: Sequence[str]) -> Any:
         """What the kernels read rows through."""
         firsts, data, scales, first = [], [], [], 0
         for store, rows in self.stores:
@@ -126,20 +125,13 @@ class Rows:
         kinds = {store.meta["dtype"] for store, _ in self.stores}
         if len(kinds) > 1:
             raise InputError(f"store: expected stores of one dtype, got {', '.join(sorted(kinds))}")
-        return _Address(
-            np.array([*firsts, first], np.int64),
-            np.concatenate(data),
-            np.concatenate(scales),
-            np.array([self.dims[name] for name in layers], np.int64),
-            _TYPES[kinds.pop()],
+        return _native.StoredRows(
+            firsts=np.array([*firsts, first], np.int64),
+            data=np.concatenate(data),
+            scales=np.concatenate(scales),
+            dims=np.array([self.dims[name] for name in layers], np.int64),
+            dtype=kinds.pop(),
         )
-
-
-class _Address:
-    def __init__(self, firsts: np.ndarray, data: np.ndarray, scales: np.ndarray, dims: np.ndarray, kind: int) -> None:
-        self.kept = tuple(np.ascontiguousarray(array) for array in (firsts, data, scales, dims))
-        pointers = [array.ctypes.data for array in self.kept]
-        self.tuple = (len(firsts) - 1, len(dims), *pointers, kind)
 
 
 class Segment:
@@ -172,7 +164,7 @@ class Scan:
     def add(self, rows: Rows, folder: Path | None = None) -> None:
         """Copy the rows that are not yet in it; with ``folder`` each segment into a file, which is then mapped."""
         step = max(_native.block_rows, _SEGMENT_BYTES // (4 * sum(self.dims.values())))
-        # One buffer for all segments: freed and allocated again, it would leave holes that the allocator cannot fill.
+        # One buffer for all segments: freed and asked for again, it would leave holes that the allocator cannot fill.
         count = min(step, rows.count - self.rows)
         codes = np.empty((count, self.stride), np.uint8)
         padded = None if folder is None else np.empty(count * self.stride + 64, np.uint8)
@@ -217,40 +209,34 @@ class Scan:
         ``queries`` float32 ``(m, dims of layers)``; ``allowed`` a boolean ``(rows,)``. StoreError names a shard whose row
         does not have the score that the copy allows: it has changed since.
         """
-        segments = self._numbers(layers, weights, cosine)
-        parts = np.array(
-            [
-                (p.offset, p.dim, i, layers.index(p.layer), p.begin)
-                for i, p in enumerate(self.parts)
-                if p.layer in layers
-            ],
-            np.int64,
-        )
-        source, weight = rows.native(layers), np.array(weights, np.float64)
+        segments, _views = self._segments(layers, weights, cosine)
+        parts = [
+            _native.RowPart(offset=p.offset, dim=p.dim, index=i, layer=layers.index(p.layer), begin=p.begin)
+            for i, p in enumerate(self.parts)
+            if p.layer in layers
+        ]
+        stored, weight = rows.native(layers), np.array(weights, np.float64)
         mask = None if allowed is None else allowed.to(torch.uint8).contiguous()
         scores, found = (
-            torch.empty(len(queries), k, dtype=torch.float64),
-            torch.empty(len(queries), k, dtype=torch.int64),
+            torch.empty(len(queries), k, dtype=torch.float64, device="cpu"),
+            torch.empty(len(queries), k, dtype=torch.int64, device="cpu"),
         )
         # Each thread may keep a few times k candidates of every query.
         step = max(1, min(1024, (1 << 22) // k))
         for begin in range(0, len(queries), step):
             asked = queries[begin : begin + step].contiguous()
-            _, _, bad = _native.scan_search(
-                segments[0].ctypes.data,
-                len(segments[0]),
-                parts.ctypes.data,
-                len(parts),
-                source.tuple,
-                asked.data_ptr(),
-                len(asked),
-                weight.ctypes.data,
-                cosine,
-                0 if mask is None else mask.data_ptr(),
-                k,
-                scores[begin : begin + step].data_ptr(),
-                found[begin : begin + step].data_ptr(),
-                torch.get_num_threads(),
+            _, _, bad = _native.exact_search(
+                segments=segments,
+                parts=parts,
+                stored=stored,
+                queries=_queries(asked),
+                weights=weight,
+                cosine=cosine,
+                allowed=0 if mask is None else mask.data_ptr(),
+                k=k,
+                scores=scores[begin : begin + step].data_ptr(),
+                rows=found[begin : begin + step].data_ptr(),
+                threads=torch.get_num_threads(),
             )
             if bad >= 0:
                 raise StoreError(f"{rows.shard_of(bad)}: damaged, or another than was indexed (row {bad})")
@@ -269,15 +255,15 @@ class Scan:
             for i, part in enumerate(self.parts):
                 if values is None or part.begin == 0:
                     values = rows.read(part.layer, begin + low, begin + high)
+                piece = values[:, part.begin : part.begin + part.dim]
                 _native.quantise(
-                    values.data_ptr() + 4 * part.begin,
-                    values.shape[1],
-                    high - low,
-                    part.dim,
-                    codes[low:].ctypes.data + part.offset,
-                    self.stride,
-                    *(array[i, low:].ctypes.data for array in (scale, error, norm)),
-                    torch.get_num_threads(),
+                    rows=_native.Matrix(piece.data_ptr(), "float32", piece.shape, piece.stride()),
+                    codes=codes[low:].ctypes.data + part.offset,
+                    stride=self.stride,
+                    scale=scale[i, low:].ctypes.data,
+                    error=error[i, low:].ctypes.data,
+                    norm=norm[i, low:].ctypes.data,
+                    threads=torch.get_num_threads(),
                 )
         length = np.sqrt(np.square(norm, dtype=np.float64).sum(0))
         order = np.argsort(-length, kind="stable")
@@ -297,8 +283,8 @@ class Scan:
         ]
         return dict(zip(_NAMES, [*arrays, order.astype(np.int32), bound], strict=True))
 
-    def _numbers(self, layers: Sequence[str], weights: Sequence[float], cosine: bool) -> tuple[np.ndarray, Any]:
-        """The kernels' table of segments; with it what must outlive the call."""
+    def _segments(self, layers: Sequence[str], weights: Sequence[float], cosine: bool) -> tuple[list[Any], Any]:
+        """What the kernels take for the segments; with it what must outlive the call."""
         key = (tuple(layers), tuple(weights) if cosine else (), cosine)
         with self._lock:
             views = self._views.pop(key, None)
@@ -307,19 +293,19 @@ class Scan:
             self._views[key] = views
             while len(self._views) > _KEPT_VIEWS:
                 self._views.pop(next(iter(self._views)))
-        table = [
-            [
-                segment.arrays["codes"].ctypes.data,
-                self.stride,
-                segment.rows,
-                *(segment.arrays[name].ctypes.data for name in ("scale", "error", "norm", "order")),
-                segment.first,
-                0 if cosine else bound.ctypes.data,
-                0 if factor is None else factor.ctypes.data,
-            ]
+        segments = [
+            _native.Segment(
+                **{name: segment.arrays[name].ctypes.data for name in ("codes", "scale", "error", "norm", "order")},
+                stride=self.stride,
+                first=segment.first,
+                rows=segment.rows,
+                parts=len(self.parts),
+                longest=0 if cosine else bound.ctypes.data,
+                factor=0 if factor is None else factor.ctypes.data,
+            )
             for segment, (bound, factor) in zip(self.segments, views, strict=True)
         ]
-        return np.array(table, np.int64), views
+        return segments, views
 
     def _view(
         self, segment: Segment, layers: Sequence[str], weights: Sequence[float], cosine: bool
@@ -382,21 +368,24 @@ def rescore(
     rows: Rows, queries: Tensor, layers: Sequence[str], weights: Sequence[float], numbers: Tensor, cosine: bool = False
 ) -> Tensor:
     """Exact scores of given rows: ``numbers`` int64 ``(m, c)`` -> float64 ``(m, c)``; NaN where a number is -1."""
-    source, weight = rows.native(layers), np.array(weights, np.float64)
+    stored, weight = rows.native(layers), np.array(weights, np.float64)
     queries, numbers = queries.contiguous(), numbers.contiguous()
-    scores = torch.empty(numbers.shape, dtype=torch.float64)
-    _native.scan_rescore(
-        source.tuple,
-        queries.data_ptr(),
-        len(queries),
-        weight.ctypes.data,
-        cosine,
-        numbers.data_ptr(),
-        numbers.shape[1],
-        scores.data_ptr(),
-        torch.get_num_threads(),
+    scores = torch.empty(numbers.shape, dtype=torch.float64, device="cpu")
+    _native.exact_scores(
+        stored=stored,
+        queries=_queries(queries),
+        weights=weight,
+        cosine=cosine,
+        rows=numbers.data_ptr(),
+        width=numbers.shape[1],
+        scores=scores.data_ptr(),
+        threads=torch.get_num_threads(),
     )
     return scores
+
+
+def _queries(values: Tensor) -> Any:
+    return _native.Matrix(values.data_ptr(), "float32", values.shape, values.stride())
 
 
 def segment_name(number: int) -> str:

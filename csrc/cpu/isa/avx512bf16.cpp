@@ -1,0 +1,2 @@
+#define ISA avx512bf16
+#include "../kernels/table.inc"

@@ -1,2 +1,0 @@
-#define ISA avx512bf16
-#include "kernels.inc"

@@ -1,2 +1,0 @@
-#define ISA baseline
-#include "kernels.inc"

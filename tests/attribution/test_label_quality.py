@@ -1,0 +1,73 @@
+"""Opinions of labels against loops over samples, and what a pool makes of them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import influence_fast as inf
+
+
+def estimate(truth: torch.Tensor, strength: float, seed: int) -> torch.Tensor:
+    logits = torch.randn(len(truth), 3, generator=torch.Generator().manual_seed(seed))
+    logits[torch.arange(len(truth)), truth] += strength
+    return logits.log_softmax(1)
+
+
+def test_a_probe_never_saw_the_sample_it_judges(monkeypatch: pytest.MonkeyPatch) -> None:
+    random = torch.Generator().manual_seed(0)
+    states, labels = torch.randn(200, 8, generator=random), torch.arange(200) % 2
+    # Nothing to learn: a probe that saw its own samples would know their labels.
+    blind, _ = inf.probe_estimate(states, labels, states[:3])
+    assert abs(float((blind.argmax(1) == labels).double().mean()) - 0.5) < 0.15
+    states[:, 0] += 3.0 * (2 * labels - 1)
+    sure, asked = inf.probe_estimate(states, labels, states[:50], classes=3)
+    assert float((sure.argmax(1) == labels).double().mean()) > 0.95
+    assert (asked.argmax(1) == labels[:50]).double().mean() > 0.95
+    assert sure.shape == (200, 3)
+    assert asked.shape == (50, 3)
+    assert torch.isneginf(sure[:, 2]).all()
+    monkeypatch.setattr("influence_fast.attribution.label_quality._PROBE_ROWS", 40)
+    labels[:5] = 2  # too rare to be among the few that are learned from, every time
+    few, _ = inf.probe_estimate(states, labels, states[:3])
+    assert few.shape == (200, 3)
+    with pytest.raises(inf.InputError, match="each class 5 times"):
+        inf.probe_estimate(states, torch.cat([torch.full((198,), 0), torch.tensor([1, 1])]), states)
+
+
+def test_a_pool_weighs_estimates_by_the_queries() -> None:
+    truth, asked = torch.arange(1200) % 3, torch.arange(300) % 3
+    noise = torch.zeros(1200, dtype=torch.bool)
+    noise[::5] = True
+    labels = torch.where(noise, (truth + 1) % 3, truth)
+    own = estimate(truth, 1.0, 1), estimate(asked, 1.0, 2)
+    good = estimate(truth, 2.0, 3), estimate(asked, 2.0, 4)
+    empty = estimate(truth, 0.0, 5), estimate(asked, 0.0, 6)
+    alone, _ = inf.pooled([own], labels, asked)
+    scores, weights = inf.pooled([own, good, empty], labels, asked)
+    assert inf.ndr_auc(scores, noise) > inf.ndr_auc(alone, noise) + 0.05
+    assert weights[1] > 0.5
+    assert abs(weights[2]) < 0.15
+    _, undecided = inf.pooled([own, (good[0], torch.zeros(300, 3))], labels, asked)
+    assert float(undecided[1]) == 0.0  # the queries say nothing of it
+    with pytest.raises(inf.InputError, match="estimates: expected"):
+        inf.pooled([own, (good[0], good[1][:, :2])], labels, asked)
+
+
+def test_a_pool_is_the_most_probable_one() -> None:
+    truth = torch.arange(60) % 3
+    estimates = [(estimate(truth, 1.0, s), estimate(truth, 1.0, s + 10)) for s in (1, 2)]
+    scores, weights = inf.pooled(estimates, truth, truth)
+
+    def posterior(w: torch.Tensor) -> float:
+        logits = torch.stack([o[1].double() for o in estimates], -1) @ w
+        loss = torch.nn.functional.cross_entropy(logits, truth, reduction="sum")
+        return float(loss + ((w - torch.tensor([1.0, 0.0])).square().sum()) / (2 * 0.3**2))
+
+    # The classes are balanced, so biases are next to nothing: moving a weight makes it less probable.
+    best = posterior(weights)
+    for step in ([0.1, 0], [-0.1, 0], [0, 0.1], [0, -0.1]):
+        assert posterior(weights + torch.tensor(step, dtype=torch.float64)) > best - 0.02
+    assert scores.shape == (60,)
+    assert scores.dtype == torch.float64
+    assert (scores < 0).all()

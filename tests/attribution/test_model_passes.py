@@ -1,0 +1,69 @@
+"""A pass over the model happens once for each set of rows, whichever methods ask for it."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import models
+import pytest
+import torch
+from torch import nn
+
+import influence_fast as inf
+from influence_fast.attribution.model_passes import ModelPasses
+
+
+def count_rows(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> Counter:
+    """How often each row's tokens go through the model."""
+    seen: Counter = Counter()
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    plain = base.forward
+
+    def forward(*args, **kwargs):
+        for ids, mask in zip(kwargs["input_ids"].tolist(), kwargs["attention_mask"].tolist(), strict=True):
+            seen[tuple(token for token, real in zip(ids, mask, strict=True) if real)] += 1
+        return plain(*args, **kwargs)
+
+    monkeypatch.setattr(base, "forward", forward)
+    return seen
+
+
+def distinct_rows(count: int, first: int) -> list[dict]:
+    return [{"input_ids": [3 + i % 30, 3 + i // 30, first], "labels": i % 3} for i in range(count)]
+
+
+@pytest.mark.parametrize(("lora", "expected"), [(False, 2), (True, 3)])
+def test_each_training_sample_passes_once_for_each_state_of_the_model(
+    lora: bool, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once for gradients, once for states and predictions, and once more without the adapter where there is one."""
+    model = models.make("bert", lora=lora)
+    train, queries = distinct_rows(24, 5), distinct_rows(9, 6)
+    seen = count_rows(model, monkeypatch)
+    methods = ["dot", "neighbours", "pool", "repsim"]
+    inf.audit(model, train, queries, methods=methods, layers="head", progress=False)
+    assert {seen[tuple(row["input_ids"])] for row in train} == {expected}
+
+
+def test_what_is_kept_is_what_the_functions_give() -> None:
+    model, rows = models.make("bert", lora=True), models.rows(count=6)
+    passes = ModelPasses(model, lambda part: part, {"hidden states", "predictions"}, progress=False)
+    states, predictions = passes.hidden_states(rows), passes.class_log_probabilities(rows)
+    torch.testing.assert_close(states, inf.hidden_states(model, rows, progress=False))
+    torch.testing.assert_close(predictions, inf.class_log_probabilities(model, rows, progress=False))
+    with model.disable_adapter():
+        base = inf.hidden_states(model, rows, progress=False)
+    torch.testing.assert_close(passes.hidden_states(rows, base=True), base)
+    assert not torch.allclose(base["block 3"], states["block 3"])
+    assert passes.hidden_states(rows) is states
+
+
+def test_rows_with_other_labels_share_what_inputs_decide(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, rows = models.make("bert"), distinct_rows(10, 5)
+    passes = ModelPasses(model, lambda part: part, {"hidden states"}, progress=False)
+    states = passes.hidden_states(rows)
+    other = [{**rows[i], "labels": 0} for i in (7, 2)]
+    passes.share(other, rows, [7, 2])
+    seen = count_rows(model, monkeypatch)
+    assert torch.equal(passes.hidden_states(other)["block 1"], states["block 1"][[7, 2]])
+    assert not seen

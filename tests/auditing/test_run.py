@@ -1,0 +1,243 @@
+"""The whole job on a tiny model saved to disk: results, files, replay, every kind of bad input, the command line."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import models
+import pytest
+import torch
+from audits import options, read_csv, run, sentences, write_rows
+from tolerances import rank_range
+
+import influence_fast as inf
+from influence_fast.auditing.run import default_layers, method_inputs
+from influence_fast.data.label_noise import uniform
+from influence_fast.data.models import load_model
+from influence_fast.data.samples import Samples
+
+IDENTITY = inf.Projection("identity")
+
+
+def bad(folder: Path, tmp_path: Path, what: str) -> tuple[list[object], str]:
+    """Arguments of an audit that must fail, and what its message must say."""
+    rows = sentences(20, 1)
+
+    written = iter(range(99))
+
+    def data(changed: list[dict]) -> list[object]:
+        return options(folder, train=write_rows(tmp_path / f"{next(written)}.jsonl", changed))
+
+    cases = {
+        "missing file": (options(folder, train=tmp_path / "none.jsonl"), "train: no file"),
+        "missing model": (options(folder, model=tmp_path / "none"), "model: no folder"),
+        "missing column": ([*options(folder), "--text-column", "sentence"], "'sentence'; there are text, label, noise"),
+        "missing label": ([*options(folder), "--label-column", "y"], "no column 'y'"),
+        "empty file": (data([]), "is empty"),
+        "one class": (data([{**row, "label": 1} for row in rows]), "all 20 samples have one class"),
+        "label out of range": (
+            data([*rows, {**rows[0], "label": 7}]),
+            "row 20 has label 7, expected an int from 0 to 2",
+        ),
+        "label unknown": (data([{**row, "label": "good"} for row in rows]), "label 'good', the model knows LABEL_0"),
+        "too long": (data([*rows, {**rows[0], "text": "w1 " * 50}]), "row 20 has 50 tokens, the model takes 40"),
+        "no text": (data([*rows, {**rows[0], "text": None}]), "row 20 has no text"),
+        "broken json": (options(folder, train=_broken(tmp_path)), "cannot read"),
+        "layer": ([*options(folder), "--layers", "nope"], "'nope' is neither a kind"),
+        "method": ([*options(folder), "--methods", "dot,tracin"], "methods: expected some of dot, cosine, datainf"),
+        "aggregation": ([*options(folder), "--aggregations", "sum"], "aggregations: expected some of mean"),
+        "projection": ([*options(folder), "--projection", "fft:3"], "projection: expected|kind: expected"),
+        "rank-by": ([*options(folder), "--rank-by", "dot"], "rank_by: expected METHOD:GROUP:AGGREGATION"),
+        "dtype": ([*options(folder), "--dtype", "float8"], "dtype: expected one of"),
+        "batch": ([*options(folder), "--batch-tokens", "many"], "batch_tokens: expected"),
+        "noise": ([*options(folder), "--noise-column", "text"], "noise|true or false"),
+    }
+    return cases[what]
+
+
+def _broken(tmp_path: Path) -> Path:
+    (tmp_path / "broken.jsonl").write_text('{"text": "a"\n{')
+    return tmp_path / "broken.jsonl"
+
+
+def test_audit_writes_scores_report_and_config(folder: Path, tmp_path: Path) -> None:
+    code, out, err = run("audit", *options(folder), "--noise-column", "noise", "--out", tmp_path / "a", "--json")
+    assert code == 0, err
+    document = json.loads(out)
+    assert {row["method"] for row in document["evaluation"]} == {
+        "random", "loss", "self-influence", "dot", "cosine", "datainf", "pool",
+    }  # fmt: skip
+    rows = read_csv(tmp_path / "a" / "scores.csv")
+    assert len(rows) == 20
+    assert sorted(int(row["rank"]) for row in rows) == list(range(20))
+    by_rank = sorted(rows, key=lambda row: int(row["rank"]))
+    assert [float(r["score"]) for r in by_rank] == sorted(float(r["score"]) for r in rows)
+    assert [row["text"] for row in rows] == [row["text"] for row in sentences(20, 1)]
+    assert {
+        "id",
+        "label",
+        "noise",
+        "loss",
+        "self_influence",
+        "cosine rank-c: all",
+        "cosine rank-c: attention q2",
+    } <= set(rows[0])
+    html = (tmp_path / "a" / "report.html").read_text()
+    assert html.count("<svg") == 3
+    replayed = run("audit", "--config", tmp_path / "a" / "config.json", "--out", tmp_path / "b")
+    assert replayed[0] == 0, replayed[2]
+    for one, other in zip(rows, read_csv(tmp_path / "b" / "scores.csv"), strict=True):
+        assert list(one) == list(other)
+        for name, value in one.items():
+            if name in ("id", "label", "noise", "text", "rank"):
+                assert other[name] == value, name
+            else:
+                assert float(other[name]) == pytest.approx(float(value), rel=1e-4, abs=1e-6), name
+
+
+def test_scores_equal_a_literal_loop(folder: Path) -> None:
+    result = inf.audit(
+        str(folder / "adapter"),
+        str(folder / "train.jsonl"),
+        str(folder / "queries.jsonl"),
+        aggregations=["mean", "rank", "vote"],
+        progress=False,
+    )
+    layers = result.groups["all"]
+    assert len(layers) == 17
+    assert all("lora_" in name or "modules_to_save" in name for name in layers)
+    model, encode = load_model(str(folder / "adapter"))
+    samples = {}
+    for name in ("train", "queries"):
+        rows = [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
+        ids = [encode(row["text"])["input_ids"] for row in rows]
+        samples[name] = [{"input_ids": i, "labels": row["label"]} for i, row in zip(ids, rows, strict=True)]
+    truth = {name: models.oracle(model, rows, layers) for name, rows in samples.items()}
+    sides = [(truth["queries"][n].flatten(1), truth["train"][n].flatten(1)) for n in layers]
+    dot = torch.stack([queries @ train.T for queries, train in sides])
+    scores = result.scores["dot"]["all"]
+    torch.testing.assert_close(scores["mean"], dot.mean((0, 1)), rtol=1e-4, atol=1e-4)
+    # A gradient is off by 1e-5 of its length at most, as in test_capture.py, and a product by twice that.
+    room = torch.stack([2e-5 * queries.norm(dim=1)[:, None] * train.norm(dim=1) for queries, train in sides])
+    ranks = torch.stack(rank_range(dot, room)).double()
+    assert (ranks[1] - ranks[0]).mean() < 0.01
+    votes = -(4 - ranks).clamp_min(0).sum((1, 2))
+    for name, (low, high) in (("rank", ranks.mean((1, 2))), ("vote", votes)):
+        assert ((low - 1e-9 <= scores[name]) & (scores[name] <= high + 1e-9)).all(), name
+
+
+def test_a_classifier_is_ranked_by_the_pool_of_the_model_before_and_after(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = [str(folder / f"{name}.jsonl") for name in ("train", "queries")]
+    result = inf.audit(str(folder / "adapter"), *data, progress=False)
+    assert result.main == ("pool", "all", "mean")
+    model, encode = load_model(str(folder / "adapter"))
+    sides = []
+    for path in data:
+        rows = [json.loads(line) for line in Path(path).read_text().splitlines()]
+        sides.append([{"input_ids": encode(row["text"])["input_ids"], "labels": row["label"]} for row in rows])
+    labels, trusted = ([row["labels"] for row in side] for side in sides)
+    own = [inf.class_log_probabilities(model, side) for side in sides]
+    adapted = [inf.hidden_states(model, side) for side in sides]
+    with model.disable_adapter():
+        states = [inf.hidden_states(model, side) for side in sides]
+    assert not torch.equal(states[0]["block 1"], adapted[0]["block 1"])
+    last, every = [list(s.values())[-1] for s in states], [torch.cat(list(s.values()), 1) for s in states]
+    estimates = [
+        (own[0], own[1]),
+        inf.neighbour_estimate(last[0], labels, last[1], k=5),
+        inf.probe_estimate(every[0], labels, every[1]),
+        (torch.zeros(len(labels), 3), torch.zeros(len(trusted), 3)),
+    ]
+    # Half of the queries, in another order, are shown with a wrong label; influence speaks of the label shown alone.
+    some = torch.randperm(len(trusted), generator=torch.Generator().manual_seed(0)).tolist()
+    shown, wrong = uniform([trusted[i] for i in some], 0.5, 3)
+    asked = [{**sides[1][i], "labels": label} for i, label in zip(some, shown, strict=True)]
+    stores = [
+        inf.build_store(tmp_path / name, model, rows, default_layers(model), "identity", progress=False)
+        for name, rows in (("train", sides[0]), ("shown", asked))
+    ]
+    by_layer, of_queries = inf.fitted_influence(inf.influence(*stores, "trackstar"), ~wrong)
+    for i, label in enumerate(labels):
+        estimates[3][0][i, label] = sum(float(scores[0, i]) for scores in by_layer.values())
+    for i, label, value in zip(some, shown, of_queries, strict=True):
+        estimates[3][1][i, label] = value
+    expected, weights = inf.pooled(estimates, labels, trusted)
+    torch.testing.assert_close(result.scores["pool"]["all"]["mean"], expected, rtol=1e-5, atol=1e-6)
+    assert list(result.facts["pool_weights"].values()) == pytest.approx(weights.tolist(), abs=1e-5)
+    # Fitted to some of the queries, as the self-check does it.
+    whole = [Samples(side, None, None, None, None) for side in sides]
+    build = inf.BuildSettings(default_layers(model), IDENTITY, "classification")
+    names = ("pool", "fitted-trackstar")
+    inputs = method_inputs(model, *whole, stores[0], stores[1], tmp_path, build, names, progress=False)
+    half = torch.arange(0, len(trusted), 2)
+    by_layer, held_out = inf.fitted_influence(inf.influence(*stores, "trackstar"), ~wrong, half)
+    for i, label in enumerate(labels):
+        estimates[3][0][i, label] = sum(float(scores[0, i]) for scores in by_layer.values())
+    kept = torch.tensor(some)[half]
+    estimates[3][1][:] = 0
+    for j in half.tolist():
+        estimates[3][1][some[j], shown[j]] = held_out[j]
+    parts = [(train, queries[kept]) for train, queries in estimates]
+    expected, _ = inf.pooled(parts, labels, torch.tensor(trusted)[kept])
+    by_method = {
+        method: [
+            {name: values for name, _, values in given.influence(method)} for given in (inputs.fitted_to(half), inputs)
+        ]
+        for method in names
+    }
+    torch.testing.assert_close(by_method["pool"][0]["pool"][0].double(), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(by_method["pool"][1]["pool"][0].double(), result.scores["pool"]["all"]["mean"])
+    torch.testing.assert_close(by_method["fitted-trackstar"][0], by_layer)
+    assert inf.audit(str(folder / "adapter"), *data, progress=False, methods=["dot"]).main[0] == "dot"
+    monkeypatch.setattr(sys.modules["influence_fast.auditing.run"], "_POOL_BYTES", 2 * 4 * 20 * 16 * 5 - 1)
+    assert inf.audit(str(folder / "adapter"), *data, progress=False).main == ("cosine", "all", "rank-c")
+
+
+@pytest.mark.parametrize(
+    "what",
+    ["missing file", "missing model", "missing column", "missing label", "empty file", "one class", "label out of range",
+     "label unknown", "too long", "no text", "broken json", "layer", "method", "aggregation", "projection", "rank-by",
+     "dtype", "batch", "noise"],
+)  # fmt: skip
+def test_bad_input_ends_with_a_message_and_nothing_written(folder: Path, tmp_path: Path, what: str) -> None:
+    arguments, message = bad(folder, tmp_path, what)
+    code, out, err = run("audit", *arguments, "--out", tmp_path / "out")
+    assert code == 1
+    assert out == ""
+    assert re.search(message, err), err
+    assert "Traceback" not in err
+    assert len(err.strip().splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_every_method_in_one_audit(folder: Path, tmp_path: Path) -> None:
+    methods = (
+        "trak,trackstar,ekfac,contrast-dot,contrast-cosine,outlier,repsim,we,we_topk,neighbours,fitted-trackstar,pool"
+    )
+    given = ["--noise-column", "noise", "--layers", "attention,head", "--methods", methods, "--out", tmp_path / "a"]
+    code, out, err = run("audit", *options(folder), *given, "--json")
+    assert code == 0, err
+    cells = {(row["method"], row["group"], row["aggregation"]): row for row in json.loads(out)["evaluation"]}
+    for method in methods.split(","):
+        assert {a for m, g, a in cells if (m, g) == (method, "all")} == {"mean", "rank-c", "vote-c"}, method
+    assert {g for m, g, _ in cells if m == "repsim"} == {"embedding", *(f"block {b}" for b in range(4)), "all"}
+    assert all(row["low"] <= row["auc_ndr"] <= row["high"] for row in cells.values())
+    stores = [inf.GradientStore.open(tmp_path / "a" / "stores" / name) for name in ("contrast", "queries")]
+    expected = inf.aggregate(inf.influence(*stores, "cosine"), "rank-c")
+    noise = torch.tensor([row["noise"] for row in sentences(20, 1)])
+    assert cells["contrast-cosine", "all", "rank-c"]["auc_ndr"] == pytest.approx(inf.ndr_auc(expected, noise))
+
+
+def test_methods_that_do_not_fit(folder: Path, tmp_path: Path) -> None:
+    for given, message in (
+        (["--methods", "ekfac", "--projection", "rademacher:2x2"], "ekfac needs whole gradients"),
+        (["--methods", "outlier", "--model", folder / "causal"], "outlier compares classes"),
+    ):
+        code, _, err = run("audit", *options(folder), *given, "--out", tmp_path / "out")
+        assert (code, message in err) == (1, True), err
+        assert not (tmp_path / "out").exists()

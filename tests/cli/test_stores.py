@@ -1,0 +1,43 @@
+"""Build, index and search on the command line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from audits import read_csv, run
+
+import influence_fast as inf
+
+IDENTITY = inf.Projection("identity")
+
+
+def test_build_index_search_score_evaluate(folder: Path, tmp_path: Path) -> None:
+    stores = {}
+    for name in ("train", "queries"):
+        stores[name] = tmp_path / name
+        code, out, err = run(
+            "build", "--model", folder / "model", "--data", folder / f"{name}.jsonl", "--layers", "attention,head",
+            "--projection", "rademacher:4x4", "--out", stores[name], "--json",
+        )  # fmt: skip
+        assert code == 0, err
+        assert json.loads(out)["dims"]["classifier"] == 16
+    code, out, _ = run("index", stores["train"], "--out", tmp_path / "index", "--json")
+    assert json.loads(out)["recall"] == 1.0
+    code, out, _ = run("search", tmp_path / "index", "--queries", stores["queries"], "-k", 3, "--harmful", "--json")
+    found = json.loads(out)
+    assert len(found) == 9
+    dense = inf.influence(*(inf.GradientStore.open(stores[n]) for n in ("train", "queries")))
+    total = sum(dense.layer(name) for name in dense.layers)
+    assert [row["ids"] for row in found] == total.argsort(1)[:, :3].tolist()
+    code, out, _ = run(
+        "score", "--train", stores["train"], "--queries", stores["queries"], "--aggregation", "vote",
+        "--out", tmp_path / "scores.csv",
+    )  # fmt: skip
+    assert code == 0
+    rows = read_csv(tmp_path / "scores.csv")
+    with open(tmp_path / "noisy.csv", "w") as file:
+        file.write("score,noise\n" + "".join(f"{row['score']},{i % 4 == 0}\n" for i, row in enumerate(rows)))
+    code, out, err = run("evaluate", tmp_path / "noisy.csv", "--json")
+    assert code == 0, err
+    assert 0 < json.loads(out)["auc_ndr"] < 1.2

@@ -1,0 +1,208 @@
+"""Building a store: against the one-sample loop, batches, losses, resume, bad rows."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import models
+import pytest
+import torch
+from integers import IntegerModel, integer_loss, integer_rows
+from torch import Tensor, nn
+
+import influence_fast as inf
+from influence_fast.gradients import build
+
+IDENTITY = inf.Projection("identity")
+
+
+def make_store(path: Path, model: nn.Module, dataset, **kwargs) -> inf.GradientStore:
+    return inf.build_store(path, model, dataset, progress=False, **{"projection": IDENTITY, **kwargs})
+
+
+def files(path: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in sorted(path.iterdir())}
+
+
+_MEASURED = """
+import json, resource, sys
+import torch
+from integers import IntegerModel, integer_loss
+import influence_fast as inf
+torch.set_num_threads(1)
+
+class Lazy:
+    def __init__(self, count): self.count = count
+    def __len__(self): return self.count
+    def __getitem__(self, row): return {"input_ids": [3 + row % 30, 5, 7, 9], "labels": row % 3}
+
+model, count = IntegerModel(), int(sys.argv[2])
+settings = {"layers": "all", "projection": "identity", "loss": integer_loss, "shard_rows": 500}
+expected = inf.estimate_build(model, Lazy(count), **settings).memory_bytes if len(sys.argv) > 3 else 0
+inf.build_store(sys.argv[1], model, Lazy(count), progress=False, **settings)
+print(json.dumps([expected, 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss]))
+"""
+
+
+def measured(path: Path, *arguments: str) -> list[int]:
+    command = [sys.executable, "-c", _MEASURED, str(path), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize(
+    ("task", "name"), [("classification", n) for n in models.CLASSIFIERS] + [("causal", n) for n in models.CAUSAL]
+)
+def test_store_equals_the_one_sample_loop(tmp_path: Path, task: str, name: str) -> None:
+    model, samples = models.make(name, task), models.rows(task, count=7)
+    layers = inf.select_layers(model, "attention[1:],head")
+    truth = models.oracle(model, samples, layers)
+    store = make_store(tmp_path / "s", model, samples, layers=layers, batch_tokens=20, shard_rows=3)
+    assert (len(store), store.layers, list(store.ids)) == (7, layers, list(range(7)))
+    store.verify()
+    for layer in layers:
+        expected = truth[layer].flatten(1)
+        got = store.read(layer).double()
+        assert (got - expected).norm() <= 1e-5 * expected.norm(), layer
+        torch.testing.assert_close(store.sqnorm(layer), got.square().sum(1), rtol=1e-12, atol=0)
+    with torch.no_grad():
+        expected_loss = torch.stack([models.losses(model, models.collate([s]))[0] for s in samples])
+    torch.testing.assert_close(store.column("loss"), expected_loss, rtol=1e-4, atol=1e-5)
+    if task == "classification":
+        answers = torch.stack([model(torch.tensor([s["input_ids"]])).logits[0].argmax() for s in samples])
+        assert torch.equal(store.column("prediction"), answers)
+        labels = torch.tensor([s["labels"] for s in samples])
+        assert torch.equal(store.column("correct").bool(), answers == labels)
+
+
+def test_losses(tmp_path: Path) -> None:
+    model, samples = models.make("llama", "causal"), models.rows("causal")
+    mean = make_store(tmp_path / "mean", model, samples, layers="head")
+    total = make_store(tmp_path / "sum", model, samples, layers="head", loss="causal-lm-sum")
+    targets = torch.tensor([len(s["input_ids"]) - 2 for s in samples])
+    torch.testing.assert_close(total.read("lm_head"), mean.read("lm_head") * targets[:, None], rtol=1e-4, atol=1e-6)
+
+    def twice(network: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        return 2 * models.losses(network, batch)
+
+    own = make_store(tmp_path / "own", model, samples, layers="head", loss=twice)
+    torch.testing.assert_close(own.read("lm_head"), 2 * mean.read("lm_head"), rtol=1e-4, atol=1e-6)
+    with pytest.raises(inf.InputError, match=r"one value per sample, shape \(5,\), got \(\)"):
+        make_store(tmp_path / "bad", model, samples, layers="head", loss=lambda m, b: models.losses(m, b).sum())
+
+
+def test_classifier_without_a_pad_token(tmp_path: Path) -> None:
+    model, samples = models.make("gpt2"), models.rows()
+    truth = models.oracle(model, samples, ["score"])["score"].flatten(1)
+    model.config.pad_token_id = None
+    got = make_store(tmp_path / "s", model, samples, layers="head").read("score").double()
+    assert (got - truth).norm() <= 1e-5 * truth.norm()
+    assert model.config.pad_token_id is None
+
+
+def test_running_out_of_memory_halves_the_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, samples = models.make("bert"), models.rows(count=30)
+    settings = {"layers": "head,attention[0]", "batch_tokens": 90, "shard_rows": 15}
+    expected = make_store(tmp_path / "a", model, samples, **settings)
+    sizes = []
+
+    def tight(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        sizes.append(kwargs["input_ids"].numel())
+        if sizes[-1] > 40:
+            raise torch.OutOfMemoryError
+
+    handle = model.register_forward_pre_hook(tight, with_kwargs=True)
+    got = make_store(tmp_path / "b", model, samples, **settings)
+    handle.remove()
+    assert sizes[0] > 40
+    assert sum(size > 40 for size in sizes) <= 2, "a budget that did not fit must not be tried again"
+    assert got.meta["settings"]["batch_tokens"] == 90
+    for layer in expected.layers:
+        torch.testing.assert_close(got.read(layer), expected.read(layer), rtol=1e-4, atol=1e-6)
+
+    def hopeless(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        raise torch.OutOfMemoryError
+
+    model.register_forward_pre_hook(hopeless, with_kwargs=True)
+    with pytest.raises(inf.InfluenceError, match=r"row \d+ \(\d tokens\) does not fit in memory alone"):
+        make_store(tmp_path / "c", model, samples, layers="head")
+
+
+def test_peak_memory_does_not_grow_with_the_rows(tmp_path: Path) -> None:
+    (estimated, small), (_, large) = measured(tmp_path / "a", "1000", "estimate"), measured(tmp_path / "b", "100000")
+    assert large < 1.05 * small
+    assert 0.75 * small < estimated < 1.25 * small
+
+
+_KILLED = """
+import os, signal, sys
+import integers
+import influence_fast as inf
+from influence_fast.gradients import build
+step, left = build._step, [int(sys.argv[2])]
+def dying(*args):
+    left[0] -= 1
+    if left[0] == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step(*args)
+build._step = dying
+inf.build_store(sys.argv[1], integers.IntegerModel(), integers.integer_rows(12), layers="all", projection="sjlt:32",
+                loss=integers.integer_loss, batch_tokens=20, shard_rows=4, progress=False)
+"""
+
+
+@pytest.mark.parametrize("steps", [1, 4, 6])
+def test_resume_after_a_kill_ends_in_the_same_bytes(tmp_path: Path, steps: int, monkeypatch) -> None:
+    """In integers, whose sums are exact on every machine; what is computed again goes through the same batches, so that
+    other numbers have the same bits on one machine too."""
+    settings = {"layers": "all", "projection": "sjlt:32", "batch_tokens": 20, "shard_rows": 4}
+    model, samples = IntegerModel(), integer_rows(12)
+    step, batches = build._step, []
+    monkeypatch.setattr(build, "_step", lambda *given: (batches.append(given[4]), step(*given))[1])
+    make_store(tmp_path / "whole", model, samples, loss=integer_loss, **settings)
+    whole = batches.copy()
+    batches.clear()
+    run = subprocess.run([sys.executable, "-c", _KILLED, str(tmp_path / "killed"), str(steps)])
+    assert run.returncode == -signal.SIGKILL
+    make_store(tmp_path / "killed", model, samples, loss=integer_loss, **settings)
+    assert files(tmp_path / "killed") == files(tmp_path / "whole")
+    assert batches == whole[-len(batches) :]
+    assert len(batches) <= len(whole)
+
+
+def test_resume_refuses_what_is_not_the_same(tmp_path: Path) -> None:
+    model, samples = models.make("bert"), models.rows()
+    make_store(tmp_path / "s", model, samples, layers="head")
+    before = files(tmp_path / "s")
+    for other, expected in [
+        ({"projection": inf.Projection(dim=(2, 2))}, "projection"),
+        ({"layers": "attention"}, "layers"),
+        ({"loss": lambda m, b: models.losses(m, b)}, "loss"),
+        ({"dtype": "float16"}, "dtype"),
+    ]:
+        with pytest.raises(inf.StoreError, match=expected):
+            make_store(tmp_path / "s", model, samples, **{"layers": "head", **other})
+    with pytest.raises(inf.StoreError, match="model"):
+        make_store(tmp_path / "s", models.make("bert", seed=5), samples, layers="head")
+    changed = [{**samples[0], "input_ids": samples[0]["input_ids"][::-1]}, *samples[1:]]
+    with pytest.raises(inf.StoreError, match="data"):
+        make_store(tmp_path / "s", model, changed, layers="head")
+    assert files(tmp_path / "s") == before
+
+
+def test_a_gradient_that_is_not_finite_names_layer_and_row(tmp_path: Path) -> None:
+    model, samples = models.make("bert"), models.rows()
+    ids = [f"s{i}" for i in range(5)]
+    model.bert.pooler.register_full_backward_pre_hook(
+        lambda module, grads: tuple(g.index_fill(0, torch.tensor([0]), float("nan")) for g in grads)
+    )
+    with pytest.raises(inf.InputError, match=r"bert\.pooler\.dense.*s\d"):
+        make_store(tmp_path / "s", model, samples, layers=["bert.pooler.dense"], ids=ids)
+    nn.init.constant_(model.classifier.bias, float("inf"))
+    with pytest.raises(inf.InputError, match=r"row 's\d' has a non-finite loss"):
+        make_store(tmp_path / "t", model, samples, layers="head", ids=ids)

@@ -1,0 +1,254 @@
+"""Exact search against float64 brute force: values, order and ties, on every instruction set."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from stores import write_store
+from torch import Tensor
+
+import influence_fast as inf
+from influence_fast.search import exact as room
+
+native = pytest.importorskip("influence_fast_cpu")
+
+
+@pytest.fixture(params=native.isas())
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    native.set_isa(request.param)
+    yield request.param
+    native.set_isa(native.isas()[-1])
+
+
+def draw(rows: int, dims: dict[str, int], seed: int) -> dict[str, Tensor]:
+    random = torch.Generator().manual_seed(seed)
+    return {name: torch.randn(rows, dim, generator=random) for name, dim in dims.items()}
+
+
+def scores(train: dict[str, Tensor], queries: dict[str, Tensor], weights: dict[str, float], cosine: bool) -> Tensor:
+    """The definition. Every product is summed alike, so that equal rows score alike."""
+    total, g2, v2 = 0, 0, 0
+    for name, weight in weights.items():
+        g, v = train[name].double(), queries[name].double()
+        total = total + weight * (v[:, None] * g[None]).sum(2)
+        g2, v2 = g2 + weight * g.square().sum(1), v2 + weight * v.square().sum(1)
+    if not cosine:
+        return total
+    return torch.where((g2 * v2[:, None]) > 0, total / (g2 * v2[:, None]).sqrt(), 0)
+
+
+def check(
+    store: inf.GradientStore,
+    index: inf.InfluenceIndex,
+    queries: dict[str, Tensor],
+    k: int,
+    harmful: bool = False,
+    layers: dict[str, float] | None = None,
+    only: Tensor | None = None,
+) -> None:
+    train = {name: store.read(name) for name in store.layers}
+    expected = scores(train, queries, layers or dict.fromkeys(store.layers, 1.0), index.metric == "cosine")
+    if only is not None:
+        expected[:, ~only] = float("inf") if harmful else -float("inf")
+    got, ids = index.search(queries, k, harmful, layers=layers, only=only)
+    order = expected.argsort(dim=1, descending=not harmful, stable=True)[:, :k]
+    torch.testing.assert_close(got, expected.gather(1, order).float(), rtol=1e-6, atol=1e-12)
+    # Sums in another order may turn what differs in the last bit; anything else is a wrong answer.
+    close = (expected.gather(1, ids) - expected.gather(1, order)).abs() <= 1e-13 * expected.abs().amax(1, keepdim=True)
+    assert torch.equal(ids, order) or close[ids != order].all()
+    for row, values in zip(ids.tolist(), got.tolist(), strict=True):
+        assert len(set(row)) == k
+        assert all(a < b for a, b, s, t in zip(row, row[1:], values, values[1:], strict=False) if s == t == 0)
+
+
+@pytest.mark.parametrize("metric", ["dot", "cosine"])
+@pytest.mark.parametrize("m", [1, 3, 8, 13, 70])
+def test_ties_zeros_duplicates_and_heavy_tails(tmp_path: Path, isa: str, metric: str, m: int) -> None:
+    dims = {"a": 7, "b": 65}
+    train, queries = draw(700, dims, 0), draw(m, dims, 1)
+    for name in dims:
+        train[name] *= (2 * torch.randn(700, 1, generator=torch.Generator().manual_seed(2))).exp()
+        train[name][100:300] = train[name][5]
+        train[name][400:410] = 0
+        queries[name][0] = train[name][5]
+        queries[name][-1] *= m != 3
+    store = write_store(tmp_path / "s", train, shard_rows=150)
+    index = inf.InfluenceIndex.build(store, "Flat", metric)
+    for k in (1, 10, 250, 700):
+        for harmful in (False, True):
+            check(store, index, queries, k, harmful)
+
+
+def test_every_instruction_set_gives_the_same_bits(tmp_path: Path) -> None:
+    dims = {"a": 33, "b": 128}
+    store, queries = write_store(tmp_path / "s", draw(900, dims, 0), shard_rows=400), draw(20, dims, 1)
+    found = []
+    for name in native.isas():
+        native.set_isa(name)
+        index = inf.InfluenceIndex.build(store, "Flat", "cosine")
+        found.append(index.search_rows(queries, 9))
+    native.set_isa(native.isas()[-1])
+    for values, rows in found[1:]:
+        assert torch.equal(values, found[0][0])
+        assert torch.equal(rows, found[0][1])
+
+
+@pytest.mark.parametrize("metric", ["dot", "cosine"])
+def test_layers_weights_and_filters_chosen_when_searching(tmp_path: Path, metric: str) -> None:
+    dims = {"a": 5, "b": 70, "c": 16}
+    store, queries = write_store(tmp_path / "s", draw(600, dims, 0), shard_rows=200), draw(6, dims, 1)
+    index = inf.InfluenceIndex.build(store, "Flat", metric)
+    only = torch.rand(600, generator=torch.Generator().manual_seed(2)) < 0.1
+    for layers in ({"b": 1.0}, {"a": 2.0, "c": 0.25}, {"a": 1.0, "b": 3.0, "c": 1e-3}):
+        for chosen in (None, only):
+            check(store, index, queries, 20, False, layers, chosen)
+            check(store, index, queries, 20, True, layers, chosen)
+    ids = only.nonzero()[:, 0].tolist()
+    assert torch.equal(index.search(queries, 3, only=ids)[1], index.search(queries, 3, only=only)[1])
+    with pytest.raises(inf.InputError, match="from 1 to the 2 rows of the index that are left"):
+        index.search(queries, 3, only=ids[:2])
+    with pytest.raises(inf.InputError, match="no row has the id 600"):
+        index.search(queries, 1, only=[600])
+    with pytest.raises(inf.InputError, match="a mask of the 600 rows"):
+        index.search(queries, 1, only=only[:5])
+    with pytest.raises(inf.InputError, match="not negative"):
+        index.search(queries, 1, layers={"a": -1.0})
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "int8"])
+def test_narrow_stores(tmp_path: Path, dtype: str) -> None:
+    dims = {"a": 30, "b": 65}
+    store, queries = write_store(tmp_path / "s", draw(500, dims, 0), dtype=dtype, shard_rows=130), draw(7, dims, 1)
+    check(store, inf.InfluenceIndex.build(store, "Flat"), queries, 12)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 30), st.integers(1, 40), st.integers(1, 6), st.integers(-42, 30), st.integers(0, 99))
+def test_any_size_and_scale(tmp_path_factory, rows: int, dim: int, m: int, exponent: int, seed: int) -> None:
+    train, queries = draw(rows, {"a": dim}, seed), draw(m, {"a": dim}, seed + 1)
+    train["a"] = train["a"].round(decimals=1) * 10.0**exponent
+    train["a"][rows // 2 :] *= 1e-3
+    store = write_store(tmp_path_factory.mktemp("s") / "s", train, shard_rows=7)
+    for metric in ("dot", "cosine"):
+        check(store, inf.InfluenceIndex.build(store, "Flat", metric), queries, min(rows, 5))
+
+
+def test_a_layer_of_many_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(room, "_PART", 32)
+    dims = {"a": 100, "b": 32}
+    store, queries = write_store(tmp_path / "s", draw(300, dims, 0), shard_rows=100), draw(20, dims, 1)
+    index = inf.InfluenceIndex.build(store, "Flat")
+    assert len(index._scan.parts) == 5
+    check(store, index, queries, 10)
+    check(store, index, queries, 10, True, {"a": 1.0})
+
+
+def test_segments_files_parts_of_a_store_and_later_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(room, "_SEGMENT_BYTES", 1)  # 192 rows a segment
+    dims = {"a": 20}
+    data, queries = draw(1000, dims, 0), draw(5, dims, 1)
+    whole = write_store(tmp_path / "s", data, shard_rows=170)
+    expected = inf.InfluenceIndex.build(whole).search(queries, 30)
+    built = inf.InfluenceIndex.build(whole, path=tmp_path / "i")
+    assert len(list((tmp_path / "i").glob("scan-*.bin"))) == 6
+    first = write_store(tmp_path / "f", {"a": data["a"][:450]}, shard_rows=100)
+    rest = write_store(tmp_path / "r", {"a": data["a"][450:]}, shard_rows=100)
+    grown = inf.InfluenceIndex.build(first, path=tmp_path / "g")
+    grown.add(rest)
+    grown.save(tmp_path / "g")
+    for index in (built, inf.InfluenceIndex.load(tmp_path / "i"), grown, inf.InfluenceIndex.load(tmp_path / "g")):
+        for one, other in zip(index.search(queries, 30), expected, strict=True):
+            assert torch.equal(one, other)
+    share = inf.InfluenceIndex.build(whole, rows=range(333, 777), path=tmp_path / "p")
+    mask = torch.zeros(1000, dtype=torch.bool)
+    mask[333:777] = True
+    expected = built.search(queries, 30, only=mask)
+    for one, other in zip(inf.InfluenceIndex.load(tmp_path / "p").search(queries, 30), expected, strict=True):
+        assert torch.equal(one, other)
+    assert list(share.ids)[:2] == [333, 334]
+
+
+def test_many_readers_at_once(tmp_path: Path) -> None:
+    dims = {"a": 48}
+    store, queries = write_store(tmp_path / "s", draw(2000, dims, 0), shard_rows=500), draw(30, dims, 1)
+    for metric, factory in (("dot", "Flat"), ("cosine", "Flat"), ("dot", "IVF16,Flat")):
+        index = inf.InfluenceIndex.build(store, factory, metric)
+
+        def alone(q: int, index: inf.InfluenceIndex = index) -> tuple[Tensor, Tensor]:
+            return index.search({"a": queries["a"][q : q + 1]}, 10)
+
+        expected = [alone(q) for q in range(30)]
+        if factory == "Flat":  # FAISS multiplies many queries in another way than one
+            together = index.search(queries, 10)
+            for i in range(2):
+                assert torch.equal(torch.cat([found[i] for found in expected]), together[i])
+        with ThreadPoolExecutor(8) as pool:
+            found = list(pool.map(alone, list(range(30)) * 4))
+        for (values, ids), (wanted, rows) in zip(found, expected * 4, strict=True):
+            assert torch.equal(values, wanted)
+            assert torch.equal(ids, rows)
+
+
+@pytest.mark.parametrize("where", ["truncated", "flipped", "another"])
+def test_a_store_that_changed_is_never_scored(tmp_path: Path, where: str) -> None:
+    dims = {"a": 24}
+    data, queries = draw(400, dims, 0), draw(3, dims, 1)
+    store = write_store(tmp_path / "s", data, shard_rows=100)
+    index = inf.InfluenceIndex.build(store, path=tmp_path / "i")
+    best = int(index.search(queries, 1)[1][0, 0])
+    shard = tmp_path / "s" / f"shard-{best // 100:05d}.safetensors"
+    raw = bytearray(shard.read_bytes())
+    if where == "truncated":
+        shard.write_bytes(raw[:-4])
+        with pytest.raises(inf.StoreError, match=shard.name):
+            index.search(queries, 1)
+        return
+    if where == "another":
+        data["a"][0] += 1
+        write_store(tmp_path / "t", data, shard_rows=100)
+        with pytest.raises(inf.StoreError, match="another store than was indexed"):
+            inf.InfluenceIndex.load(tmp_path / "i", inf.GradientStore.open(tmp_path / "t"))
+        return
+    value = data["a"][best].numpy().tobytes()
+    raw[raw.index(value) + 3] ^= 0x40  # the exponent of its first number
+    shard.write_bytes(raw)
+    with pytest.raises(inf.StoreError, match=shard.name):
+        index.search(queries, 1)
+    checked = inf.GradientStore.open(tmp_path / "s", verify=True)
+    with pytest.raises(inf.StoreError, match=rf"{shard.name}: damaged, its SHA-256"):
+        inf.aggregate(inf.influence(checked, queries), "mean")
+    (tmp_path / "i" / "scan-00000.bin").write_bytes(b"short")
+    with pytest.raises(inf.StoreError, match=r"scan-00000\.bin: damaged index, 5 bytes"):
+        inf.InfluenceIndex.load(tmp_path / "i", store)
+
+
+def test_a_damaged_index_is_found_on_demand(tmp_path: Path) -> None:
+    store = write_store(tmp_path / "s", draw(50, {"a": 9}, 0))
+    inf.InfluenceIndex.build(store, path=tmp_path / "i")
+    raw = bytearray((tmp_path / "i" / "scan-00000.bin").read_bytes())
+    raw[10] ^= 1
+    (tmp_path / "i" / "scan-00000.bin").write_bytes(raw)
+    with pytest.raises(inf.StoreError, match=r"scan-00000\.bin: damaged index, its SHA-256"):
+        inf.InfluenceIndex.load(tmp_path / "i", verify=True)
+
+
+def test_votes_from_an_index(tmp_path: Path) -> None:
+    from influence_fast.search.influence_index import vote_from_index
+
+    dims = {"a": 12, "b": 30}
+    # Of integers, whose products are exact: the votes of both sides are too.
+    data, queries = ({name: (16 * g).round() for name, g in draw(rows, dims, rows).items()} for rows in (400, 6))
+    data["a"][:30] = data["a"][200]
+    store = write_store(tmp_path / "s", data, shard_rows=150)
+    votes, report = vote_from_index(inf.InfluenceIndex.build(store), queries, 20, check=12)
+    expected = inf.aggregate(inf.influence(store, queries), "vote", fraction=0.05)
+    assert report["checked"] == 12
+    assert report["difference"] < 0.1
+    off = float((votes - expected).abs().sum() / 2 / expected.abs().sum())
+    assert off == pytest.approx(report["difference"], abs=1e-9)

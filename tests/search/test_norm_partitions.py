@@ -1,0 +1,69 @@
+"""Approximate search by partitions of similar length."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from stores import write_store
+from torch import Tensor
+
+import influence_fast as inf
+
+
+def gradients(rows: int, seed: int) -> dict[str, Tensor]:
+    random = torch.Generator().manual_seed(seed)
+    return {name: torch.randn(rows, dim, generator=random) for name, dim in (("a", 6), ("b", 10))}
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> inf.GradientStore:
+    data = gradients(300, 0)
+    for name in data:
+        data[name][200:220] = data[name][7]  # ties, at the cut too
+    return write_store(tmp_path_factory.mktemp("s") / "s", data, shard_rows=70)
+
+
+@pytest.mark.parametrize("factory", ["IVF8,Flat", "HNSW16", "SQ8", "PCA8,Flat"])
+def test_approximate_indexes_measure_their_recall(tmp_path: Path, store: inf.GradientStore, factory: str) -> None:
+    queries = gradients(9, 1)
+    index = inf.InfluenceIndex.build(store, factory, queries=queries)
+    assert 0 < index.recall <= 1
+    assert f"recall@10 {index.recall:.3f}" in repr(index)
+    index.save(tmp_path / "i")
+    again = inf.InfluenceIndex.load(tmp_path / "i")
+    assert again.recall == index.recall
+    for one, other in zip(index.search(queries, 5), again.search(queries, 5), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("factory", ["IVF8,SQ8", "HNSW16"])
+def test_long_rows_are_found_by_inner_product(tmp_path: Path, factory: str) -> None:
+    random = torch.Generator().manual_seed(3)
+    parts, longest = [], torch.empty(0)
+    for number, rows in enumerate((8000, 500)):
+        lengths = (1.5 * torch.randn(rows, 1, generator=random)).exp() * (1 + 9 * number)
+        longest = torch.cat([longest, lengths[:, 0]])
+        part = {name: lengths * values for name, values in gradients(rows, 4 + number).items()}
+        parts.append(write_store(tmp_path / f"part-{number}", part, shard_rows=3000))
+    index = inf.InfluenceIndex.build(parts[0], factory, path=tmp_path / "index")
+    index.add(parts[1])
+    index.save(tmp_path / "grown")
+    queries = gradients(40, 6)
+    every = {name: torch.cat([part.read(name) for part in parts]) for name in queries}
+    true = (torch.cat(list(queries.values()), 1) @ torch.cat(list(every.values()), 1).T).topk(10).indices
+    assert longest[true].median() > 3 * longest.median()
+    for found in (index, inf.InfluenceIndex.load(tmp_path / "grown")):
+        got = found.search(queries, 10)[1]
+        assert (got[:, :, None] == true[:, None]).any(2).float().mean() > 0.95
+
+
+def test_missing_answers_never_become_ids(store: inf.GradientStore) -> None:
+    index = inf.InfluenceIndex.build(store, "IVF32,Flat")
+    index.meta["breadth"] = 1
+    [partition] = index._partitions
+    assert (partition.search(gradients(4, 2)["a"].repeat(1, 3)[:, :16].numpy(), 200, 1) == -1).any()
+    _, ids = index.search(gradients(4, 2), 200)
+    assert ids.min() >= 0
+    assert all(len(set(row)) == 200 for row in ids.tolist())
