@@ -31,11 +31,11 @@ from influence_fast.cli import main  # noqa: E402
 # Folder -> heading, and the module whose docstring opens the section.
 SECTIONS = {
     "ops": ("Operations and projections", "ops.specs"),
-    "gradients": ("Per-sample gradients and their stores", None),
+    "gradients": ("Per-sample gradients and their stores", "gradients"),
     "attribution": ("Influence and its aggregation", "attribution.aggregation"),
-    "search": ("Search", None),
+    "search": ("Search", "search"),
     "evaluation": ("Evaluation", "evaluation.metrics"),
-    "auditing": ("Audits", None),
+    "auditing": ("Audits", "auditing"),
     "errors": ("Errors", "errors"),
     "_renamed": ("Deprecated names", "_renamed"),
 }
@@ -90,9 +90,8 @@ def api() -> str:
     for folder, names in sections.items():
         title, opening = SECTIONS[folder]
         out += ["", f"## {title}"]
-        if opening is not None:
-            module = importlib.import_module(f"influence_fast.{opening}")
-            out += ["", markdown(inspect.getdoc(module) or "")]
+        module = importlib.import_module(f"influence_fast.{opening}")
+        out += ["", markdown(inspect.getdoc(module) or "")]
         if folder == "ops":
             out += [f"\nConstants: `inf.ops.BACKENDS` is {_listed(ops.BACKENDS)}; `inf.ops.OPS` is {_listed(ops.OPS)}."]
         if folder == "attribution":
