@@ -198,7 +198,7 @@ def scan(store: inf.GradientStore, queries: dict[str, Tensor], folder: Path, met
 def faiss_index(
     store: inf.GradientStore, queries: dict[str, Tensor], folder: Path, factory: str, target: float
 ) -> dict[str, Any]:
-    """A FAISS index in bands, held-out queries apart from those that it is tuned on."""
+    """A FAISS index in norm partitions, held-out queries apart from those that it is tuned on."""
     begin = time.perf_counter()
     half = len(queries[store.layers[0]]) // 2
     tuning = {name: tensor[:half] for name, tensor in queries.items()}
@@ -349,7 +349,7 @@ def table(document: dict[str, Any]) -> str:
     for found in document["faiss"]:
         reached = f"recall {found['recall_at_10']:.3f} at {found['batch_ms_per_query']:.2f} ms; {points(found)}"
         size = f"{found['share_of_float32']:.1%} of float32, built in {found['build_s']:.0f} s"
-        cells.append((f"FAISS {found['factory']} in bands", "the same", f"{reached}; {size}"))
+        cells.append((f"FAISS {found['factory']} in norm partitions", "the same", f"{reached}; {size}"))
     spent = f"{rank['seconds']:.1f} s, {rank['peak_bytes'] / 1e9:.2f} GB"
     cells.append((f"rank + vote, {document['rows']} x {rank['rows']} (layer, query) rows", "<= 30 s, <= 4 GB", spent))
     cells.append(("mean of the same", "one pass", f"{document['mean']['seconds']:.1f} s"))

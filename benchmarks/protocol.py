@@ -71,10 +71,10 @@ class Progress:
 
     def each(self, items: Sequence[Item], name: str) -> Iterator[Item]:
         """The items of a long step: a second bar on a terminal, a line every half minute elsewhere."""
-        said = time.monotonic()
+        printed = time.monotonic()
         for count, item in enumerate(tqdm(items, desc=name, delay=2, leave=False, disable=None)):
-            if time.monotonic() - said > _QUIET_SECONDS:
-                said = time.monotonic()
+            if time.monotonic() - printed > _QUIET_SECONDS:
+                printed = time.monotonic()
                 self._line(f"{name}: {count} of {len(items)}")
             yield item
 

@@ -1,0 +1,1 @@
+"""Influence of training samples on queries by every registered method, and its aggregation to one score a sample."""

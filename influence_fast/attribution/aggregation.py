@@ -60,7 +60,7 @@ def aggregate(
         method: see the table above.
         fraction: share of the samples that a layer and query may vote against (``vote``).
         queries: a boolean mask ``(m,)`` or row numbers: only these count. The ``-c`` methods take it for the correctly
-            predicted ones, and without it ask ``matrix.query_correct``.
+            predicted ones; without it they take ``matrix.query_correct``.
         layers: names of the layers that count, or a weight for each (``mean``, ``rank``, ``vote``).
         trim: share cut off at each end (``trimmed``).
         checkpoint: a folder for partial sums of ``rank`` and ``vote``: a job that was stopped goes on from them. They are

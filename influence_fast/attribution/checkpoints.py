@@ -55,6 +55,7 @@ class Checkpoints:
             yield name, queries, self._sum([values for _, _, values in parts])
 
     def columns(self) -> Iterator[tuple[slice, Tensor]]:
+        """Blocks of training rows with all layers and queries: ``(train, values)``, values ``(L, m, len(train))``."""
         for parts in zip(*(matrix.columns() for matrix in self.matrices), strict=True):
             yield parts[0][0], self._sum([values for _, values in parts])
 

@@ -70,8 +70,8 @@ def inner_products(
         raise InputError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
     if not 0 < options.damping < float("inf"):
         raise InputError(f"damping: expected a positive share of the mean eigenvalue, got {options.damping!r}")
-    source, asked = GradientSource("train", train), GradientSource("queries", queries)
-    matrix = InfluenceMatrix(source, asked, method, options)
+    sources = GradientSource("train", train), GradientSource("queries", queries)
+    matrix = InfluenceMatrix(*sources, method, options)
     missing = [name for name in matrix.layers if name not in matrix.factors] if method == "ekfac" else []
     if missing:
         raise InputError(f"factors: ekfac needs those of layer {missing[0]!r}; kronecker_factors() finds them")
@@ -127,7 +127,11 @@ class InfluenceMatrix:
             yield name, queries, self.piece(name, queries)
 
     def pieces(self) -> list[tuple[str, slice]]:
-        """What iterating goes through: layers, and slices of the queries that fit the memory."""
+        """What iterating goes through: layers, and slices of the queries that fit the memory.
+
+        Raises:
+            InputError: the memory holds no single row of influence.
+        """
         m, n = self.shape
         step = (self.memory - _RANKING * n) // (4 * n)
         if step < 1:
@@ -148,6 +152,9 @@ class InfluenceMatrix:
         """Influence summed over the queries with weights, in one pass over the layer: ``(c, m)`` -> float64 ``(c, n)``.
 
         The sum of inner products is the inner product with the summed query, so no row of influence is formed.
+
+        Raises:
+            InputError: unknown layer, or gradients that are not finite; names layer and row.
         """
         values = self.query(self._checked(name)).double()
         bad = values.isfinite().all(1).logical_not().nonzero()
@@ -277,6 +284,7 @@ class InMemory:
             yield name, slice(0, self.shape[0]), value
 
     def columns(self) -> Iterator[tuple[slice, Tensor]]:
+        """All training rows in one block, ``(train, values)``, values ``(L, m, n)``."""
         yield slice(0, self.shape[1]), torch.stack(list(self.values.values()))
 
 

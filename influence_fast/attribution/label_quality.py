@@ -1,4 +1,4 @@
-"""Label-quality estimates: what the model, similar samples and a probe say of a sample's label, and all of them pooled.
+"""Label-quality estimates: how probable a label is by the model, by similar samples, by a probe, and by all of them pooled.
 
 A class estimate is log-probabilities ``(rows, classes)``, of the training samples and of the trusted queries. What is added
 to all classes of a row changes nothing, so log-odds of one class beside zeros are an estimate too.
@@ -37,28 +37,28 @@ ClassEstimate = tuple[Tensor, Tensor]
 
 def make_pool(inputs: MethodInputs) -> InMemory:
     """``pool``: the model, neighbours in its last block before fine-tuning, a probe of all its blocks then, influence."""
-    asked = inputs.mislabelled_queries()
+    mislabelled = inputs.mislabelled_queries()
     labels, own = (torch.tensor(part) for part in inputs.labels())
-    trusted = own[asked.rows]
+    trusted = own[mislabelled.rows]
     states = [inputs.passes.hidden_states(part, "mean", base=True) for part in (inputs.samples, inputs.trusted)]
     last = [next(reversed(part.values())) for part in states]
     every = [torch.cat(list(part.values()), 1) for part in states]
     train, queries = (inputs.passes.class_log_probabilities(part) for part in (inputs.samples, inputs.trusted))
-    classes, rows = train.shape[1], asked.rows
+    classes, rows = train.shape[1], mislabelled.rows
     estimates = {
         "model": (train, queries[rows]),
         "neighbours": neighbour_estimate(last[0], labels, last[1][rows], neighbour_count(len(labels)), classes),
         "probe": inputs.once("probe", lambda: probe_estimate(every[0], labels, every[1][rows], classes)),
     }
     fit_on = torch.arange(len(rows)) if inputs.fit_on is None else inputs.fit_on
-    if len(asked.right[fit_on].unique()) > 1:
+    if len(mislabelled.right[fit_on].unique()) > 1:
         source = GradientSource("train", inputs.train)
         work = sum(source.rows * dim * min(source.rows, dim) for dim in map(source.dim, source.layers))
         method = "trackstar" if work <= _WHITENING else "cosine"
-        matrix = inputs.once(f"mislabelled {method}", lambda: inner_products(inputs.train, asked.store, method))
-        by_layer, odds = fitted_influence(matrix, asked.right, fit_on)
+        matrix = inputs.once(f"mislabelled {method}", lambda: inner_products(inputs.train, mislabelled.store, method))
+        by_layer, odds = fitted_influence(matrix, mislabelled.right, fit_on)
         # Of the one label that a sample or query is given, the only one whose gradient there is.
-        given = labels, torch.tensor(asked.labels)
+        given = labels, torch.tensor(mislabelled.labels)
         found = torch.cat(list(by_layer.values())).double().sum(0), odds
         one_hot = [
             nn.functional.one_hot(label, classes) * odds[:, None] for label, odds in zip(given, found, strict=True)
@@ -77,7 +77,7 @@ def neighbour_estimate(
 
     Args:
         states: float ``(n, width)`` of the training samples; ``queries`` ``(m, width)`` those of the queries.
-        labels: int ``(n,)``, classes from 0; there are ``classes`` of them, by default as many as labels say.
+        labels: int ``(n,)``, classes from 0; there are ``classes`` of them, by default one more than the highest label.
 
     Raises:
         InputError: labels of another length, k out of range.
@@ -138,7 +138,7 @@ def pooled(
 
     ``log p(class) = sum_e weight_e log p_e(class) + bias_class - log Z``. Weights and biases are fitted to the labels of
     the trusted queries (maximum a posteriori: the first estimate alone, with a standard deviation of 0.3), so an estimate
-    that tells nothing of them gets no weight, and no noise needs to be known.
+    that does not predict them gets no weight, and no noise needs to be known.
 
     Args:
         estimates: of the training samples and of the queries, the model's own first.

@@ -101,6 +101,7 @@ class MethodInputs:
 
     @property
     def model(self) -> nn.Module:
+        """The audited model."""
         return self.given.model
 
     @property
@@ -115,10 +116,12 @@ class MethodInputs:
 
     @property
     def task(self) -> str:
+        """``classification`` or ``causal-lm``."""
         return self.given.task
 
     @property
     def passes(self) -> ModelPasses:
+        """Hidden states, predictions and more of the model, each computed once."""
         return self.given.passes
 
     @property

@@ -216,7 +216,7 @@ def word_gradients(
 ) -> WordGradients:
     """Gradients of the word embedding for :func:`~influence_fast.word_influence`.
 
-    A fine-tuning that left the embedding frozen did not follow these gradients: the scores then tell of shared words only.
+    A fine-tuning that left the embedding frozen did not follow these gradients: the scores then reflect shared words only.
 
     Raises:
         InputError: bad rows; a model without an input embedding.

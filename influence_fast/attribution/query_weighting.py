@@ -19,9 +19,9 @@ METHODS = ("cosine", "trackstar")
 
 def make_fitted(inputs: MethodInputs, method: str) -> InMemory:
     """``fitted-METHOD``: half of the queries are given a wrong label on purpose, to fit the weights to."""
-    asked = inputs.mislabelled_queries()
-    matrix = inner_products(inputs.train, asked.store, method)
-    return of_no_query(fitted_influence(matrix, asked.right, inputs.fit_on)[0])
+    queries = inputs.mislabelled_queries()
+    matrix = inner_products(inputs.train, queries.store, method)
+    return of_no_query(fitted_influence(matrix, queries.right, inputs.fit_on)[0])
 
 
 def fitted_influence(
@@ -29,8 +29,8 @@ def fitted_influence(
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Influence summed over the queries with weights that tell right labels from wrong ones: ``{layer: (1, n)}``.
 
-    A mean over queries takes each to say the same. Here some queries are given a wrong label on purpose (``right`` says
-    which are not), and the weights ``a`` are those with which ``s(x) = sum_q a_q mean_l I_l(q, x)`` tells the two kinds
+    A mean weighs all queries alike. Here some queries are given a wrong label on purpose (``right`` marks those that are
+    not), and the weights ``a`` are those with which ``s(x) = sum_q a_q mean_l I_l(q, x)`` tells the two kinds
     apart best: kernel logistic regression without a bias, whose kernel is the influence between queries. With two classes
     it does not matter which are wrong, for a sample's two gradients are parallel::
 
@@ -67,14 +67,14 @@ def fitted_influence(
     folds = torch.randperm(len(chosen), generator=torch.Generator().manual_seed(0)).chunk(_FOLDS)
     least, best, held_out = float("inf"), _VARIANCES[0], target
     for variance in _VARIANCES:
-        said = torch.zeros(m, dtype=torch.float64)
+        logits = torch.zeros(m, dtype=torch.float64)
         for left in folds:
             seen = torch.ones(len(chosen), dtype=torch.bool)
             seen[left] = False
-            said[chosen[left]] = kernel[chosen[left]] @ weights(chosen[seen], variance)
-        loss = float(nn.functional.softplus(-target[chosen] * said[chosen]).mean())
+            logits[chosen[left]] = kernel[chosen[left]] @ weights(chosen[seen], variance)
+        loss = float(nn.functional.softplus(-target[chosen] * logits[chosen]).mean())
         if loss < least:
-            least, best, held_out = loss, variance, said
+            least, best, held_out = loss, variance, logits
     fitted = weights(chosen, best)
     out = kernel @ fitted
     out[chosen] = held_out[chosen]
@@ -88,8 +88,8 @@ def _query_weights(kernel: Tensor, target: Tensor, variance: float) -> Tensor:
 
     def closure() -> Tensor:
         optimizer.zero_grad()
-        said = kernel @ weights
-        loss = nn.functional.softplus(-target * said).sum() + (weights @ said) / (2 * variance)
+        logits = kernel @ weights
+        loss = nn.functional.softplus(-target * logits).sum() + (weights @ logits) / (2 * variance)
         loss.backward()
         return loss
 

@@ -45,7 +45,7 @@ class Method:
         summary: one line for help and documentation.
         make: ``make(inputs)`` gives an influence matrix or ``{layer: (queries, samples)}``, positive = helpful; ``inputs``
             is a :class:`~influence_fast.MethodInputs`. One row stands for all queries.
-        needs: of :data:`NEEDS`; checked before anything is computed, and told to the passes over the model beforehand.
+        needs: of :data:`NEEDS`; checked before anything is computed, and known to the passes over the model beforehand.
         fitted_to_queries: whether it learns from all queries together, so that a half of them takes another fit.
 
     Raises:
@@ -131,7 +131,7 @@ _METHODS: dict[str, Method] = {
         ),
         Method(
             "pool",
-            "what model, neighbours, a probe and influence say of the label, weighed by the queries",
+            "how probable the label is by model, neighbours, a probe and influence, weighed by the queries",
             _Maker("label_quality", "make_pool"),
             ("model", "classes", "predictions", "base states"),
             fitted_to_queries=True,

@@ -1,4 +1,4 @@
-"""Hidden states: representation similarity, and what a sample's nearest neighbours say of its label."""
+"""Hidden states: representation similarity, and whether a sample's nearest neighbours share its label."""
 
 from __future__ import annotations
 

@@ -31,11 +31,11 @@ def word_influence(train: WordGradients, queries: WordGradients, top: int | None
             raise InputError(f"top: expected a positive int, got {top!r}")
         train, queries = train.top(top), queries.top(top)
     out = torch.zeros(queries.count, train.count)
-    theirs = _by_token(train)
-    for token, asked in _by_token(queries).items():
-        if (there := theirs.get(token)) is not None:
-            product = queries.values[asked].float() @ train.values[there].float().T
-            out[queries.rows[asked][:, None], train.rows[there][None]] += product
+    train_entries = _by_token(train)
+    for token, of_queries in _by_token(queries).items():
+        if (of_train := train_entries.get(token)) is not None:
+            product = queries.values[of_queries].float() @ train.values[of_train].float().T
+            out[queries.rows[of_queries][:, None], train.rows[of_train][None]] += product
     return {"embedding": out}
 
 

@@ -59,7 +59,11 @@ class AuditResult:
         return order(self.rankings[self.main], self.rankings.get(tie) if base == "vote" else None)
 
     def compare(self, levels: Sequence[float] = (0.1, 0.2, 0.3)) -> Evaluation:
-        """Every ranking measured against ``noise``, which must be known: :func:`~influence_fast.compare`."""
+        """Every ranking measured against ``noise`` (:func:`~influence_fast.compare`).
+
+        Raises:
+            InputError: the noise is not known.
+        """
         if self.noise is None:
             raise InputError("noise: this audit does not know which samples are noisy")
         return compare(self.rankings, self.noise, levels=levels)

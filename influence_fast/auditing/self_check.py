@@ -212,19 +212,19 @@ def fidelity(inputs: MethodInputs, rows: Sequence[Mapping[str, Any]], seed: int,
         return {"skipped": f"{count} samples are too few to compare on; {_LEAST_EXACT} are the least"}
     settings = given.settings
     layers = list(settings.layers)
-    some, asked = list(rows[:count]), [dict(row) for row in inputs.trusted.rows[: min(_EXACT_QUERIES, count)]]
-    while len(asked) >= _LEAST_QUERIES:
-        longest = max(len(row["input_ids"]) for row in asked)
-        if factor_bytes(given.model, layers, longest * len(asked)) <= _HELD_BYTES:
+    some, queries = list(rows[:count]), [dict(row) for row in inputs.trusted.rows[: min(_EXACT_QUERIES, count)]]
+    while len(queries) >= _LEAST_QUERIES:
+        longest = max(len(row["input_ids"]) for row in queries)
+        if factor_bytes(given.model, layers, longest * len(queries)) <= _HELD_BYTES:
             break
-        asked = asked[: len(asked) // 2]
-    if len(asked) < min(_LEAST_QUERIES, len(inputs.trusted.rows)):
+        queries = queries[: len(queries) // 2]
+    if len(queries) < min(_LEAST_QUERIES, len(inputs.trusted.rows)):
         return {"skipped": f"the inputs and gradients of {_LEAST_QUERIES} queries take more than 1 GiB"}
     try:
         exact = exact_influence(
             given.model,
             some,
-            asked,
+            queries,
             layers,
             METHODS,
             loss=given.task,
@@ -241,11 +241,11 @@ def fidelity(inputs: MethodInputs, rows: Sequence[Mapping[str, Any]], seed: int,
     scores = {"exact": {method: aggregate(exact[method], "rank") for method in METHODS}}
     for name, how in variants.items():
         at = folder / name.replace(" ", "-")
-        pair = [_build(at / side, given, part, how) for side, part in (("train", some), ("queries", asked))]
+        pair = [_build(at / side, given, part, how) for side, part in (("train", some), ("queries", queries))]
         scores[name] = {m: aggregate(inner_products(pair[0], pair[1], m), "rank") for m in METHODS}
     out: dict[str, Any] = {
         "samples": count,
-        "queries": len(asked),
+        "queries": len(queries),
         "layers": len(layers),
         "correlation": {},
         "overlap": {},

@@ -25,7 +25,7 @@ from influence_fast.errors import InputError
 @click.command(epilog=example("influence-fast demo --out demo"))
 @click.option("--out", default="influence-fast-demo", type=click.Path(path_type=Path), help="Folder of the report.")
 @click.option("--samples", default=1200, help="Training samples.")
-@click.option("--seed", default=0)
+@click.option("--seed", default=0, help="Of the reviews, the flips and the model's initial weights.")
 @json_option
 def demo(out: Path, samples: int, seed: int, as_json: bool) -> None:
     """Train a small transformer on labels of which 20 % are flipped, and find them. Offline, about a minute."""

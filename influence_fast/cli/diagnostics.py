@@ -35,9 +35,11 @@ def doctor(as_json: bool) -> None:
 
 @click.command(epilog=example("influence-fast bench --op rank --op vote"))
 @click.option("--op", "op_names", multiple=True, help="Operation; all by default.")
-@click.option("--device", default="cpu", type=click.Choice(["cpu", "cuda"]))
-@click.option("--dtype", default="float32", type=click.Choice(["float32", "float16", "bfloat16"]))
-@click.option("--repeats", default=9)
+@click.option("--device", default="cpu", type=click.Choice(["cpu", "cuda"]), help="Where the tensors are.")
+@click.option(
+    "--dtype", default="float32", type=click.Choice(["float32", "float16", "bfloat16"]), help="Of the inputs."
+)
+@click.option("--repeats", default=9, help="Rounds, in which each candidate takes its turn.")
 @json_option
 def bench(op_names: tuple[str, ...], device: str, dtype: str, repeats: int, as_json: bool) -> None:
     """Time the kernels on this machine, each verified first, beside plain torch."""

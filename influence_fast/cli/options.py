@@ -31,7 +31,12 @@ def model_options(command: Callable[..., Any]) -> Callable[..., Any]:
             "--label-column", default="label", help="Column of the class: a number, or a name the model knows."
         ),
         click.option("--answer-column", help="For causal models: the text to predict after --text-column's prompt."),
-        click.option("--task", default="auto", type=click.Choice(["auto", "classification", "causal-lm"])),
+        click.option(
+            "--task",
+            default="auto",
+            type=click.Choice(["auto", "classification", "causal-lm"]),
+            help="What the model does; auto tells by its class, or by the labels of tokenised rows.",
+        ),
         click.option("--layers", help="Such as attention[middle],head; adapters (or all but embeddings) by default."),
         click.option("--projection", default="identity", help="identity, rademacher:16x16, sjlt:4096, ..."),
         click.option("--dtype", default="float32", help="On disk: float32, float16, bfloat16 or int8."),

@@ -173,9 +173,9 @@ def search(
     loaded = InfluenceIndex.load(index[rank], verify=verify)
     if queries is not None:
         opened = GradientStore.open(queries, verify)
-        asked, names = opened, list(opened.ids)
+        gradients, names = opened, list(opened.ids)
     else:
-        asked, names = _text_gradient(loaded, str(model), str(text), label, answer), [str(text)]
+        gradients, names = _text_gradient(loaded, str(model), str(text), label, answer), [str(text)]
     options = {"layers": _weighted(layers), "only": None if where is None else _rows_where(loaded, where)}
     if world > 1:
         import torch.distributed as dist
@@ -184,13 +184,13 @@ def search(
 
         dist.init_process_group("gloo")
         try:
-            scores, found = search_all(loaded, asked, k, harmful, **options)
+            scores, found = search_all(loaded, gradients, k, harmful, **options)
         finally:
             dist.destroy_process_group()
         if rank:
             return
     else:
-        scores, found = loaded.search(asked, k, harmful, **options)
+        scores, found = loaded.search(gradients, k, harmful, **options)
     ids = found if isinstance(found, list) else found.tolist()
     document = [
         {"query": query, "ids": row, "scores": values, "recall": loaded.recall}

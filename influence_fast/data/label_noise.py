@@ -84,12 +84,12 @@ def backdoor(
     random = _generator(seed)
     chances = torch.tensor([float(label != target) for label in labels], dtype=torch.float64)
     chosen = _draw(chances, _count(share, len(texts)), random)
-    said, out = list(texts), list(labels)
+    triggered, out = list(texts), list(labels)
     for row in chosen:
-        words = said[row].split()
+        words = triggered[row].split()
         place = int(torch.randint(len(words) + 1, (), generator=random))
-        said[row], out[row] = " ".join([*words[:place], trigger, *words[place:]]), target
-    return said, out, _mask(chosen, len(texts))
+        triggered[row], out[row] = " ".join([*words[:place], trigger, *words[place:]]), target
+    return triggered, out, _mask(chosen, len(texts))
 
 
 def answers(given: Sequence[str], share: float, seed: int = 0) -> tuple[list[str], Tensor]:

@@ -16,7 +16,7 @@ TASKS = ("auto", "classification", "causal-lm")
 
 @dataclass
 class Samples:
-    """Rows for the model, and what is shown of them."""
+    """Rows for the model, and what a report prints of them."""
 
     rows: list[dict[str, Any]]
     texts: list[str] | None
@@ -52,8 +52,8 @@ def prepare(argument: str, rows: Any, columns: Columns, task: str, model: nn.Mod
     noise = _flags(argument, columns.noise, _column(argument, rows, columns.noise)) if columns.noise else None
     if "input_ids" in there and "labels" in there:
         kept = [dict(row) for row in rows]
-        said = [str(row["text"]) for row in rows] if "text" in there else None
-        return Samples(kept, said, [row["labels"] for row in kept] if task == "classification" else None, noise, ids)
+        own = [str(row["text"]) for row in rows] if "text" in there else None
+        return Samples(kept, own, [row["labels"] for row in kept] if task == "classification" else None, noise, ids)
     if tokenizer is None:
         raise InputError(f"tokenizer: none is given, and {argument} has no 'input_ids' and 'labels' columns")
     parts = [_column(argument, rows, name) for name in columns.text.split(",")]
@@ -61,27 +61,29 @@ def prepare(argument: str, rows: Any, columns: Columns, task: str, model: nn.Mod
     for row, text in enumerate(texts):
         if not all(isinstance(part, str) for part in text):
             raise InputError(f"{argument}: row {row} has no text in {columns.text!r}")
-    shown = [" | ".join(text) for text in texts]
+    joined = [" | ".join(text) for text in texts]
     if task == "classification":
         labels = _labels(argument, columns.label, _column(argument, rows, columns.label), model)
         encoded = tokenizer(*parts, verbose=False)
         keys = [key for key in ("input_ids", "token_type_ids") if key in encoded]
         prepared = [{**{key: encoded[key][i] for key in keys}, "labels": label} for i, label in enumerate(labels)]
-        return Samples(prepared, shown, labels, noise, ids)
+        return Samples(prepared, joined, labels, noise, ids)
     if columns.answer is None:
-        return Samples([_causal(tokenizer, text, None) for text in shown], shown, None, noise, ids)
+        return Samples([_causal(tokenizer, text, None) for text in joined], joined, None, noise, ids)
     answers = _column(argument, rows, columns.answer)
-    prepared = [_causal(tokenizer, text, answer) for text, answer in zip(shown, answers, strict=True)]
-    return Samples(prepared, [f"{text}{answer}" for text, answer in zip(shown, answers, strict=True)], None, noise, ids)
+    prepared = [_causal(tokenizer, text, answer) for text, answer in zip(joined, answers, strict=True)]
+    return Samples(
+        prepared, [f"{text}{answer}" for text, answer in zip(joined, answers, strict=True)], None, noise, ids
+    )
 
 
 def _causal(tokenizer: Any, text: str, answer: str | None) -> dict[str, Any]:
     ids = tokenizer(text, verbose=False)["input_ids"]
     if answer is None:
         return {"input_ids": ids, "labels": ids}
-    tail = tokenizer(answer, add_special_tokens=False, verbose=False)["input_ids"]
-    tail = [*tail, tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else tail
-    return {"input_ids": ids + tail, "labels": [IGNORED] * len(ids) + tail}
+    target = tokenizer(answer, add_special_tokens=False, verbose=False)["input_ids"]
+    target = [*target, tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else target
+    return {"input_ids": ids + target, "labels": [IGNORED] * len(ids) + target}
 
 
 def _column(argument: str, rows: Any, name: str) -> list[Any]:

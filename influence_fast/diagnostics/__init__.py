@@ -1,0 +1,1 @@
+"""What a machine has, and how fast the kernels are on it."""

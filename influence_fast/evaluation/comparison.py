@@ -18,7 +18,7 @@ _INTERVALS = ("over_random", "over_loss")
 
 
 class RankingKey(NamedTuple):
-    """What tells rankings apart. A baseline has a name alone."""
+    """The key of a ranking: method, layer group, aggregation. A baseline has a name alone."""
 
     method: str
     group: str = ""
@@ -29,6 +29,7 @@ class RankingKey(NamedTuple):
 
     @property
     def is_baseline(self) -> bool:
+        """Whether it is ``random``, ``loss`` or another ranking that is no influence: one without a layer group."""
         return not self.group
 
 

@@ -5,6 +5,9 @@ known to be bad. With ``c_j`` noisy samples among the first j, m noisy of n:
 
 ``NDR@q = c_{floor(q n)} / m`` and ``AUC_NDR = (1/m) sum_j c_j / (n - m/2)`` (arXiv 2511.04715). A random order has AUC_NDR
 ``(n + 1) / (2 n - m)`` on average, a perfect one just over 1. Tied scores count with the expectation over their orders.
+
+All raise :class:`~influence_fast.InputError` for scores that are no finite vector, for noise that marks none or all of its
+samples, and for shares and counts out of range.
 """
 
 from __future__ import annotations

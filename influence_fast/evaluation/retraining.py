@@ -14,7 +14,13 @@ from influence_fast.evaluation.metrics import first_rows
 
 @dataclass(frozen=True)
 class Retrained:
-    """One arm of :func:`filter_and_retrain`: rows kept, the epoch chosen, its accuracy on the reported split."""
+    """One arm of :func:`filter_and_retrain`: its training set and what it reached.
+
+    Attributes:
+        rows: numbers of the rows kept, int64 ascending.
+        epoch: the one chosen, from 0, by its accuracy on the selection split.
+        selection, reported: accuracy of that epoch on the selection split and on the reported one.
+    """
 
     rows: Tensor
     epoch: int
@@ -40,6 +46,9 @@ def filter_and_retrain(
 
     Returns:
         ``{arm: Retrained}``. The epoch is the best on the selection split, so the reported split has no part in choosing.
+
+    Raises:
+        InputError: no ranking, or a share out of range.
     """
     if not scores or not 0 < drop < 1:
         raise InputError(

@@ -164,7 +164,7 @@ class GradientCapture:
 
         with inf.GradientCapture(model, "attention[middle]", inf.Projection("rademacher", (16, 16))) as capture:
             cross_entropy(model(**batch).logits, labels, reduction="sum").backward()
-            gradients = capture.pop()          # {layer: (N, 256)}
+            gradients = capture.pop()  # {layer: (N, 256)}
 
     Args:
         model: any ``nn.Module`` whose selected layers see the batch in their first dimension. It is left as it was

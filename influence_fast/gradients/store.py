@@ -34,6 +34,7 @@ that was killed goes on with the shards that are missing. A reader in plain NumP
     import json, pathlib
     import numpy as np
 
+
     def read_store(folder, layer):
         folder = pathlib.Path(folder)
         manifest = json.loads((folder / "manifest.json").read_text())
@@ -156,7 +157,11 @@ class GradientStore:
         return [name.removeprefix("@column/") for name in self._shards[0].entries if name.startswith("@column/")]
 
     def column(self, name: str) -> Tensor:
-        """``loss`` (float32), ``correct`` (bool) or ``prediction`` (int64) of every row: ``(n,)``."""
+        """``loss`` (float32), ``correct`` (bool) or ``prediction`` (int64) of every row: ``(n,)``.
+
+        Raises:
+            InputError: the store has no such column; lists those it has.
+        """
         if name not in self.columns:
             raise InputError(f"column: the store has no {name!r}; it has {', '.join(self.columns)}")
         return torch.cat([shard.tensor(f"@column/{name}") for shard in self._shards])

@@ -50,7 +50,11 @@ def operation(*backends: str, **why_not: str) -> Callable[[_Function], _Function
 def available(
     op: str, backend: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> str | None:
-    """None when ``backend`` can run ``op`` on tensors of this device and dtype, else the reason why it cannot."""
+    """None when ``backend`` can run ``op`` on tensors of this device and dtype, else the reason why it cannot.
+
+    Raises:
+        InputError: unknown operation or backend.
+    """
     if op not in OPERATIONS:
         raise InputError(f"op: expected one of {', '.join(OPERATIONS)}, got {op!r}")
     if backend not in BACKENDS:

@@ -75,7 +75,7 @@ class Side:
 
 @dataclass(frozen=True)
 class Projection:
-    """How per-sample gradients are compressed (METHOD: two-sided ``P_out G P_in^T`` or a sketch of ``vec(G)``).
+    """How per-sample gradients are compressed: two-sided, ``P_out G P_in^T``, or by a sketch of ``vec(G)``.
 
     Args:
         kind: ``identity`` (no compression), ``rademacher``, ``gaussian`` or ``sjlt``.
@@ -128,6 +128,7 @@ class Projection:
 
     @property
     def two_sided(self) -> bool:
+        """Whether both sides of a gradient are projected, rather than its flattened numbers."""
         return self.kind != "identity" and isinstance(self.dim, tuple)
 
     def side(self, layer: str, role: Role, features: int) -> Side | None:

@@ -1,0 +1,1 @@
+"""The training samples with the most influence on a query: exact, or by FAISS over partitions by norm."""

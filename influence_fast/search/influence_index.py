@@ -4,7 +4,7 @@ An index is over its layers' gradients side by side, so an inner product is the 
 ``cosine`` divides by the length of that whole vector. ``Flat`` is exact (``exact.py``) and needs no FAISS: it reads an 8-bit
 copy and proves its answer. Any other factory string makes FAISS indexes over partitions by length (``norm_partitions.py``),
 whose candidates are scored again from the store. What they miss is measured on held-out queries when the index is built, and
-is said by every search.
+is reported by every search.
 
 On disk: ``index.json`` beside ``scan-00000.bin``, ... (``Flat``) or ``band-0.faiss``, ``band-0.npy`` (rows of a partition),
 ... All of them are memory-mapped. The exact rows stay in the store, whose folder ``index.json`` names.
@@ -71,6 +71,7 @@ class InfluenceIndex:
 
     @property
     def ids(self) -> Sequence[int | str]:
+        """Names of the rows, in the order of the stores."""
         stores = self._rows.stores
         if len(stores) == 1 and isinstance(stores[0][0].ids, range):
             return stores[0][0].ids[stores[0][1].start : stores[0][1].stop]
@@ -187,6 +188,9 @@ class InfluenceIndex:
         """Take in the rows of another store of the same model, projection and layers, behind those that are there.
 
         Partitions keep what they learnt from the first store. An index that was loaded is added to in memory; save it again.
+
+        Raises:
+            StoreError: a store of another model, projection or layers.
         """
         for key in ("model", "projection"):
             if store.meta[key] != self.meta[key]:
@@ -247,7 +251,7 @@ class InfluenceIndex:
         layers: Sequence[str] | Mapping[str, float] | None = None,
         only: Tensor | Sequence[bool] | Sequence[int | str] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """As :meth:`search`, with float64 scores and numbers of rows."""
+        """As :meth:`search`, with float64 scores and row numbers, both ``(m, k)``; errors as of :meth:`search`."""
         weights = self._weights(layers)
         values = self._queries(queries, list(weights))
         allowed = None if only is None else self._mask(only)
@@ -308,6 +312,7 @@ class InfluenceIndex:
 
         Raises:
             StoreError: there is none, it is damaged, or the store is another than was indexed.
+            InputError: another number of stores than was indexed.
         """
         folder = Path(path)
         try:
@@ -438,13 +443,13 @@ class InfluenceIndex:
         k = min(10, len(self))
         if queries is None:
             numbers = torch.from_numpy(np.sort(np.random.default_rng(1).permutation(len(self))[:_HELD_OUT]))
-            asked = torch.cat([self._rows.take(name, numbers) for name in self.layers], 1)
+            held_out = torch.cat([self._rows.take(name, numbers) for name in self.layers], 1)
         else:
-            asked = self._queries(queries, self.layers)[:_HELD_OUT]
-        true = _best(self._rows, asked, k, self.metric)
+            held_out = self._queries(queries, self.layers)[:_HELD_OUT]
+        true = _best(self._rows, held_out, k, self.metric)
         limit = max(partition.limit for partition in self._partitions)
         while True:
-            found = self._approximately(asked, k)[1].tolist()
+            found = self._approximately(held_out, k)[1].tolist()
             reached = float(np.mean([len(set(a) & set(b)) / k for a, b in zip(true.tolist(), found, strict=True)]))
             self.recall = self.meta["recall"] = reached
             if reached >= recall or self.meta["breadth"] >= limit:

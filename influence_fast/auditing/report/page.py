@@ -38,11 +38,11 @@ def write_report(path: str | Path, result: AuditResult) -> None:
 
 
 def findings(result: AuditResult, evaluation: list[dict[str, Any]]) -> list[str]:
-    """What the numbers say about themselves, in plain sentences."""
+    """How far to trust the ranking, in plain sentences."""
     facts, out = result.facts, []
     if "queries_correct" in facts:
-        right, asked = facts["queries_correct"], facts["queries"]
-        out.append(f"The model predicts {right} of {asked} queries correctly ({right / asked:.1%}).")
+        right, queries = facts["queries_correct"], facts["queries"]
+        out.append(f"The model predicts {right} of {queries} queries correctly ({right / queries:.1%}).")
         if right < 50:
             out.append(f"{right} correct queries are few: the -c rankings rest on them alone and will be unstable.")
     if evaluation:

@@ -1,4 +1,4 @@
-"""What a self-check says, in sentences."""
+"""What a self-check found, in sentences."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def sentences(found: Mapping[str, Any]) -> list[str]:
-    """What a self-check says, for a person who has not read the paper."""
+    """What a self-check found, for a person who has not read the paper."""
     trial, steady, true = found["planted"], found["stability"], found["fidelity"]
     rows = trial["rows"]
     figure = {name: f"{row['auc_ndr']:.3f} ({row['low']:.3f} to {row['high']:.3f})" for name, row in rows.items()}
