@@ -107,7 +107,7 @@ def sketch(g: Tensor, side: Side | Tensor) -> Tensor:
         return g.to(torch.float32) @ side.to(torch.float32).T
     out = _output(g.shape[0], side.k)
     if out.numel():
-        matrix, _g = _matrix("g", unit_stride(g))
+        matrix, _g = _matrix("g", g, contiguous_rows=True)
         _native.sketch(matrix, _implicit(side), out.data_ptr(), torch.get_num_threads())
     return out
 
@@ -173,26 +173,15 @@ def _output(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 def _tokens(name: str, x: Tensor) -> tuple[Any, Tensor]:
     """What the kernels take for ``(N, T, features)``, and the tensor that must outlive the call."""
-    if x.is_neg() or not x.is_cpu:
-        x = _in_memory(name, x)
-    try:
-        strides = x.stride()
-        if strides[2] != 1:
-            x = unit_stride(x)
-            strides = x.stride()
-        return _native.Tokens(x.data_ptr(), _DTYPES[x.dtype], x.shape, strides), x
-    except RuntimeError as error:
-        raise _no_memory(name, x, error) from None
+    x = unit_stride(_in_memory(name, x))
+    return _native.Tokens(_address(name, x), _DTYPES[x.dtype], x.shape, x.stride()), x
 
 
-def _matrix(name: str, x: Tensor) -> tuple[Any, Tensor]:
-    """The same for ``(rows, columns)``, of any strides."""
-    if x.is_neg() or not x.is_cpu:
-        x = _in_memory(name, x)
-    try:
-        return _native.Matrix(x.data_ptr(), _DTYPES[x.dtype], x.shape, x.stride()), x
-    except RuntimeError as error:
-        raise _no_memory(name, x, error) from None
+def _matrix(name: str, x: Tensor, contiguous_rows: bool = False) -> tuple[Any, Tensor]:
+    """The same for ``(rows, columns)``, of any strides or with columns one after another."""
+    x = _in_memory(name, x)
+    x = unit_stride(x) if contiguous_rows else x
+    return _native.Matrix(_address(name, x), _DTYPES[x.dtype], x.shape, x.stride()), x
 
 
 def _dense(name: str, x: Tensor) -> Tensor:
@@ -201,15 +190,17 @@ def _dense(name: str, x: Tensor) -> Tensor:
 
 
 def _in_memory(name: str, x: Tensor) -> Tensor:
-    if not x.is_cpu:
-        raise InputError(f"{name}: expected a tensor in main memory, got one on {x.device}")
+    if not x.is_cpu or x.layout is not torch.strided:
+        raise InputError(f"{name}: expected a dense tensor in main memory, got {x.layout} on {x.device}")
     # Memory of a negated view holds the opposite of its values.
-    return x.resolve_neg()
+    return x.resolve_neg() if x.is_neg() else x
 
 
-def _no_memory(name: str, x: Tensor, error: RuntimeError) -> InputError:
-    """For sparse and fake tensors."""
-    return InputError(f"{name}: expected a tensor with values in memory, got {type(x).__name__} {x.layout} ({error})")
+def _address(name: str, x: Tensor) -> int:
+    address = x.data_ptr()
+    if address == 0 and x.numel():
+        raise InputError(f"{name}: expected a tensor with values, got {type(x).__name__}")
+    return address
 
 
 def _optional(tensor: Tensor | None) -> int:
