@@ -81,7 +81,8 @@ def project_outer_grouped(layers: Sequence[tuple[Tensor, Tensor, Side, Side]], s
         splits = _native.project_outer_splits(t, k_in, k_out)
         records, keep = [], []
         # Layers with a common input, such as query, key and value, share its copy.
-        readable = {id(tensor): unit_stride(tensor) for x, dy, _, _ in group for tensor in (x, dy)}
+        inputs = {id(tensor): tensor for x, dy, _, _ in group for tensor in (x, dy)}
+        readable = {key: unit_stride(tensor) for key, tensor in inputs.items()}
         for x, dy, p_in, p_out in group:
             x, dy = readable[id(x)], readable[id(dy)]
             out = _empty(x, n, p_out.k, p_in.k)
