@@ -55,11 +55,11 @@ def test_tensors_without_memory_are_refused() -> None:
         x, dy = torch.empty(2, 3, 5), torch.empty(2, 3, 6)
     with pytest.raises(InputError, match="x: expected a tensor with values, got FakeTensor"):
         cpu.ghost_norm(x, dy, None)
-    with pytest.raises(InputError, match=r"p_in: expected a dense tensor in main memory, got torch\.strided on meta"):
+    with pytest.raises(InputError, match="p_in: expected a tensor in main memory, got one on meta"):
         ops.project_outer(
             torch.ones(1, 2, 5), torch.ones(1, 2, 6), torch.ones(3, 5, device="meta"), None, backend="cpu"
         )
-    with pytest.raises(InputError, match=r"g: expected a dense tensor in main memory, got torch\.sparse_coo"):
+    with pytest.raises(InputError, match=r"g: expected a dense tensor, got torch\.sparse_coo"):
         cpu.sketch(torch.ones(2, 30).to_sparse(), SIDE)
 
 

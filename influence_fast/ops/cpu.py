@@ -173,15 +173,25 @@ def _output(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 def _tokens(name: str, x: Tensor) -> tuple[Any, Tensor]:
     """What the kernels take for ``(N, T, features)``, and the tensor that must outlive the call."""
-    x = unit_stride(_in_memory(name, x))
-    return _native.Tokens(_address(name, x), _DTYPES[x.dtype], x.shape, x.stride()), x
+    # A microsecond counts here: one call of torch for each thing to know.
+    if not x.is_cpu or x.is_neg():
+        x = _in_memory(name, x)
+    strides, address = _strides_and_address(name, x)
+    if strides[2] != 1:
+        x = unit_stride(x)
+        strides, address = x.stride(), x.data_ptr()
+    return _native.Tokens(address or _no_address(name, x), _DTYPES[x.dtype], x.shape, strides), x
 
 
 def _matrix(name: str, x: Tensor, contiguous_rows: bool = False) -> tuple[Any, Tensor]:
     """The same for ``(rows, columns)``, of any strides or with columns one after another."""
-    x = _in_memory(name, x)
-    x = unit_stride(x) if contiguous_rows else x
-    return _native.Matrix(_address(name, x), _DTYPES[x.dtype], x.shape, x.stride()), x
+    if not x.is_cpu or x.is_neg():
+        x = _in_memory(name, x)
+    strides, address = _strides_and_address(name, x)
+    if contiguous_rows and strides[1] != 1:
+        x = unit_stride(x)
+        strides, address = x.stride(), x.data_ptr()
+    return _native.Matrix(address or _no_address(name, x), _DTYPES[x.dtype], x.shape, strides), x
 
 
 def _dense(name: str, x: Tensor) -> Tensor:
@@ -190,17 +200,24 @@ def _dense(name: str, x: Tensor) -> Tensor:
 
 
 def _in_memory(name: str, x: Tensor) -> Tensor:
-    if not x.is_cpu or x.layout is not torch.strided:
-        raise InputError(f"{name}: expected a dense tensor in main memory, got {x.layout} on {x.device}")
+    if not x.is_cpu:
+        raise InputError(f"{name}: expected a tensor in main memory, got one on {x.device}")
     # Memory of a negated view holds the opposite of its values.
-    return x.resolve_neg() if x.is_neg() else x
+    return x.resolve_neg()
 
 
-def _address(name: str, x: Tensor) -> int:
-    address = x.data_ptr()
-    if address == 0 and x.numel():
+def _strides_and_address(name: str, x: Tensor) -> tuple[tuple[int, ...], int]:
+    try:
+        return x.stride(), x.data_ptr()
+    except RuntimeError:
+        raise InputError(f"{name}: expected a dense tensor, got {x.layout}") from None
+
+
+def _no_address(name: str, x: Tensor) -> int:
+    """0 where there is nothing to address; fake tensors have no values."""
+    if x.numel():
         raise InputError(f"{name}: expected a tensor with values, got {type(x).__name__}")
-    return address
+    return 0
 
 
 def _optional(tensor: Tensor | None) -> int:
