@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -49,6 +50,26 @@ def test_instruction_set_from_environment() -> None:
     assert run(code, INFLUENCE_FAST_ISA="baseline") == "baseline"
     with pytest.raises(AssertionError, match="expected one of"):
         run(code, INFLUENCE_FAST_ISA="sse9")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "message"),
+    [
+        (["--compiler=mingw32"], {}, "compiles with g++ or clang on Linux and macOS, not with mingw32: on Windows"),
+        ([], {"CC": "no-such-compiler", "CXX": "no-such-compiler"}, "no no-such-compiler found; install g++ or clang"),
+    ],
+)
+def test_no_compiler_for_it(tmp_path: Path, arguments: list[str], environment: dict[str, str], message: str) -> None:
+    """One sentence, and no traceback."""
+    pytest.importorskip("setuptools")
+    command = [sys.executable, "setup.py", "-q", "build_ext", f"--build-lib={tmp_path}", f"--build-temp={tmp_path}"]
+    environment = {**os.environ, "INFLUENCE_FAST_CUDA": "0", **environment}
+    root = Path(__file__).parents[1]
+    done = subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True, cwd=root)
+    assert done.returncode == 1
+    assert done.stderr.strip().splitlines()[-1].startswith("influence_fast")
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize("with_torch", [True, False])

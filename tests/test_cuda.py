@@ -451,18 +451,43 @@ def test_empty(device: str) -> None:
 
 def test_bindings_name_a_bad_argument(device: str) -> None:
     native: Any = cuda._native
-    with pytest.raises(ValueError, match="k: expected 1 to"):
-        native.Side("sjlt", 0, 0, 0, 1.0)
+    key = {"key0": 0, "key1": 0, "scale": 1.0}
+    with pytest.raises(ValueError, match="k: expected at least 1, got 0"):
+        native.Side(kind="sjlt", k=0, features=8, **key)
     with pytest.raises(ValueError, match="kind: expected rademacher"):
-        native.Side("identity", 0, 0, 4, 1.0)
-    side = native.Side("sjlt", 0, 0, 4, 1.0)
-    good = {"samples": 1, "features": 8, "row_stride": 8, "side": side, "device": 0, "stream": 0, "parts": 0}
-    with pytest.raises(ValueError, match="g: expected an address"):
-        native.sketch(g=0, dtype="float32", out=64, **good)
-    with pytest.raises(ValueError, match="dtype: expected float32"):
-        native.sketch(g=64, dtype="float64", out=64, **good)
-    with pytest.raises(ValueError, match="samples: expected a positive size"):
-        native.sketch(g=64, dtype="float32", out=64, **{**good, "samples": 0})
+        native.Side(kind="identity", k=4, features=8, **key)
+    side = native.Side(kind="sjlt", k=4, features=8, **key)
+    g = native.Matrix(64, "float32", (1, 8), (8, 1))
+    rest = {"parts": 0, "device": 0, "stream": 0}
+    with pytest.raises(ValueError, match="out: expected an address, got 0"):
+        native.sketch(g=g, side=side, out=0, **rest)
+    with pytest.raises(ValueError, match="side: features: expected 7, got 8"):
+        native.sketch(g=native.Matrix(64, "float32", (1, 7), (8, 1)), side=side, out=64, **rest)
+    with pytest.raises(ValueError, match="g: rows: expected 1 to"):
+        native.sketch(g=native.Matrix(64, "float32", (0, 8), (8, 1)), side=side, out=64, **rest)
+    x, dy = native.Tokens(64, "float32", (1, 1, 2), (2, 2, 1)), native.Tokens(64, "float32", (1, 1, 4), (4, 4, 1))
+    signs = native.Side(kind="rademacher", k=4, features=8, **key)
+    with pytest.raises(ValueError, match="side: kind: expected sjlt, got rademacher"):
+        native.sketch_outer(x=x, dy=dy, spans=0, side=signs, scale=0, out=64, **rest)
+
+
+def test_packed_inputs_are_copied_once(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    copies: list[Tensor] = []
+    unit_stride = cuda.unit_stride
+
+    def counted(x: Tensor) -> Tensor:
+        copies.append(unit_stride(x))
+        return copies[-1]
+
+    monkeypatch.setattr(cuda, "unit_stride", counted)
+    x = random(24, 9, device=device).T.expand(3, -1, -1)  # last stride 9; three samples of the same nine tokens
+    spans = torch.tensor([[0, 4], [4, 4], [4, 9]], device=device)
+    layers = [(x, random(9, o, device=device).expand(3, -1, -1), *sides("sjlt", 4, 8, 24, o)) for o in (16, 24)]
+    got = cuda.project_outer_grouped(layers, spans)
+    assert len(copies) == 3  # x and two dy
+    assert all(copy.stride(0) == 0 and copy.stride(2) == 1 for copy in copies)
+    for (_, dy, p_in, p_out), result in zip(layers, got, strict=True):
+        check(result, reference.project_outer(x.double(), dy.double(), p_in, p_out, spans), 9 + 48, x, dy)
 
 
 def test_reasons() -> None:

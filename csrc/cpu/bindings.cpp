@@ -1,9 +1,6 @@
 // The Python module influence_fast_cpu: named arguments, all of them checked before a kernel sees them. Nothing is known of torch's
 // tensors here: addresses, sizes and strides come in (ops/cpu.py, scan.py), so that one build serves every version of it.
 
-#ifdef INFLUENCE_FAST_AVX2
-#include <cpuid.h>
-#endif
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -16,6 +13,7 @@
 
 #include "../bindings.h"
 #include "../philox.h"
+#include "dispatch.h"
 #include "exact_search.h"
 #include "kernels.h"
 #include "parallel.h"
@@ -24,45 +22,9 @@ using namespace influence_fast;
 
 namespace {
 
-#ifdef INFLUENCE_FAST_AVX2
-// For features that not every compiler has a name for: bits of the registers eax, ebx, ecx, edx.
-bool cpuid_bit(unsigned leaf, unsigned subleaf, int word, int bit) {
-  unsigned words[4];
-  return __get_cpuid_count(leaf, subleaf, words, words + 1, words + 2, words + 3) && (words[word] >> bit & 1);
-}
-#endif
-
-// Slowest first; the last one that the machine can run is the default. Units whose flags the compiler lacks are not here.
-std::vector<const Kernels*> supported() {
-  std::vector<const Kernels*> found{kernels_baseline()};
-#ifdef INFLUENCE_FAST_AVX2
-  __builtin_cpu_init();
-  const bool f16c = cpuid_bit(1, 0, 2, 29);
-  if (!(__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && f16c)) return found;
-  found.push_back(kernels_avx2());
-#endif
-#ifdef INFLUENCE_FAST_AVX512
-  if (!(__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-        __builtin_cpu_supports("avx512vl")))
-    return found;
-  found.push_back(kernels_avx512());
-#endif
-#ifdef INFLUENCE_FAST_AVX512BF16
-  const bool avx512bf16 = cpuid_bit(7, 1, 0, 5);
-  // Every CPU with the one has the other.
-  if (avx512bf16 && __builtin_cpu_supports("avx512vnni")) found.push_back(kernels_avx512bf16());
-#endif
-  return found;
-}
-
-const std::vector<const Kernels*>& all() {
-  static const std::vector<const Kernels*> found = supported();
-  return found;
-}
-
 const Kernels* named(const std::string& isa) {
   std::string names;
-  for (const Kernels* k : all()) {
+  for (const Kernels* k : supported_kernels()) {
     if (isa == k->isa) return k;
     names += (names.empty() ? "" : ", ") + std::string(k->isa);
   }
@@ -359,13 +321,13 @@ PYBIND11_MODULE(influence_fast_cpu, m) {
         "A Side of given float32 entries, which must outlive it.");
 
   const char* forced = std::getenv("INFLUENCE_FAST_ISA");
-  kernels = forced != nullptr && *forced != '\0' ? named(forced) : all().back();
+  kernels = forced != nullptr && *forced != '\0' ? named(forced) : supported_kernels().back();
   m.def("isa", [] { return std::string(kernels->isa); }, "The instruction set in use.");
   m.def(
       "isas",
       [] {
         std::vector<std::string> names;
-        for (const Kernels* k : all()) names.emplace_back(k->isa);
+        for (const Kernels* k : supported_kernels()) names.emplace_back(k->isa);
         return names;
       },
       "The instruction sets this machine can run, slowest first.");

@@ -1,14 +1,16 @@
-// The Python module influence_fast_cuda: pointers, sizes, strides and a stream come in as integers and are checked; no
-// torch here, so that one build serves every version of it. Work is queued on `stream` of `device` and not waited for.
+// The Python module influence_fast_cuda: named arguments, all of them checked before a launch; no torch here, so that one build
+// serves every version of it. Addresses are of memory on the device: nothing there is read. Work is queued on `stream` of
+// `device` and not waited for.
 //
 // Compiled with INFLUENCE_FAST_SIMT it is influence_fast_simt: the same functions on host memory (simt/simt.h).
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <stdexcept>
 #include <string>
+#include <string_view>
 #include <vector>
 
+#include "../bindings.h"
 #include "device.h"
 #include "params.h"
 
@@ -19,210 +21,156 @@
 #define MODULE influence_fast_cuda
 #endif
 
-namespace py = pybind11;
-
 namespace {
 
-void require(bool holds, const std::string& what) {
-  if (!holds) throw std::invalid_argument(what);
-}
+constexpr int64_t kMaxGrid = (int64_t{1} << 31) - 1;  // blocks along the first axis
 
-template <typename T>
-T* pointer(uint64_t address, const char* name) {
-  require(address != 0, std::string(name) + ": expected an address, got 0");
-  return reinterpret_cast<T*>(address);
-}
-
-int64_t positive(int64_t value, const char* name) {
-  require(value > 0, std::string(name) + ": expected a positive size, got " + std::to_string(value));
+int64_t within(const char* name, int64_t value, int64_t low, int64_t high) {
+  if (value < low || value > high) refuse(name, std::to_string(low) + " to " + std::to_string(high), value);
   return value;
 }
 
-int64_t stride(int64_t value, const char* name) {
-  require(value >= 0, std::string(name) + ": expected a stride of 0 or more, got " + std::to_string(value));
-  return value;
+void check_kind(const Side& side, bool gaussian, bool rademacher = true) {
+  if ((side.kind == Kind::gaussian && !gaussian) || (side.kind == Kind::rademacher && !rademacher))
+    refuse("side: kind", rademacher ? "rademacher or sjlt" : "sjlt", side.kind == Kind::gaussian ? "gaussian" : "rademacher");
 }
 
-Type type_of(const std::string& name) {
-  if (name == "float32") return Type::float32;
-  if (name == "float16") return Type::float16;
-  require(name == "bfloat16", "dtype: expected float32, float16 or bfloat16, got " + name);
-  return Type::bfloat16;
+void check_features(const char* name, const Side& side, int64_t features) { same(name, side.features, features); }
+
+// x and dy hold the same samples and tokens, at least one of each.
+Batch checked_batch(const Tokens& x, const Tokens& dy, Address spans) {
+  at_least("x: samples", x.samples, 1);
+  within("x: tokens", x.tokens, 1, kMaxGrid);
+  at_least("x: features", x.features, 1);
+  at_least("dy: features", dy.features, 1);
+  same("dy: samples", dy.samples, x.samples);
+  same("dy: tokens", dy.tokens, x.tokens);
+  same_dtype("dy: dtype", dy.dtype, x.dtype);
+  return {x.samples, x.tokens, checked_spans(spans)};
 }
 
-Kind kind_of(const std::string& name) {
-  if (name == "rademacher") return Kind::rademacher;
-  if (name == "sjlt") return Kind::sjlt;
-  require(name == "gaussian", "kind: expected rademacher, sjlt or gaussian, got " + name);
-  return Kind::gaussian;
+// Parts of a result that is cut, or the result itself.
+float* parts_or(float* out, Address parts, int64_t splits) {
+  return splits == 1 ? out : pointer<float>("parts", parts);
 }
 
-Side make_side(const std::string& kind, uint32_t key0, uint32_t key1, int64_t k, float scale) {
-  require(0 < k && k < int64_t{1} << 31, "k: expected 1 to 2^31 - 1, got " + std::to_string(k));
-  return {key0, key1, kind_of(kind), static_cast<uint32_t>(k), scale};
-}
-
-// Blocks along the first axis of a grid.
-void require_grid(int64_t blocks, const char* what) {
-  require(blocks < int64_t{1} << 31, std::string(what) + ": too many for one launch, " + std::to_string(blocks));
-}
-
-ProjectedLayer make_layer(uint64_t x, uint64_t dy, int64_t x_sample, int64_t x_token, int64_t dy_sample,
-                          int64_t dy_token, int64_t features_in, int64_t features_out, const Side& in, const Side& out,
-                          uint64_t result, uint64_t parts) {
-  for (const Side* side : {&in, &out}) {
-    require(side->kind != Kind::gaussian, "kind: project_outer takes rademacher and sjlt sides");
-    require(side->k <= kProjectMaxK, "k: project_outer takes up to " + std::to_string(kProjectMaxK) +
-                                         " per side, got " + std::to_string(side->k));
+ProjectedLayer make_layer(const Tokens& x, const Tokens& dy, const Side& p_in, const Side& p_out, Address result,
+                          Address parts) {
+  for (const Side* side : {&p_in, &p_out}) {
+    check_kind(*side, false);
+    within("k", side->k, 1, kProjectMaxK);
+    within("features", side->features, 1, kProjectMaxFeatures);
   }
-  for (int64_t features : {positive(features_in, "features_in"), positive(features_out, "features_out")})
-    require(features <= kProjectMaxFeatures, "features: project_outer takes up to " +
-                                                 std::to_string(kProjectMaxFeatures) + " per side, got " +
-                                                 std::to_string(features));
-  return {pointer<const void>(x, "x"),
-          pointer<const void>(dy, "dy"),
-          stride(x_sample, "x_sample"),
-          stride(x_token, "x_token"),
-          stride(dy_sample, "dy_sample"),
-          stride(dy_token, "dy_token"),
-          features_in,
-          features_out,
-          in,
-          out,
-          pointer<float>(result, "result"),
-          parts ? reinterpret_cast<float*>(parts) : reinterpret_cast<float*>(result)};
+  check_features("p_in: features", p_in, x.features);
+  check_features("p_out: features", p_out, dy.features);
+  float* to = pointer<float>("result", result);
+  return {x, dy, p_in, p_out, to, parts ? pointer<float>("parts", parts) : to};
 }
 
-void project_outer_py(const std::vector<ProjectedLayer>& layers, const std::string& dtype, int64_t samples,
-                      int64_t tokens, uint64_t spans, int64_t row_warps, int64_t splits, int device, uint64_t stream) {
-  require(!layers.empty() && layers.size() <= kLayersPerLaunch,
-          "layers: expected 1 to " + std::to_string(kLayersPerLaunch) + ", got " + std::to_string(layers.size()));
-  require(row_warps == 1 || row_warps == 2 || row_warps == 4, "row_warps: expected 1, 2 or 4");
-  require(positive(splits, "splits") * row_warps * 32 >= positive(tokens, "tokens"), "splits: too few for the tokens");
-  require_grid(positive(samples, "samples") * splits, "samples x splits");
+void project_outer_py(const std::vector<ProjectedLayer>& layers, Address spans, int64_t row_warps, int64_t splits,
+                      int device, uint64_t stream) {
+  within("layers", static_cast<int64_t>(layers.size()), 1, kLayersPerLaunch);
+  if (row_warps != 1 && row_warps != 2 && row_warps != 4) refuse("row_warps", "1, 2 or 4", row_warps);
   ProjectOuterParams p{};
   p.layers = static_cast<int>(layers.size());
+  p.batch = checked_batch(layers[0].x, layers[0].dy, spans);
+  if (within("splits", splits, 1, kMaxGrid) * row_warps * 32 < p.batch.tokens)
+    refuse("splits", "enough for " + std::to_string(p.batch.tokens) + " tokens", splits);
+  within("samples x splits", product("samples x splits", p.batch.samples, splits), 1, kMaxGrid);
   for (size_t i = 0; i < layers.size(); ++i) {
-    require(splits == 1 || layers[i].parts != layers[i].result, "parts: expected an address where splits > 1");
-    p.layer[i] = layers[i];
+    const ProjectedLayer& layer = layers[i];
+    checked_batch(layer.x, layer.dy, spans);
+    same("layers: samples", layer.x.samples, p.batch.samples);
+    same("layers: tokens", layer.x.tokens, p.batch.tokens);
+    same_dtype("layers: dtype", layer.x.dtype, layers[0].x.dtype);
+    if (splits > 1 && layer.parts == layer.result) refuse("parts", "an address where splits > 1", 0);
+    p.layer[i] = layer;
   }
-  p.type = type_of(dtype);
-  p.samples = samples;
-  p.tokens = tokens;
-  p.spans = reinterpret_cast<const int64_t*>(spans);
   p.row_warps = static_cast<int>(row_warps);
   p.splits = static_cast<int>(splits);
   const DeviceGuard guard(device);
   project_outer(p, stream);
 }
 
-void sketch_py(uint64_t g, const std::string& dtype, int64_t samples, int64_t features, int64_t row_stride,
-               const Side& side, uint64_t out, uint64_t parts, int device, uint64_t stream) {
-  require(side.kind != Kind::gaussian, "kind: sketch takes rademacher and sjlt");
-  const int64_t splits = sketch_splits(side.kind, positive(features, "features"), side.k);
-  require(splits == 1 || parts, "parts: expected an address where splits > 1");
-  require_grid(positive(samples, "samples"), "samples");
-  require(side.k <= 32 * 65535, "k: sketch takes up to 2,097,120, got " + std::to_string(side.k));
-  SketchParams p{};
-  p.g = pointer<const void>(g, "g");
-  p.samples = samples;
-  p.features = features;
-  p.stride = stride(row_stride, "row_stride");
-  p.type = type_of(dtype);
-  p.side = side;
-  p.out = pointer<float>(out, "out");
-  p.parts = splits == 1 ? p.out : reinterpret_cast<float*>(parts);
-  p.splits = splits;
+void sketch_py(const Matrix& g, const Side& side, Address out, Address parts, int device, uint64_t stream) {
+  check_kind(side, false);
+  check_features("side: features", side, g.columns);
+  within("g: rows", g.rows, 1, kMaxGrid);
+  if (g.columns > 1) same("g: column stride", g.column_stride, 1);
+  within("k", side.k, 1, 32 * 65535);  // the third axis of a grid
+  const int64_t splits = sketch_splits(side.kind, g.columns, side.k);
+  float* to = pointer<float>("out", out);
+  const SketchParams p{g, side, to, parts_or(to, parts, splits), splits};
   const DeviceGuard guard(device);
   (side.kind == Kind::sjlt ? sketch_sjlt : sketch_dense)(p, stream);
 }
 
-void sketch_outer_py(uint64_t x, uint64_t dy, const std::string& dtype, int64_t x_sample, int64_t x_token,
-                     int64_t dy_sample, int64_t dy_token, int64_t samples, int64_t tokens, int64_t features_in,
-                     int64_t features_out, uint64_t spans, const Side& side, uint64_t scale, uint64_t out,
-                     uint64_t parts, int device, uint64_t stream) {
-  require(side.kind == Kind::sjlt, "kind: sketch_outer takes sjlt");
-  SketchOuterParams p{};
-  p.x = pointer<const void>(x, "x");
-  p.dy = pointer<const void>(dy, "dy");
-  p.x_sample = stride(x_sample, "x_sample");
-  p.x_token = stride(x_token, "x_token");
-  p.dy_sample = stride(dy_sample, "dy_sample");
-  p.dy_token = stride(dy_token, "dy_token");
-  p.samples = positive(samples, "samples");
-  p.tokens = positive(tokens, "tokens");
-  require(tokens < int64_t{1} << 31, "tokens: expected less than 2^31");
-  p.features_in = positive(features_in, "features_in");
-  p.features_out = positive(features_out, "features_out");
-  p.spans = reinterpret_cast<const int64_t*>(spans);
-  p.type = type_of(dtype);
-  p.side = side;
-  p.scale = reinterpret_cast<const float*>(scale);
-  p.out = pointer<float>(out, "out");
-  p.strips = sketch_outer_strips(features_in, features_out);
-  require(p.strips == 1 || parts, "parts: expected an address where strips > 1");
-  require_grid(samples * p.strips, "samples x strips");
-  p.parts = p.strips == 1 ? p.out : reinterpret_cast<float*>(parts);
+void sketch_outer_py(const Tokens& x, const Tokens& dy, Address spans, const Side& side, Address scale, Address out,
+                     Address parts, int device, uint64_t stream) {
+  check_kind(side, false, false);
+  const Batch batch = checked_batch(x, dy, spans);
+  check_features("side: features", side, product("x, dy: features", x.features, dy.features));
+  const int64_t strips = sketch_outer_strips(x.features, dy.features);
+  within("samples x strips", product("samples x strips", x.samples, strips), 1, kMaxGrid);
+  float* to = pointer<float>("out", out);
+  const SketchOuterParams p{x,  dy, batch, side, optional_pointer<const float>("scale", scale),
+                            to, parts_or(to, parts, strips), strips};
   const DeviceGuard guard(device);
   sketch_outer(p, stream);
 }
 
 void random_matrix_py(const Side& side, int64_t row, int64_t rows, int64_t column, int64_t columns,
-                      const std::string& dtype, uint64_t out, int device, uint64_t stream) {
-  require(row >= 0 && column >= 0 && row + positive(rows, "rows") <= side.k, "rows: out of the matrix");
+                      std::string_view dtype, Address out, int device, uint64_t stream) {
+  if (sum("rows", at_least("row", row, 0), at_least("rows", rows, 1)) > side.k)
+    refuse("rows", "rows within " + std::to_string(side.k), row + rows);
+  if (sum("columns", at_least("column", column, 0), at_least("columns", columns, 1)) > side.features)
+    refuse("columns", "columns within " + std::to_string(side.features), column + columns);
+  const RandomMatrixParams p{side, row, rows, column, columns, dtype_of(dtype), pointer<void>("out", out)};
   const DeviceGuard guard(device);
-  random_matrix({side, row, rows, column, positive(columns, "columns"), type_of(dtype), pointer<void>(out, "out")},
-                stream);
+  random_matrix(p, stream);
 }
 
-void rank_py(uint64_t values, const std::string& dtype, int64_t rows, int64_t columns, int64_t row_stride,
-             int64_t first_row, uint64_t keys, uint64_t sorted_keys, uint64_t index, uint64_t sorted_index,
-             uint64_t workspace, uint64_t workspace_bytes, uint64_t ranks, bool wide, uint64_t bad, int device,
-             uint64_t stream) {
-  require(positive(rows, "rows") < int64_t{1} << 31, "rows: expected less than 2^31");
-  require(positive(columns, "columns") < int64_t{1} << 32, "columns: expected less than 2^32");
+void rank_py(const Matrix& values, int64_t first_row, Address keys, Address sorted_keys, Address index,
+             Address sorted_index, Address workspace, uint64_t workspace_bytes, Address ranks, bool wide, Address bad,
+             int device, uint64_t stream) {
+  within("values: rows", values.rows, 1, kMaxGrid);
+  within("values: columns", values.columns, 1, (int64_t{1} << 32) - 1);
+  if (values.columns > 1) same("values: column stride", values.column_stride, 1);
   RankParams p{};
-  p.values = pointer<const void>(values, "values");
-  p.rows = rows;
-  p.columns = columns;
-  p.stride = stride(row_stride, "row_stride");
-  p.first_row = first_row;
-  p.type = type_of(dtype);
-  p.keys = pointer<uint64_t>(keys, "keys");
-  p.sorted_keys = pointer<uint64_t>(sorted_keys, "sorted_keys");
-  p.index = pointer<uint32_t>(index, "index");
-  p.sorted_index = pointer<uint32_t>(sorted_index, "sorted_index");
-  p.workspace = pointer<void>(workspace, "workspace");
+  p.values = values;
+  p.first_row = at_least("first_row", first_row, 0);
+  p.keys = pointer<uint64_t>("keys", keys);
+  p.sorted_keys = pointer<uint64_t>("sorted_keys", sorted_keys);
+  p.index = pointer<uint32_t>("index", index);
+  p.sorted_index = pointer<uint32_t>("sorted_index", sorted_index);
+  p.workspace = pointer<void>("workspace", workspace);
   p.workspace_bytes = workspace_bytes;
-  p.ranks = pointer<void>(ranks, "ranks");
-  p.bad = pointer<int64_t>(bad, "bad");
+  p.ranks = wide ? static_cast<void*>(pointer<double>("ranks", ranks)) : pointer<float>("ranks", ranks);
+  p.bad = pointer<int64_t>("bad", bad);
   p.wide = wide;
   const DeviceGuard guard(device);
   rank(p, stream);
 }
 
-void vote_py(uint64_t ranks, bool wide, int64_t rows, int64_t columns, double k, uint64_t votes, int device,
+void vote_py(Address ranks, bool wide, int64_t rows, int64_t columns, double k, Address votes, int device,
              uint64_t stream) {
+  product("rows x columns", at_least("rows", rows, 1), at_least("columns", columns, 1));
+  const VoteParams p{pointer<const void>("ranks", ranks), rows, columns, k, pointer<double>("votes", votes), wide};
   const DeviceGuard guard(device);
-  vote({pointer<const void>(ranks, "ranks"), positive(rows, "rows"), positive(columns, "columns"), k,
-        pointer<double>(votes, "votes"), wide},
-       stream);
+  vote(p, stream);
 }
 
 }  // namespace
 
 PYBIND11_MODULE(MODULE, m) {
-  m.doc() = "CUDA kernels of influence_fast on raw device pointers.";
-  // Local, so that the tests' build for the host and this one live in one process.
-  py::class_<Side>(m, "Side", py::module_local())
-      .def(py::init(&make_side), py::arg("kind"), py::arg("key0"), py::arg("key1"), py::arg("k"), py::arg("scale"));
-  py::class_<ProjectedLayer>(m, "Layer", py::module_local())
-      .def(py::init(&make_layer), py::kw_only(), py::arg("x"), py::arg("dy"), py::arg("x_sample"), py::arg("x_token"),
-           py::arg("dy_sample"), py::arg("dy_token"), py::arg("features_in"), py::arg("features_out"), py::arg("p_in"),
-           py::arg("p_out"), py::arg("result"), py::arg("parts"));
+  m.doc() = "CUDA kernels of influence_fast, on addresses; every argument is checked.";
 #ifdef INFLUENCE_FAST_VERSION
   m.attr("__version__") = INFLUENCE_FAST_VERSION;
 #endif
+  define_arguments(m);
+  py::class_<ProjectedLayer>(m, "Layer", py::module_local())
+      .def(py::init(&make_layer), py::kw_only(), py::arg("x"), py::arg("dy"), py::arg("p_in"), py::arg("p_out"),
+           py::arg("result"), py::arg("parts"));
   m.attr("LAYERS_PER_LAUNCH") = kLayersPerLaunch;
   m.attr("PROJECT_MAX_K") = kProjectMaxK;
   m.attr("PROJECT_MAX_FEATURES") = kProjectMaxFeatures;
@@ -230,32 +178,30 @@ PYBIND11_MODULE(MODULE, m) {
   m.def("project_outer_splits", &project_outer_splits, py::arg("tokens"), py::arg("k_in"), py::arg("k_out"));
   m.def(
       "sketch_splits",
-      [](const std::string& kind, int64_t features, int64_t k) { return sketch_splits(kind_of(kind), features, k); },
+      [](std::string_view kind, int64_t features, int64_t k) {
+        return sketch_splits(kind_of(kind), at_least("features", features, 1), at_least("k", k, 1));
+      },
       py::arg("kind"), py::arg("features"), py::arg("k"));
   m.def("sketch_outer_strips", &sketch_outer_strips, py::arg("features_in"), py::arg("features_out"));
-  m.def("project_outer", &project_outer_py, py::kw_only(), py::arg("layers"), py::arg("dtype"), py::arg("samples"),
-        py::arg("tokens"), py::arg("spans"), py::arg("row_warps"), py::arg("splits"), py::arg("device"),
-        py::arg("stream"));
-  m.def("sketch", &sketch_py, py::kw_only(), py::arg("g"), py::arg("dtype"), py::arg("samples"), py::arg("features"),
-        py::arg("row_stride"), py::arg("side"), py::arg("out"), py::arg("parts"), py::arg("device"),
-        py::arg("stream"));
-  m.def("sketch_outer", &sketch_outer_py, py::kw_only(), py::arg("x"), py::arg("dy"), py::arg("dtype"),
-        py::arg("x_sample"), py::arg("x_token"), py::arg("dy_sample"), py::arg("dy_token"), py::arg("samples"),
-        py::arg("tokens"), py::arg("features_in"), py::arg("features_out"), py::arg("spans"), py::arg("side"),
-        py::arg("scale"), py::arg("out"), py::arg("parts"), py::arg("device"), py::arg("stream"));
+  m.def("project_outer", &project_outer_py, py::kw_only(), py::arg("layers"), py::arg("spans"), py::arg("row_warps"),
+        py::arg("splits"), py::arg("device"), py::arg("stream"));
+  m.def("sketch", &sketch_py, py::kw_only(), py::arg("g"), py::arg("side"), py::arg("out"), py::arg("parts"),
+        py::arg("device"), py::arg("stream"));
+  m.def("sketch_outer", &sketch_outer_py, py::kw_only(), py::arg("x"), py::arg("dy"), py::arg("spans"),
+        py::arg("side"), py::arg("scale"), py::arg("out"), py::arg("parts"), py::arg("device"), py::arg("stream"));
   m.def("random_matrix", &random_matrix_py, py::kw_only(), py::arg("side"), py::arg("row"), py::arg("rows"),
         py::arg("column"), py::arg("columns"), py::arg("dtype"), py::arg("out"), py::arg("device"), py::arg("stream"));
   m.def(
       "rank_workspace",
       [](int64_t rows, int64_t columns, int device) {
         const DeviceGuard guard(device);
-        return rank_workspace(positive(rows, "rows"), positive(columns, "columns"));
+        return rank_workspace(at_least("rows", rows, 1), at_least("columns", columns, 1));
       },
       py::arg("rows"), py::arg("columns"), py::arg("device"));
-  m.def("rank", &rank_py, py::kw_only(), py::arg("values"), py::arg("dtype"), py::arg("rows"), py::arg("columns"),
-        py::arg("row_stride"), py::arg("first_row"), py::arg("keys"), py::arg("sorted_keys"), py::arg("index"),
-        py::arg("sorted_index"), py::arg("workspace"), py::arg("workspace_bytes"), py::arg("ranks"), py::arg("wide"),
-        py::arg("bad"), py::arg("device"), py::arg("stream"));
+  m.def("rank", &rank_py, py::kw_only(), py::arg("values"), py::arg("first_row"), py::arg("keys"),
+        py::arg("sorted_keys"), py::arg("index"), py::arg("sorted_index"), py::arg("workspace"),
+        py::arg("workspace_bytes"), py::arg("ranks"), py::arg("wide"), py::arg("bad"), py::arg("device"),
+        py::arg("stream"));
   m.def("vote", &vote_py, py::kw_only(), py::arg("ranks"), py::arg("wide"), py::arg("rows"), py::arg("columns"),
         py::arg("k"), py::arg("votes"), py::arg("device"), py::arg("stream"));
 #ifdef INFLUENCE_FAST_SIMT

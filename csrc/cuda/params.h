@@ -1,25 +1,16 @@
-// What the bindings hand to the launchers: pointers on the device, sizes, strides in elements, a stream. Checked there.
+// What the bindings hand to the launchers, checked there: pointers on the device, scratch, how work is cut.
 #pragma once
 
 #include <stddef.h>
 #include <stdint.h>
 
-enum class Type : int { float32 = 0, float16 = 1, bfloat16 = 2 };
-enum class Kind : int { rademacher = 0, sjlt = 1, gaussian = 2 };
+#include "../types.h"
 
-// An implicit (k, features) random matrix.
-struct Side {
-  uint32_t key0, key1;
-  Kind kind;
-  uint32_t k;
-  float scale;
-};
+using namespace influence_fast;
 
-// One projected layer. x (N, T, features_in), dy (N, T, features_out), last stride 1.
+// One projected layer.
 struct ProjectedLayer {
-  const void *x, *dy;
-  int64_t x_sample, x_token, dy_sample, dy_token;
-  int64_t features_in, features_out;
+  Tokens x, dy;
   Side in, out;
   float* result;  // (N, k_out, k_in)
   float* parts;   // (N, splits, k_out, k_in); the result itself where there is one split
@@ -32,17 +23,13 @@ constexpr int64_t kProjectMaxFeatures = 1 << 15;  // per side: keeps chains of f
 struct ProjectOuterParams {
   ProjectedLayer layer[kLayersPerLaunch];
   int layers;
-  Type type;
-  int64_t samples, tokens;
-  const int64_t* spans;  // (N, 2) or null
-  int row_warps;         // warps side by side along tokens; a tile has 32 * row_warps tokens
-  int splits;            // tiles along tokens
+  Batch batch;    // of every layer, as is the dtype of the first one
+  int row_warps;  // warps side by side along tokens; a tile has 32 * row_warps tokens
+  int splits;     // tiles along tokens
 };
 
 struct SketchParams {
-  const void* g;  // (N, D)
-  int64_t samples, features, stride;
-  Type type;
+  Matrix g;  // (N, D)
   Side side;
   float* out;    // (N, k)
   float* parts;  // (splits, N, k), or out itself where there is one split
@@ -50,13 +37,10 @@ struct SketchParams {
 };
 
 struct SketchOuterParams {
-  const void *x, *dy;
-  int64_t x_sample, x_token, dy_sample, dy_token;
-  int64_t samples, tokens, features_in, features_out;
-  const int64_t* spans;
-  Type type;
+  Tokens x, dy;
+  Batch batch;
   Side side;
-  const float* scale;  // (features_out, features_in) contiguous, or null
+  const float* scale;  // (o, i) contiguous, or null
   float* out;          // (N, k)
   float* parts;        // (N, strips, k), or out itself where there is one strip
   int64_t strips;
@@ -65,15 +49,14 @@ struct SketchOuterParams {
 struct RandomMatrixParams {
   Side side;
   int64_t row, rows, column, columns;
-  Type type;
+  Dtype dtype;
   void* out;  // (rows, columns) contiguous
 };
 
-// Rows of a matrix (rows, columns), last stride 1, ranked; `first_row` is their place in what the caller ranks.
+// Rows of a matrix ranked; `first_row` is their place in what the caller ranks.
 struct RankParams {
-  const void* values;
-  int64_t rows, columns, stride, first_row;
-  Type type;
+  Matrix values;
+  int64_t first_row;
   uint64_t *keys, *sorted_keys;    // (rows, columns) each
   uint32_t *index, *sorted_index;  // likewise
   void* workspace;

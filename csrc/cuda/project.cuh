@@ -114,7 +114,7 @@ DEVICE Targets targets(uint32_t f, uint32_t byte, const Side& side) {
   const philox::Key key{side.key0, side.key1};
   Targets out;
   expand<T>(byte, out.ones);
-  const uint32_t k = side.k;
+  const uint32_t k = static_cast<uint32_t>(side.k);
   uint32_t chunk = f / k, lane = f - chunk * k, turn = rotation_of(chunk, k, key);
   if (k >= 8) {  // at most one chunk begins among the eight
     const uint32_t next = lane + 8 > k ? rotation_of(chunk + 1, k, key) - k : 0;

@@ -18,8 +18,8 @@ struct Tile {
 // The projection of one side of a tile into `out`, (tokens, width), columns [offset, offset + k4). The warps share it
 // out by rows, then by panels of columns, then by slices of the features.
 template <typename T>
-DEVICE void project_side(const Shared<float>& out, int width, int offset, const void* data, int64_t sample_stride,
-                         int64_t token_stride, int64_t features, const Side& side, const Tile& tile, int row_warps) {
+DEVICE void project_side(const Shared<float>& out, int width, int offset, const Tokens& x, const Side& side,
+                         const Tile& tile, int row_warps) {
   const int warp = static_cast<int>(threadIdx.x / 32), lane = static_cast<int>(threadIdx.x % 32);
   const int k4 = static_cast<int>(side.k + 3) / 4 * 4;
   int panels = 1;
@@ -27,9 +27,10 @@ DEVICE void project_side(const Shared<float>& out, int width, int offset, const 
   const int slices = kWarps / (row_warps * panels), slice = warp / row_warps / panels;
   const int row0 = warp % row_warps * kRowTile;
   const int live = tile.live - row0 < 0 ? 0 : tile.live - row0 > kRowTile ? kRowTile : tile.live - row0;
-  const T* rows = static_cast<const T*>(data) + tile.sample * sample_stride + (tile.begin + row0) * token_stride;
-  const bool aligned = (reinterpret_cast<uintptr_t>(rows) | static_cast<uintptr_t>(token_stride) * sizeof(T)) % 16 == 0;
-  const int64_t blocks = ceil_div<int64_t>(features, kBlock);
+  const int64_t stride = x.token_stride;
+  const T* rows = static_cast<const T*>(x.data) + tile.sample * x.sample_stride + (tile.begin + row0) * stride;
+  const bool aligned = (reinterpret_cast<uintptr_t>(rows) | static_cast<uintptr_t>(stride) * sizeof(T)) % 16 == 0;
+  const int64_t blocks = ceil_div<int64_t>(x.features, kBlock);
   for (int base = 0; base < k4; base += panels * kPanel) {
     const int column = base + warp / row_warps % panels * kPanel;
     const int columns = k4 - column < 0 ? 0 : k4 - column > kPanel ? kPanel : k4 - column;
@@ -38,9 +39,9 @@ DEVICE void project_side(const Shared<float>& out, int width, int offset, const 
     clear(acc);
     if (live > 0 && columns > 0) {
       if (side.kind == Kind::sjlt)
-        project<T, true>(acc, rows, token_stride, live, features, aligned, side, panel, slice, blocks, slices);
+        project<T, true>(acc, rows, stride, live, x.features, aligned, side, panel, slice, blocks, slices);
       else
-        project<T, false>(acc, rows, token_stride, live, features, aligned, side, panel, slice, blocks, slices);
+        project<T, false>(acc, rows, stride, live, x.features, aligned, side, panel, slice, blocks, slices);
     }
     for (int turn = 0; turn < slices; ++turn) {  // slices add up in a fixed order
       if (turn == slice && live > 0) {
@@ -65,8 +66,9 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 1 : 2)
   const int tokens = kRowTile * p.row_warps, split = static_cast<int>(blockIdx.x % p.splits);
   Tile tile;
   tile.sample = blockIdx.x / p.splits;
-  tile.begin = (p.spans ? p.spans[2 * tile.sample] : 0) + static_cast<int64_t>(split) * tokens;
-  const int64_t end = p.spans ? p.spans[2 * tile.sample + 1] : p.tokens;
+  const Span span = p.batch.span(tile.sample);
+  tile.begin = span.begin + static_cast<int64_t>(split) * tokens;
+  const int64_t end = span.end;
   tile.live = static_cast<int>(end - tile.begin < 0 ? 0 : end - tile.begin > tokens ? tokens : end - tile.begin);
   if (tile.live == 0 && split > 0) return;
 
@@ -76,9 +78,8 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 1 : 2)
   const Shared<float> projected = arena.take<float>(static_cast<int64_t>(tokens) * width);
 #pragma unroll 1
   for (int left = 0; left < 2; ++left) {
-    project_side<T>(projected, width, left ? in4 : 0, left ? layer.dy : layer.x,
-                    left ? layer.dy_sample : layer.x_sample, left ? layer.dy_token : layer.x_token,
-                    left ? layer.features_out : layer.features_in, left ? layer.out : layer.in, tile, p.row_warps);
+    project_side<T>(projected, width, left ? in4 : 0, left ? layer.dy : layer.x, left ? layer.out : layer.in, tile,
+                    p.row_warps);
   }
 
   const float scale = p.splits == 1 ? layer.in.scale * layer.out.scale : 1.0f;
@@ -114,22 +115,22 @@ int64_t project_outer_splits(int64_t tokens, int64_t k_in, int64_t k_out) {
 }
 
 void project_outer(const ProjectOuterParams& p, uint64_t stream) {
-  const dim3 grid(static_cast<unsigned>(p.samples * p.splits), static_cast<unsigned>(p.layers));
+  const dim3 grid(static_cast<unsigned>(p.batch.samples * p.splits), static_cast<unsigned>(p.layers));
   size_t shared = 0;
   for (int i = 0; i < p.layers; ++i) {
-    const size_t width = (p.layer[i].in.k + 3) / 4 * 4 + (p.layer[i].out.k + 3) / 4 * 4;
+    const size_t width = static_cast<size_t>((p.layer[i].in.k + 3) / 4 * 4 + (p.layer[i].out.k + 3) / 4 * 4);
     const size_t bytes = sizeof(float) * kRowTile * static_cast<size_t>(p.row_warps) * width;
     shared = bytes > shared ? bytes : shared;
   }
-  const auto kernel = p.type == Type::float32   ? project_outer_kernel<float>
-                      : p.type == Type::float16 ? project_outer_kernel<f16>
+  const auto kernel = p.layer[0].x.dtype == Dtype::float32   ? project_outer_kernel<float>
+                      : p.layer[0].x.dtype == Dtype::float16 ? project_outer_kernel<f16>
                                                 : project_outer_kernel<bf16>;
   launch("project_outer", kernel, grid, kThreads, shared, stream, p);
   if (p.splits == 1) return;
   for (int i = 0; i < p.layers; ++i) {
     const ProjectedLayer& layer = p.layer[i];
-    const int64_t inner = static_cast<int64_t>(layer.in.k) * layer.out.k;
-    sum_parts({layer.parts, layer.result, p.samples, inner, p.splits, p.splits * inner, inner, p.spans,
+    const int64_t inner = layer.in.k * layer.out.k;
+    sum_parts({layer.parts, layer.result, p.batch.samples, inner, p.splits, p.splits * inner, inner, p.batch.spans,
                static_cast<int64_t>(kRowTile) * p.row_warps, layer.in.scale * layer.out.scale},
               stream);
   }

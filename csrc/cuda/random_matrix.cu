@@ -18,8 +18,9 @@ __global__ void __launch_bounds__(kThreads) random_matrix_kernel(const __grid_co
     if (p.side.kind == Kind::rademacher) {
       entry = pick(philox::rademacher(row, column / 128, key), word) >> shift & 1u ? 1.0f : -1.0f;
     } else if (p.side.kind == Kind::sjlt) {
-      const uint64_t chunk = column / p.side.k, lane = column % p.side.k;
-      const bool hit = (lane + rotation_of(chunk, p.side.k, key)) % p.side.k == row;
+      const uint32_t k = static_cast<uint32_t>(p.side.k);
+      const uint64_t chunk = column / k, lane = column % k;
+      const bool hit = (lane + rotation_of(chunk, k, key)) % k == row;
       entry = !hit ? 0.0f : pick(philox::sjlt_signs(column / 128, key), word) >> shift & 1u ? 1.0f : -1.0f;
     } else {
       float four[4];
@@ -34,8 +35,8 @@ __global__ void __launch_bounds__(kThreads) random_matrix_kernel(const __grid_co
 }  // namespace
 
 void random_matrix(const RandomMatrixParams& p, uint64_t stream) {
-  const auto kernel = p.type == Type::float32   ? random_matrix_kernel<float>
-                      : p.type == Type::float16 ? random_matrix_kernel<f16>
+  const auto kernel = p.dtype == Dtype::float32   ? random_matrix_kernel<float>
+                      : p.dtype == Dtype::float16 ? random_matrix_kernel<f16>
                                                 : random_matrix_kernel<bf16>;
   launch("random_matrix", kernel, strided_grid(p.rows * p.columns, kThreads), kThreads, 0, stream, p);
 }

@@ -17,10 +17,11 @@ constexpr int kThreads = 256;
 
 template <typename T>
 __global__ void __launch_bounds__(kThreads) rank_keys(const __grid_constant__ RankParams p) {
-  const int64_t total = p.rows * p.columns, step = static_cast<int64_t>(gridDim.x) * kThreads;
+  const int64_t columns = p.values.columns, total = p.values.rows * columns;
+  const int64_t step = static_cast<int64_t>(gridDim.x) * kThreads;
   for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < total; i += step) {
-    const int64_t row = i / p.columns, column = i - row * p.columns;
-    const float value = to_float(static_cast<const T*>(p.values)[row * p.stride + column]) + 0.0f;  // -0 is 0
+    const int64_t row = i / columns, column = i - row * columns;
+    const float value = to_float(static_cast<const T*>(p.values.data)[row * p.values.row_stride + column]) + 0.0f;  // -0 is 0
     uint32_t bits = __float_as_uint(value);
     if ((bits & 0x7F800000u) == 0x7F800000u) atomic_min(p.bad, p.first_row + row);
     bits ^= bits >> 31 ? 0xFFFFFFFFu : 0x80000000u;
@@ -43,10 +44,11 @@ DEVICE int64_t bound(const uint64_t* keys, int64_t low, int64_t high, uint64_t k
 }
 
 __global__ void __launch_bounds__(kThreads) rank_runs(const __grid_constant__ RankParams p) {
-  const int64_t total = p.rows * p.columns, step = static_cast<int64_t>(gridDim.x) * kThreads;
+  const int64_t columns = p.values.columns, total = p.values.rows * columns;
+  const int64_t step = static_cast<int64_t>(gridDim.x) * kThreads;
   for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < total; i += step) {
     const uint64_t key = p.sorted_keys[i];
-    const int64_t begin = static_cast<int64_t>(key >> 32) * p.columns, end = begin + p.columns;
+    const int64_t begin = static_cast<int64_t>(key >> 32) * columns, end = begin + columns;
     int64_t first = i, last = i + 1;
     if (i > begin && p.sorted_keys[i - 1] == key) first = bound<false>(p.sorted_keys, begin, i, key);
     if (last < end && p.sorted_keys[last] == key) last = bound<true>(p.sorted_keys, last, end, key);
@@ -76,7 +78,7 @@ __global__ void __launch_bounds__(kThreads) vote_kernel(const __grid_constant__ 
 
 size_t sort(void* workspace, size_t, const RankParams& p, uint64_t) {
   if (!workspace) return 1;
-  std::vector<int64_t> order(static_cast<size_t>(p.rows * p.columns));
+  std::vector<int64_t> order(static_cast<size_t>(p.values.rows * p.values.columns));
   for (size_t i = 0; i < order.size(); ++i) order[i] = static_cast<int64_t>(i);
   std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return p.keys[a] < p.keys[b]; });
   for (size_t i = 0; i < order.size(); ++i)
@@ -96,8 +98,8 @@ int bits_of(int64_t rows) {
 // With no workspace: the bytes that one must have.
 size_t sort(void* workspace, size_t bytes, const RankParams& p, uint64_t stream) {
   check_cuda(cub::DeviceRadixSort::SortPairs(workspace, bytes, const_cast<const uint64_t*>(p.keys), p.sorted_keys,
-                                             const_cast<const uint32_t*>(p.index), p.sorted_index, p.rows * p.columns,
-                                             0, bits_of(p.rows), reinterpret_cast<cudaStream_t>(stream)),
+                                             const_cast<const uint32_t*>(p.index), p.sorted_index,
+                                             p.values.rows * p.values.columns, 0, bits_of(p.values.rows), reinterpret_cast<cudaStream_t>(stream)),
              "rank sort");
   return bytes;
 }
@@ -108,15 +110,15 @@ size_t sort(void* workspace, size_t bytes, const RankParams& p, uint64_t stream)
 
 size_t rank_workspace(int64_t rows, int64_t columns) {
   RankParams p{};
-  p.rows = rows;
-  p.columns = columns;
+  p.values.rows = rows;
+  p.values.columns = columns;
   return sort(nullptr, 0, p, 0);
 }
 
 void rank(const RankParams& p, uint64_t stream) {
-  const dim3 grid = strided_grid(p.rows * p.columns, kThreads);
-  const auto keys = p.type == Type::float32   ? rank_keys<float>
-                    : p.type == Type::float16 ? rank_keys<f16>
+  const dim3 grid = strided_grid(p.values.rows * p.values.columns, kThreads);
+  const auto keys = p.values.dtype == Dtype::float32   ? rank_keys<float>
+                    : p.values.dtype == Dtype::float16 ? rank_keys<f16>
                                               : rank_keys<bf16>;
   launch("rank_keys", keys, grid, kThreads, 0, stream, p);
   sort(p.workspace, p.workspace_bytes, p, stream);

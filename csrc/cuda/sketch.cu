@@ -27,11 +27,11 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 1 : 2)
   const int panels = panels_of(p.side.k), slices = kWarps / panels, slice = warp / panels;
   const int64_t k = p.side.k, column = (static_cast<int64_t>(blockIdx.z) * panels + warp % panels) * kPanel;
   const int columns = static_cast<int>(k - column < 0 ? 0 : k - column > kPanel ? kPanel : k - column);
-  const int64_t row0 = static_cast<int64_t>(blockIdx.x) * kRowTile, left = p.samples - row0;
+  const int64_t row0 = static_cast<int64_t>(blockIdx.x) * kRowTile, left = p.g.rows - row0;
   const int live = static_cast<int>(left > kRowTile ? kRowTile : left);
-  const T* rows = static_cast<const T*>(p.g) + row0 * p.stride;
-  const bool aligned = (reinterpret_cast<uintptr_t>(rows) | static_cast<uintptr_t>(p.stride) * sizeof(T)) % 16 == 0;
-  const int64_t blocks = ceil_div<int64_t>(p.features, kBlock), split = blockIdx.y;
+  const T* rows = static_cast<const T*>(p.g.data) + row0 * p.g.row_stride;
+  const bool aligned = (reinterpret_cast<uintptr_t>(rows) | static_cast<uintptr_t>(p.g.row_stride) * sizeof(T)) % 16 == 0;
+  const int64_t blocks = ceil_div<int64_t>(p.g.columns, kBlock), split = blockIdx.y;
   const int64_t first = blocks * split / p.splits, last = blocks * (split + 1) / p.splits;
 
   SharedArena arena;
@@ -44,7 +44,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 1 : 2)
       const int64_t stop = block + static_cast<int64_t>(kChain) * slices;
       Accumulator acc;
       clear(acc);
-      project<T, false>(acc, rows, p.stride, live, p.features, aligned, p.side, panel, block, stop < last ? stop : last,
+      project<T, false>(acc, rows, p.g.row_stride, live, p.g.columns, aligned, p.side, panel, block, stop < last ? stop : last,
                         slices);
 #pragma unroll
       for (int i = 0; i < kAccumulators; ++i)
@@ -57,7 +57,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 1 : 2)
     const int row = 16 * (i / 16) + lane / 4 + i % 4 / 2 * 8, at = 8 * (i / 4 % 4) + lane % 4 * 2 + i % 2;
     float sum = 0;
     for (int s = 0; s < slices; ++s) sum += sums.load(((warp % panels + s * panels) * kAccumulators + i) * 32 + lane);
-    if (row < live && at < columns) p.parts[(split * p.samples + row0 + row) * k + column + at] = sum * scale;
+    if (row < live && at < columns) p.parts[(split * p.g.rows + row0 + row) * k + column + at] = sum * scale;
   }
 }
 
@@ -72,15 +72,15 @@ __host__ __device__ constexpr int batch_of(int64_t k) {
 template <typename T>
 __global__ void __launch_bounds__(kThreads) sketch_sjlt_kernel(const __grid_constant__ SketchParams p) {
   const philox::Key key{p.side.key0, p.side.key1};
-  const uint32_t k = p.side.k, window = k < kWindow ? k : kWindow, first_output = blockIdx.z * kWindow;
+  const uint32_t k = static_cast<uint32_t>(p.side.k), window = k < kWindow ? k : kWindow, first_output = blockIdx.z * kWindow;
   const uint32_t width = k - first_output < window ? k - first_output : window;
   const int groups = static_cast<int>(kWindow / window), group = static_cast<int>(threadIdx.x / window);
   const uint32_t m = threadIdx.x % window;
   const bool active = group < groups && m < width;
-  const int64_t row0 = static_cast<int64_t>(blockIdx.x) * kRows, left = p.samples - row0;
+  const int64_t row0 = static_cast<int64_t>(blockIdx.x) * kRows, left = p.g.rows - row0;
   const int live = static_cast<int>(left > kRows ? kRows : left);
-  const T* rows = static_cast<const T*>(p.g) + row0 * p.stride;
-  const int64_t chunks = ceil_div<int64_t>(p.features, k), split = blockIdx.y;
+  const T* rows = static_cast<const T*>(p.g.data) + row0 * p.g.row_stride;
+  const int64_t chunks = ceil_div<int64_t>(p.g.columns, k), split = blockIdx.y;
   const int64_t first = chunks * split / p.splits, last = chunks * (split + 1) / p.splits;
 
   // Of every chunk in a batch: the lane of the chunk that goes to first_output, and the blocks of signs of the two runs
@@ -117,14 +117,14 @@ __global__ void __launch_bounds__(kThreads) sketch_sjlt_kernel(const __grid_cons
     for (int i = group; i < count; i += groups) {
       const uint32_t start = starts.load(i), sum = start + m, lane = sum >= k ? sum - k : sum;
       const uint64_t origin = static_cast<uint64_t>(base + i) * k, f = origin + lane;
-      if (f >= static_cast<uint64_t>(p.features)) continue;
+      if (f >= static_cast<uint64_t>(p.g.columns)) continue;
       const int block = sum >= k ? static_cast<int>(f / 128 - origin / 128) + 3
                                  : static_cast<int>(f / 128 - (origin + start) / 128);
       const uint32_t word = signs.load((i * kSignBlocks + block) * 4 + static_cast<int>(f / 32 % 4));
       const uint32_t flip = (~(word >> (f % 32)) & 1u) << 31;
       float value[kRows];
 #pragma unroll
-      for (int r = 0; r < kRows; ++r) value[r] = r < live ? to_float(rows[r * p.stride + static_cast<int64_t>(f)]) : 0;
+      for (int r = 0; r < kRows; ++r) value[r] = r < live ? to_float(rows[r * p.g.row_stride + static_cast<int64_t>(f)]) : 0;
 #pragma unroll
       for (int r = 0; r < kRows; ++r) acc[r] += __uint_as_float(__float_as_uint(value[r]) ^ flip);
     }
@@ -137,13 +137,13 @@ __global__ void __launch_bounds__(kThreads) sketch_sjlt_kernel(const __grid_cons
     if (group != 0 || !active || r >= live) continue;
     float sum = 0;
     for (int g = 0; g < groups; ++g) sum += sums.load(g * static_cast<int>(window) + static_cast<int>(m));
-    p.parts[(split * p.samples + row0 + r) * k + first_output + m] = sum;
+    p.parts[(split * p.g.rows + row0 + r) * k + first_output + m] = sum;
   }
 }
 
 void finish(const SketchParams& p, uint64_t stream) {
   if (p.splits == 1) return;
-  const int64_t total = p.samples * p.side.k;
+  const int64_t total = p.g.rows * p.side.k;
   sum_parts({p.parts, p.out, 1, total, p.splits, 0, total, nullptr, 1, p.side.scale}, stream);
 }
 
@@ -162,22 +162,22 @@ int64_t sketch_splits(Kind kind, int64_t features, int64_t k) {
 }
 
 void sketch_dense(const SketchParams& p, uint64_t stream) {
-  const dim3 grid(static_cast<unsigned>(ceil_div<int64_t>(p.samples, kRowTile)), static_cast<unsigned>(p.splits),
+  const dim3 grid(static_cast<unsigned>(ceil_div<int64_t>(p.g.rows, kRowTile)), static_cast<unsigned>(p.splits),
                   static_cast<unsigned>(ceil_div<int64_t>(p.side.k, panels_of(p.side.k) * kPanel)));
-  const auto kernel = p.type == Type::float32   ? sketch_dense_kernel<float>
-                      : p.type == Type::float16 ? sketch_dense_kernel<f16>
+  const auto kernel = p.g.dtype == Dtype::float32   ? sketch_dense_kernel<float>
+                      : p.g.dtype == Dtype::float16 ? sketch_dense_kernel<f16>
                                                 : sketch_dense_kernel<bf16>;
   launch("sketch_dense", kernel, grid, kThreads, kWarps * kAccumulators * 32 * sizeof(float), stream, p);
   finish(p, stream);
 }
 
 void sketch_sjlt(const SketchParams& p, uint64_t stream) {
-  const dim3 grid(static_cast<unsigned>(ceil_div<int64_t>(p.samples, kRows)), static_cast<unsigned>(p.splits),
+  const dim3 grid(static_cast<unsigned>(ceil_div<int64_t>(p.g.rows, kRows)), static_cast<unsigned>(p.splits),
                   static_cast<unsigned>(ceil_div<int64_t>(p.side.k, kWindow)));
   const size_t batch = static_cast<size_t>(batch_of(p.side.k));
   const size_t shared = (batch * 4 + 15) / 16 * 16 + batch * kSignBlocks * 16 + kThreads * sizeof(float);
-  const auto kernel = p.type == Type::float32   ? sketch_sjlt_kernel<float>
-                      : p.type == Type::float16 ? sketch_sjlt_kernel<f16>
+  const auto kernel = p.g.dtype == Dtype::float32   ? sketch_sjlt_kernel<float>
+                      : p.g.dtype == Dtype::float16 ? sketch_sjlt_kernel<f16>
                                                 : sketch_sjlt_kernel<bf16>;
   launch("sketch_sjlt", kernel, grid, kThreads, shared, stream, p);
   finish(p, stream);

@@ -184,7 +184,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 1 : 2)
   const philox::Key key{p.side.key0, p.side.key1};
   const int warp = static_cast<int>(threadIdx.x / 32), lane = static_cast<int>(threadIdx.x % 32);
   const int64_t sample = blockIdx.x / p.strips, strip = blockIdx.x % p.strips;
-  const uint32_t k = p.side.k;
+  const uint32_t k = static_cast<uint32_t>(p.side.k);
 
   SharedArena arena;
   SharedArena alias = arena;  // the finished tile lies where its operands were
@@ -209,23 +209,24 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 1 : 2)
   }
   const Scatter scatter{tile, kept, part, signs, low, high};
 
-  const int64_t begin = p.spans ? p.spans[2 * sample] : 0, end = p.spans ? p.spans[2 * sample + 1] : p.tokens;
+  const Span span = p.batch.span(sample);
+  const int64_t begin = span.begin, end = span.end;
   const int steps = static_cast<int>(end > begin ? ceil_div<int64_t>(end - begin, P::tokens) : 0);
-  const int64_t down = ceil_div<int64_t>(p.features_out, kTile), tiles = down * ceil_div<int64_t>(p.features_in, kTile);
+  const int64_t down = ceil_div<int64_t>(p.dy.features, kTile), tiles = down * ceil_div<int64_t>(p.x.features, kTile);
   const int64_t last_tile = steps ? tiles * (strip + 1) / p.strips : 0;
 
   for (int64_t number = tiles * strip / p.strips; number < last_tile; ++number) {
     const int64_t row0 = number % down * kTile, column0 = number / down * kTile;
-    const int rows = static_cast<int>(p.features_out - row0 < kTile ? p.features_out - row0 : kTile);
-    const int columns = static_cast<int>(p.features_in - column0 < kTile ? p.features_in - column0 : kTile);
-    Loader<T> x(p.x, sample * p.x_sample, p.x_token, begin, column0, p.features_in);
-    Loader<T> dy(p.dy, sample * p.dy_sample, p.dy_token, begin, row0, p.features_out);
+    const int rows = static_cast<int>(p.dy.features - row0 < kTile ? p.dy.features - row0 : kTile);
+    const int columns = static_cast<int>(p.x.features - column0 < kTile ? p.x.features - column0 : kTile);
+    Loader<T> x(p.x.data, sample * p.x.sample_stride, p.x.token_stride, begin, column0, p.x.features);
+    Loader<T> dy(p.dy.data, sample * p.dy.sample_stride, p.dy.token_stride, begin, row0, p.dy.features);
 
     __syncthreads();  // the previous tile has left shared memory
     if (threadIdx.x < kTile * 2) {
       // Two threads per row: one block of signs each; the first also says where the run goes.
       const int row = static_cast<int>(threadIdx.x / 2), which = static_cast<int>(threadIdx.x % 2);
-      const uint64_t f = static_cast<uint64_t>((row0 + row) * p.features_in + column0);
+      const uint64_t f = static_cast<uint64_t>((row0 + row) * p.x.features + column0);
       const philox::Block bits = philox::sjlt_signs(f / 128 + which, key);
       signs.store_vector<uint4>(8 * row + 4 * which, {bits.x[0], bits.x[1], bits.x[2], bits.x[3]});
       if (which == 0) {
@@ -285,7 +286,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 1 : 2)
           const int bit = __ffs(todo) - 1, row = half * kHalf + group + bit;
           todo &= todo - 1;
           const int from = (group + bit) * kStageRow, skew = 256 * row + static_cast<int>(skews.load(row));
-          const float* scale = p.scale ? p.scale + (row0 + row) * p.features_in + column0 : nullptr;
+          const float* scale = p.scale ? p.scale + (row0 + row) * p.x.features + column0 : nullptr;
           uint32_t start = starts.load(row), length = lefts.load(row);
           uint64_t chunk = 0;
           for (int column = 0; column < columns;) {  // one chunk of features after the other
@@ -303,7 +304,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 1 : 2)
             }
             column += static_cast<int>(length);
             if (column < columns) {
-              if (chunk == 0) chunk = static_cast<uint64_t>((row0 + row) * p.features_in + column0) / k;
+              if (chunk == 0) chunk = static_cast<uint64_t>((row0 + row) * p.x.features + column0) / k;
               start = rotation_of(++chunk, k, key);
               length = k;
             }
@@ -326,20 +327,20 @@ int64_t sketch_outer_strips(int64_t features_in, int64_t features_out) {
 
 template <typename T>
 static void run(const SketchOuterParams& p, uint64_t stream) {
-  const size_t outputs = p.side.k <= kSharedK ? (p.side.k * sizeof(float) + 15) / 16 * 16 : 0;
+  const size_t outputs = p.side.k <= kSharedK ? (static_cast<size_t>(p.side.k) * sizeof(float) + 15) / 16 * 16 : 0;
   const size_t shared = Pipeline<T>::bytes + kTile * 11 * sizeof(uint32_t) + outputs;
-  launch("sketch_outer", sketch_outer_kernel<T>, dim3(static_cast<unsigned>(p.samples * p.strips)), kThreads, shared,
+  launch("sketch_outer", sketch_outer_kernel<T>, dim3(static_cast<unsigned>(p.batch.samples * p.strips)), kThreads, shared,
          stream, p);
 }
 
 void sketch_outer(const SketchOuterParams& p, uint64_t stream) {
-  if (p.type == Type::float32)
+  if (p.x.dtype == Dtype::float32)
     run<float>(p, stream);
-  else if (p.type == Type::float16)
+  else if (p.x.dtype == Dtype::float16)
     run<f16>(p, stream);
   else
     run<bf16>(p, stream);
   if (p.strips == 1) return;
   const int64_t k = p.side.k;
-  sum_parts({p.parts, p.out, p.samples, k, p.strips, p.strips * k, k, nullptr, 1, 1.0f}, stream);
+  sum_parts({p.parts, p.out, p.batch.samples, k, p.strips, p.strips * k, k, nullptr, 1, 1.0f}, stream);
 }

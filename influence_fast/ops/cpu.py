@@ -105,7 +105,7 @@ def sketch(g: Tensor, side: Side | Tensor) -> Tensor:
         return g.to(torch.float32) @ side.to(torch.float32).T
     out = _output(g.shape[0], side.k)
     if out.numel():
-        matrix, _g = _matrix("g", unit_stride(g))
+        matrix, _g = _matrix("g", g, contiguous_rows=True)
         _native.sketch(matrix, _implicit(side), out.data_ptr(), torch.get_num_threads())
     return out
 
@@ -171,26 +171,25 @@ def _output(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 def _tokens(name: str, x: Tensor) -> tuple[Any, Tensor]:
     """What the kernels take for ``(N, T, features)``, and the tensor that must outlive the call."""
-    if x.is_neg() or not x.is_cpu:
+    # A microsecond counts here: one call of torch for each thing to know.
+    if not x.is_cpu or x.is_neg():
         x = _in_memory(name, x)
-    try:
-        strides = x.stride()
-        if strides[2] != 1:
-            x = unit_stride(x)
-            strides = x.stride()
-        return _native.Tokens(x.data_ptr(), _DTYPES[x.dtype], x.shape, strides), x
-    except RuntimeError as error:
-        raise _no_memory(name, x, error) from None
+    strides, address = _strides_and_address(name, x)
+    if strides[2] != 1:
+        x = unit_stride(x)
+        strides, address = x.stride(), x.data_ptr()
+    return _native.Tokens(address or _no_address(name, x), _DTYPES[x.dtype], x.shape, strides), x
 
 
-def _matrix(name: str, x: Tensor) -> tuple[Any, Tensor]:
-    """The same for ``(rows, columns)``, of any strides."""
-    if x.is_neg() or not x.is_cpu:
+def _matrix(name: str, x: Tensor, contiguous_rows: bool = False) -> tuple[Any, Tensor]:
+    """The same for ``(rows, columns)``, of any strides or with columns one after another."""
+    if not x.is_cpu or x.is_neg():
         x = _in_memory(name, x)
-    try:
-        return _native.Matrix(x.data_ptr(), _DTYPES[x.dtype], x.shape, x.stride()), x
-    except RuntimeError as error:
-        raise _no_memory(name, x, error) from None
+    strides, address = _strides_and_address(name, x)
+    if contiguous_rows and strides[1] != 1:
+        x = unit_stride(x)
+        strides, address = x.stride(), x.data_ptr()
+    return _native.Matrix(address or _no_address(name, x), _DTYPES[x.dtype], x.shape, strides), x
 
 
 def _dense(name: str, x: Tensor) -> Tensor:
@@ -205,9 +204,18 @@ def _in_memory(name: str, x: Tensor) -> Tensor:
     return x.resolve_neg()
 
 
-def _no_memory(name: str, x: Tensor, error: RuntimeError) -> InputError:
-    """For sparse and fake tensors."""
-    return InputError(f"{name}: expected a tensor with values in memory, got {type(x).__name__} {x.layout} ({error})")
+def _strides_and_address(name: str, x: Tensor) -> tuple[tuple[int, ...], int]:
+    try:
+        return x.stride(), x.data_ptr()
+    except RuntimeError:
+        raise InputError(f"{name}: expected a dense tensor, got {x.layout}") from None
+
+
+def _no_address(name: str, x: Tensor) -> int:
+    """0 where there is nothing to address; fake tensors have no values."""
+    if x.numel():
+        raise InputError(f"{name}: expected a tensor with values, got {type(x).__name__}")
+    return 0
 
 
 def _optional(tensor: Tensor | None) -> int:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from influence_fast.ops import reference
-from influence_fast.ops.arguments import Side, not_finite
+from influence_fast.ops.arguments import Side, not_finite, unit_stride
 
 try:
     import influence_fast_cuda as _native
@@ -70,22 +70,19 @@ def project_outer_grouped(layers: Sequence[tuple[Tensor, Tensor, Side, Side]], s
         k_in, k_out = max(p_in.k for _, _, p_in, _ in group), max(p_out.k for _, _, _, p_out in group)
         splits = _native.project_outer_splits(t, k_in, k_out)
         records, keep = [], []
+        # Layers with a common input, such as query, key and value, share its copy.
+        inputs = {id(tensor): tensor for x, dy, _, _ in group for tensor in (x, dy)}
+        readable = {key: unit_stride(tensor) for key, tensor in inputs.items()}
         for x, dy, p_in, p_out in group:
-            x, dy = _unit(x), _unit(dy)
+            x, dy = readable[id(x)], readable[id(dy)]
             out = _empty(x, n, p_out.k, p_in.k)
             parts = _empty(x, n, splits, p_out.k, p_in.k) if splits > 1 else None
-            keep += [x, dy, parts]
+            keep.append(parts)
             results.append(out)
             records.append(
                 _native.Layer(
-                    x=x.data_ptr(),
-                    dy=dy.data_ptr(),
-                    x_sample=x.stride(0),
-                    x_token=x.stride(1),
-                    dy_sample=dy.stride(0),
-                    dy_token=dy.stride(1),
-                    features_in=x.shape[2],
-                    features_out=dy.shape[2],
+                    x=_tokens(x),
+                    dy=_tokens(dy),
                     p_in=_side(p_in),
                     p_out=_side(p_out),
                     result=out.data_ptr(),
@@ -95,8 +92,6 @@ def project_outer_grouped(layers: Sequence[tuple[Tensor, Tensor, Side, Side]], s
         spans = None if spans is None else spans.contiguous()
         _native.project_outer(
             layers=records,
-            samples=n,
-            tokens=t,
             spans=_address(spans),
             row_warps=_native.project_outer_row_warps(t, k_in, k_out),
             splits=splits,
@@ -119,22 +114,14 @@ def sketch_outer(x: Tensor, dy: Tensor, side: Side | Tensor, spans: Tensor | Non
         return out
     if x.numel() == 0 or dy.numel() == 0:
         return _empty(x, n, side.k).zero_()
-    x, dy, out = _unit(x), _unit(dy), _empty(x, n, side.k)
+    x, dy, out = unit_stride(x), unit_stride(dy), _empty(x, n, side.k)
     strips = _native.sketch_outer_strips(i, o)
     parts = _empty(x, n, strips, side.k) if strips > 1 else None
     spans = None if spans is None else spans.contiguous()
     scale = None if scale is None else scale.detach().to(torch.float32).contiguous()
     _native.sketch_outer(
-        x=x.data_ptr(),
-        dy=dy.data_ptr(),
-        x_sample=x.stride(0),
-        x_token=x.stride(1),
-        dy_sample=dy.stride(0),
-        dy_token=dy.stride(1),
-        samples=n,
-        tokens=x.shape[1],
-        features_in=i,
-        features_out=o,
+        x=_tokens(x),
+        dy=_tokens(dy),
         spans=_address(spans),
         side=_side(side),
         scale=_address(scale),
@@ -157,17 +144,14 @@ def sketch(g: Tensor, side: Side | Tensor) -> Tensor:
             cols = (begin, min(begin + step, side.features))
             out += g[:, cols[0] : cols[1]].float() @ random_matrix(side, (0, side.k), cols, torch.float32, g.device).T
         return out
-    g, out = _unit(g), _empty(g, g.shape[0], side.k)
+    g, out = unit_stride(g), _empty(g, g.shape[0], side.k)
     splits = _native.sketch_splits(side.kind, side.features, side.k)
     step = g.shape[0] if splits == 1 else min(g.shape[0], max(32, _SCRATCH // (splits * side.k)))
     parts = _empty(g, splits, step, side.k) if splits > 1 else None
     for begin in range(0, g.shape[0], step):
         rows = g[begin : begin + step]
         _native.sketch(
-            g=rows.data_ptr(),
-            samples=rows.shape[0],
-            features=side.features,
-            row_stride=rows.stride(0),
+            g=_matrix(rows),
             side=_side(side),
             out=out[begin:].data_ptr(),
             parts=_address(parts),
@@ -186,8 +170,6 @@ def rank(influence: Tensor) -> Tensor:
 def vote(influence: Tensor, k: int) -> Tensor:
     out = torch.zeros(influence.shape[1], dtype=torch.float64, device=influence.device)
     for _, ranks in _ranked(influence):
-        where = _where(out)
-        del where["dtype"]
         _native.vote(
             ranks=ranks.data_ptr(),
             wide=ranks.dtype == torch.float64,
@@ -195,7 +177,7 @@ def vote(influence: Tensor, k: int) -> Tensor:
             columns=ranks.shape[1],
             k=k,
             votes=out.data_ptr(),
-            **where,
+            **_where(out),
         )
     return out
 
@@ -209,7 +191,7 @@ def _ranked(influence: Tensor) -> Iterator[tuple[int, Tensor]]:
     m, n = influence.shape
     if influence.numel() == 0:
         return
-    influence, where = _unit(influence), _where(influence)
+    influence, where = unit_stride(influence), _where(influence)
     device, step = influence.device, min(m, max(1, _SORTED // n))
     keys = torch.empty(2, step, n, dtype=torch.int64, device=device)
     index = torch.empty(2, step, n, dtype=torch.int32, device=device)
@@ -219,10 +201,7 @@ def _ranked(influence: Tensor) -> Iterator[tuple[int, Tensor]]:
     for begin in range(0, m, step):
         rows = influence[begin : begin + step]
         _native.rank(
-            values=rows.data_ptr(),
-            rows=rows.shape[0],
-            columns=n,
-            row_stride=rows.stride(0),
+            values=_matrix(rows),
             first_row=begin,
             keys=keys[0].data_ptr(),
             sorted_keys=keys[1].data_ptr(),
@@ -251,6 +230,7 @@ def random_matrix(
             rows=out.shape[0],
             column=cols[0],
             columns=out.shape[1],
+            dtype=_dtype(out),
             out=out.data_ptr(),
             **_where(out),
         )
@@ -278,11 +258,20 @@ def _projected(x: Tensor, side: Side | Tensor | None, spans: Tensor | None) -> T
 
 
 def _side(side: Side) -> Any:
-    return _native.Side(side.kind, *side.key, side.k, side.scale)
+    key0, key1 = side.key
+    return _native.Side(kind=side.kind, key0=key0, key1=key1, k=side.k, features=side.features, scale=side.scale)
 
 
-def _unit(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+def _tokens(x: Tensor) -> Any:
+    return _native.Tokens(x.data_ptr(), _dtype(x), x.shape, x.stride())
+
+
+def _matrix(x: Tensor) -> Any:
+    return _native.Matrix(x.data_ptr(), _dtype(x), x.shape, x.stride())
+
+
+def _dtype(x: Tensor) -> str:
+    return str(x.dtype).removeprefix("torch.")
 
 
 def _empty(like: Tensor, *shape: int) -> Tensor:
@@ -294,9 +283,8 @@ def _address(tensor: Tensor | None) -> int:
 
 
 def _where(tensor: Tensor) -> dict[str, Any]:
-    """dtype, device and stream of a launch; 0 and 0 in main memory, where tests run a host build of the kernels."""
-    dtype = str(tensor.dtype).removeprefix("torch.")
+    """Device and stream of a launch; 0 and 0 in main memory, where tests run a host build of the kernels."""
     if not tensor.is_cuda:
-        return {"dtype": dtype, "device": 0, "stream": 0}
+        return {"device": 0, "stream": 0}
     stream = torch.cuda.current_stream(tensor.device)
-    return {"dtype": dtype, "device": tensor.device.index, "stream": stream.cuda_stream}
+    return {"device": tensor.device.index, "stream": stream.cuda_stream}
