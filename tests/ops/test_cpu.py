@@ -11,7 +11,7 @@ from torch._subclasses import FakeTensorMode
 
 from influence_fast import InputError, ops
 from influence_fast.ops import cpu, reference
-from influence_fast.projection import Side
+from influence_fast.ops.projections import Side
 
 native = pytest.importorskip("influence_fast_cpu")
 
@@ -20,13 +20,13 @@ SIDE = Side("sjlt", "s", 4, 30)
 
 def test_results_ignore_defaults_of_torch() -> None:
     x, dy, values = torch.randn(2, 3, 5), torch.randn(2, 3, 6), torch.randn(3, 7)
-    expected = ops.project_outer(x, dy, None, torch.ones(2, 6)), ops.rank(values), ops.tally(values, 2)
+    expected = ops.project_outer(x, dy, None, torch.ones(2, 6)), ops.rank(values), ops.rank_and_vote(values, 2)
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:
         with torch.device("meta"):
             got = ops.project_outer(x, dy, None, torch.ones(2, 6, dtype=torch.float32, device="cpu")), ops.rank(values)
-            votes = ops.tally(values, 2)
+            votes = ops.rank_and_vote(values, 2)
     finally:
         torch.set_default_dtype(before)
     torch.testing.assert_close((*got, *votes), (*expected[:2], *expected[2]), rtol=0, atol=0)

@@ -26,7 +26,7 @@ from influence_fast import BackendError, InputError, ops
 from influence_fast.ops import cuda, reference
 from influence_fast.ops.projections import Projection, Side
 
-CUDA = Path(__file__).parents[1] / "csrc" / "cuda"
+CUDA = Path(__file__).parents[2] / "csrc" / "cuda"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 FLAGS = ["-std=c++17", "-O1", "-fPIC", "-DINFLUENCE_FAST_SIMT", "-U_FORTIFY_SOURCE", "-Wall", "-Wextra", "-Werror"]
 FLAGS += ["-Wno-unknown-pragmas", "-Wno-maybe-uninitialized"]
