@@ -35,7 +35,8 @@ from torch import Tensor, nn
 import influence_fast as inf
 from benchmarks import protocol
 from influence_fast.data.batching import Loss, Rows, batches, collate
-from influence_fast.gradients import build, losses
+from influence_fast.gradients import job as jobs
+from influence_fast.gradients import losses
 from influence_fast.gradients.layers import named_layers
 from influence_fast.gradients.model_state import autocast
 
@@ -130,8 +131,8 @@ def ours(job: Job) -> Gradients:
     out = {name: torch.empty(len(job.rows), job.projection.output_dim((1, 1))) for name in job.layers}
     with inf.GradientCapture(job.model, job.layers, job.projection) as capture:
         loss = job.loss(part=capture.part)
-        budget = build.Budget(job.work.tokens)
-        steps = build.run(job.model, capture, loss, job.rows, range(len(job.rows)), budget, job.work.precision)
+        budget = jobs.Budget(job.work.tokens)
+        steps = jobs.run(job.model, capture, loss, job.rows, range(len(job.rows)), budget, job.work.precision)
         for chosen, (gradients, _) in steps:
             places = torch.tensor(chosen)
             for name, gradient in gradients.items():

@@ -52,6 +52,8 @@ from .gradients.estimate import estimate_build as estimate_build
 from .gradients.layers import select_layers as select_layers
 from .gradients.settings import BuildSettings as BuildSettings
 from .gradients.store import GradientStore as GradientStore
+from .gradients.verify import CaptureReport as CaptureReport
+from .gradients.verify import verify_capture as verify_capture
 from .ops.projections import Projection as Projection
 from .search.influence_index import InfluenceIndex as InfluenceIndex
 

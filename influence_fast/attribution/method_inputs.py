@@ -17,9 +17,10 @@ from influence_fast.attribution.registry import get_method
 from influence_fast.data import label_noise
 from influence_fast.data.samples import Samples
 from influence_fast.errors import InputError
-from influence_fast.gradients.build import build_from
+from influence_fast.gradients.job import prepare_job, write_store
 from influence_fast.gradients.settings import BuildSettings
 from influence_fast.gradients.store import GradientStore
+from influence_fast.gradients.store_writer import recorded
 
 # Weights are fitted no better to more.
 _FITTED_QUERIES = 2000
@@ -157,10 +158,12 @@ class MethodInputs:
         given = self.given
         settings = replace(given.settings, loss=loss or given.task)
         path = given.folder / "stores" / name
-        return self.once(
-            f"store {name}",
-            lambda: build_from(path, given.model, part.rows, settings, ids=part.ids, progress=given.progress),
-        )
+
+        def make() -> GradientStore:
+            job = prepare_job(given.model, part.rows, settings, part.ids, recorded(path, "batch_tokens"))
+            return write_store(path, job, progress=given.progress)
+
+        return self.once(f"store {name}", make)
 
     def mislabelled_queries(self) -> MislabelledQueries:
         """Queries to tell right labels from wrong ones by: at most 2,000, half of them given a wrong label by a seed."""

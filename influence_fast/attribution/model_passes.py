@@ -262,6 +262,11 @@ def kronecker_factors(
     """
     names = select_layers(model, layers)
     modules = {name: module for name, module in named_layers(model).items() if name in set(names)}
+    for name in names:
+        if name not in modules:
+            raise InputError(
+                f"layers: {name!r} is no weight matrix and has no Kronecker factors; leave it out for ekfac"
+            )
     for name, module in modules.items():
         if isinstance(module, nn.Embedding) or max(layer_shape(module)) > _LARGEST_FACTOR:
             raise InputError(

@@ -34,7 +34,7 @@ from influence_fast.errors import InputError
 from influence_fast.evaluation.comparison import RankingKey
 from influence_fast.evaluation.rankings import aggregated, baselines
 from influence_fast.gradients.build import build_from
-from influence_fast.gradients.layers import block_of, layer_groups, named_layers, select_layers
+from influence_fast.gradients.layers import block_of, layer_groups, named_layers, select_layers, trained_layers
 from influence_fast.gradients.settings import BuildSettings
 from influence_fast.gradients.store import GradientStore
 
@@ -92,6 +92,9 @@ def audit(
             with _timed(times, f"gradients of {name}"):
                 at = folder / "stores" / name
                 stores[name] = build_from(at, network, part.rows, build, ids=part.ids, progress=progress)
+                # Verified on the training rows; every other store of this audit is captured in the same way.
+                taken = stores[name].meta["settings"]
+                build = replace(build, verify=False, exact=taken.get("exact", ()), one_row=taken.get("one_row", False))
         inputs = method_inputs(
             network, samples, trusted, stores["train"], stores["queries"], folder, build, methods, progress
         )
@@ -218,9 +221,12 @@ def groups_of(model: nn.Module, layers: list[str]) -> dict[str, list[str]]:
 
 
 def default_layers(model: nn.Module) -> str | list[str]:
-    """What training changed: adapters and the modules saved beside them, or all but the embeddings."""
-    trained = [name for name in named_layers(model) if re.search(r"\.lora_[AB]\.|\.modules_to_save\.", name)]
-    return trained or "attention,mlp,head"
+    """What training changed: everything with ``requires_grad`` where some parameters are frozen, else all but embeddings."""
+    trained = trained_layers(model)
+    if trained and not all(parameter.requires_grad for parameter in model.parameters()):
+        return trained
+    adapters = [name for name in named_layers(model) if re.search(r"\.lora_[AB]\.|\.modules_to_save\.", name)]
+    return adapters or "attention,mlp,head"
 
 
 def _default_methods(model: nn.Module, task: str, samples: Samples) -> list[str]:

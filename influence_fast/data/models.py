@@ -57,7 +57,9 @@ def _load_adapter(folder: Path, adapter: dict[str, Any], task: str) -> tuple[nn.
         settings = {"num_labels": min(heads)} if heads else {}
     network = getattr(hf, kind).from_pretrained(base, **settings)
     own = (folder / "tokenizer_config.json").exists()
-    return PeftModel.from_pretrained(network, str(folder)), _load_tokenizer(str(folder) if own else base)
+    return PeftModel.from_pretrained(network, str(folder), is_trainable=True).eval(), _load_tokenizer(
+        str(folder) if own else base
+    )
 
 
 def _architecture(config: Any, task: str) -> str:

@@ -13,8 +13,9 @@ import torch
 from torch import nn
 
 from influence_fast._memory import peak_memory
-from influence_fast.data.batching import Loss, batches, device_of
-from influence_fast.gradients.build import prepare_job
+from influence_fast.data.batching import Loss, device_of
+from influence_fast.gradients.build import verified_settings
+from influence_fast.gradients.job import prepare_job
 from influence_fast.gradients.model_state import as_evaluated, fingerprint
 from influence_fast.gradients.settings import BuildSettings
 from influence_fast.gradients.store import DTYPES
@@ -73,6 +74,7 @@ def estimate_build(
     settings = BuildSettings(
         layers, Projection.parse(projection), loss, batch_tokens, dtype, shard_rows, truncate, bias, precision
     )
+    settings, _ = verified_settings(model, dataset, settings, ids)
     job = prepare_job(model, dataset, settings, ids)
     fingerprint(model)
     checked = time.perf_counter() - begin
@@ -81,7 +83,7 @@ def estimate_build(
     planned = [
         batch
         for first in range(0, rows, size)
-        for batch in batches(job.rows, range(first, min(first + size, rows)), job.budget.tokens)
+        for batch in job.budget.batches(job.rows, range(first, min(first + size, rows)))
     ]
     cost = [len(batch) * job.rows.lengths[batch[0]] for batch in planned]
     order = sorted(range(len(planned)), key=lambda b: (-cost[b], -job.rows.lengths[planned[b][0]]))

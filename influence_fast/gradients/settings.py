@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from influence_fast.data.batching import LOSSES, Loss
@@ -17,6 +17,9 @@ PRECISIONS = ("bfloat16", "float16")
 class BuildSettings:
     """How gradients are taken and kept; the arguments of :func:`~influence_fast.build_store` say what each means.
 
+    ``exact`` and ``one_row`` are what verification found (:class:`~influence_fast.CaptureReport`), for a build that does not
+    verify again.
+
     Raises:
         InputError: a value that no build could use; names it.
     """
@@ -30,6 +33,10 @@ class BuildSettings:
     truncate: bool = False
     bias: bool = False
     precision: str | None = None
+    verify: bool = True
+    strict: bool = False
+    exact: Sequence[str] = ()
+    one_row: bool = False
 
     def __post_init__(self) -> None:
         if not callable(self.loss) and self.loss not in LOSSES:

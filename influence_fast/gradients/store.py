@@ -25,7 +25,8 @@ tensor                          dtype       content
 
 **Manifest**: ``format``, ``version``, ``model`` (SHA-256 of the weights), ``projection`` (text), ``layers`` (by name:
 ``shape`` (out, in), ``dim``, ``matrices`` with the identifier of each random matrix), ``dtype``, ``loss``, ``rows``,
-``shard_rows``, ``ids`` (null: row numbers), ``settings`` of the build, and ``shards``: ``file``, ``rows``, ``bytes`` and
+``shard_rows``, ``ids`` (null: row numbers), ``settings`` of the build, ``facts`` (optional: which rows capture was verified
+on, how many trained numbers the layers cover of how many), and ``shards``: ``file``, ``rows``, ``bytes`` and
 ``sha256`` of each.
 
 A shard is written aside, fsynced and renamed; the manifest follows. So what the manifest names is whole, and a build

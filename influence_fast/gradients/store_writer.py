@@ -48,6 +48,7 @@ class StoreWriter:
         dtype: str,
         shard_rows: int,
         settings: Mapping[str, Any],
+        facts: Mapping[str, Any] | None = None,
         resume: bool = True,
         leads: bool = True,
         together: bool = False,
@@ -76,6 +77,7 @@ class StoreWriter:
             "shard_rows": shard_rows,
             "ids": None if all(name == row for row, name in enumerate(ids)) else list(ids),
             "settings": dict(settings),
+            **({"facts": dict(facts)} if facts else {}),
             "shards": [],
         }
         if (folder / "manifest.json").exists():
@@ -84,6 +86,8 @@ class StoreWriter:
                 raise InputError(f"{folder}: holds a store already; remove it, or pass resume=True")
             _check_same(folder, earlier, json.loads(json.dumps(manifest)))
             manifest["shards"] = earlier["shards"]
+            manifest.pop("facts", None)
+            manifest |= {key: earlier[key] for key in ("facts",) if key in earlier}
         elif folder.exists() and any(not _left_over(file) for file in folder.iterdir()):
             raise InputError(f"{folder}: is not empty and holds no store; choose a new folder")
         elif not leads:
@@ -190,7 +194,7 @@ def _left_over(file: Path) -> bool:
 
 
 def _check_same(folder: Path, earlier: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    pairs = [(key, earlier.get(key), now[key]) for key in now if key not in ("shards", "settings")]
+    pairs = [(key, earlier.get(key), now[key]) for key in now if key not in ("shards", "settings", "facts")]
     pairs += [(key, earlier.get("settings", {}).get(key), value) for key, value in now["settings"].items()]
     for key, was, wanted in pairs:
         if was != wanted:

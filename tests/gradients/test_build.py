@@ -15,7 +15,7 @@ from integers import IntegerModel, integer_loss, integer_rows
 from torch import Tensor, nn
 
 import influence_fast as inf
-from influence_fast.gradients import build
+from influence_fast.gradients import job
 
 IDENTITY = inf.Projection("identity")
 
@@ -143,14 +143,14 @@ _KILLED = """
 import os, signal, sys
 import integers
 import influence_fast as inf
-from influence_fast.gradients import build
-step, left = build._step, [int(sys.argv[2])]
+from influence_fast.gradients import job
+step, left = job._step, [int(sys.argv[2])]
 def dying(*args):
     left[0] -= 1
     if left[0] == 0:
         os.kill(os.getpid(), signal.SIGKILL)
     return step(*args)
-build._step = dying
+job._step = dying
 inf.build_store(sys.argv[1], integers.IntegerModel(), integers.integer_rows(12), layers="all", projection="sjlt:32",
                 loss=integers.integer_loss, batch_tokens=20, shard_rows=4, progress=False)
 """
@@ -162,8 +162,8 @@ def test_resume_after_a_kill_ends_in_the_same_bytes(tmp_path: Path, steps: int, 
     other numbers have the same bits on one machine too."""
     settings = {"layers": "all", "projection": "sjlt:32", "batch_tokens": 20, "shard_rows": 4}
     model, samples = IntegerModel(), integer_rows(12)
-    step, batches = build._step, []
-    monkeypatch.setattr(build, "_step", lambda *given: (batches.append(given[4]), step(*given))[1])
+    step, batches = job._step, []
+    monkeypatch.setattr(job, "_step", lambda *given: (batches.append(given[4]), step(*given))[1])
     make_store(tmp_path / "whole", model, samples, loss=integer_loss, **settings)
     whole = batches.copy()
     batches.clear()

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 import influence_fast as inf
 from influence_fast import ops
-from influence_fast.gradients import build
 
 IDENTITY = inf.Projection("identity")
 
@@ -393,7 +392,7 @@ def test_compiled_models_run_eagerly_inside(how: str) -> None:
     whole(**{k: v for k, v in models.collate(samples).items() if k != "labels"})
     assert inf.select_layers(whole, "attention[1:],head") == layers
     assert_close(captured(whole, models.collate(samples), layers), truth)
-    assert build.fingerprint(whole) == build.fingerprint(models.make("bert"))
+    assert fingerprint(whole) == fingerprint(models.make("bert"))
 
 
 @pytest.mark.parametrize("layers", ["all", "attention,mlp[1]"])
