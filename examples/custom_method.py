@@ -80,7 +80,6 @@ def main() -> None:
         noise_column="noise",
         layers="attention,head",
         methods=["sign-agreement"],
-        rank_by="sign-agreement:all:mean",
         progress=False,
     )
     print(f"audit: most harmful by {result.main}: {result.ranking[:5].tolist()}")

@@ -61,7 +61,7 @@ def test_every_module_says_what_it_is_for() -> None:
 
 
 def test_words_are_those_of_the_field() -> None:
-    """ARCHITECTURE's list: a stranger can search for what stands here."""
+    """A stranger can search for what stands here."""
     private = re.compile(r"\b(rooms?|opinions?|heard|tally|taps?|acting)\b", re.IGNORECASE)
     found = [
         f"{path.relative_to(ROOT)}:{number}: {line.strip()}"

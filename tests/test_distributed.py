@@ -74,7 +74,8 @@ def build(path: Path, kind: str, processes: int) -> subprocess.CompletedProcess:
 
 
 def files(path: Path) -> dict[str, bytes]:
-    return {p.name: p.read_bytes() for p in sorted(path.iterdir())}
+    """What a store is made of; lock files stay behind and hold nothing."""
+    return {p.name: p.read_bytes() for p in sorted(path.iterdir()) if not p.name.endswith(".lock")}
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from influence_fast.attribution.gradient_source import Gradients
-from influence_fast.attribution.influence_matrix import InMemory, InnerProductOptions, Matrix, as_matrix
+from influence_fast.attribution.influence_matrix import InMemory, InnerProductOptions, Matrix
 from influence_fast.attribution.model_passes import ModelPasses
 from influence_fast.attribution.registry import get_method
 from influence_fast.data import label_noise
@@ -90,8 +90,17 @@ class MethodInputs:
     _kept: dict[str, Any] = field(default_factory=dict, repr=False)
 
     def influence(self, method: str) -> Matrix:
-        """Influence by any registered method."""
-        return as_matrix(get_method(method).make(self))
+        """Influence by any registered method.
+
+        Where it came as ``{layer: (queries, samples)}``, the store of the queries says which are predicted correctly; one
+        row stands for all of them and counts as correct.
+        """
+        made = get_method(method).make(self)
+        if not isinstance(made, Mapping):
+            return made
+        matrix = InMemory(made)
+        matrix.query_correct = torch.ones(1, dtype=torch.bool) if matrix.shape[0] == 1 else self.correct
+        return matrix
 
     @property
     def given(self) -> AuditInputs:

@@ -26,7 +26,7 @@ from influence_fast.errors import InputError
 NEEDS: Mapping[str, str] = {
     "model": "the model and the rows, not stores alone",
     "classes": "a classifier: a class label for each sample and query",
-    "whole gradients": "gradients that are not projected (projection identity)",
+    "whole gradients": "whole gradients, projection identity",
     "predictions": "the model's class probabilities",
     "hidden states": "the model's hidden states",
     "base states": "hidden states of the model before fine-tuning",

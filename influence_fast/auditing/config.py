@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from influence_fast.attribution.aggregation import METHODS as AGGREGATIONS
-from influence_fast.attribution.registry import get_method
+from influence_fast.attribution.registry import method_names
 from influence_fast.data.samples import TASKS, Columns
 from influence_fast.errors import InputError
 from influence_fast.evaluation.comparison import RankingKey
@@ -58,8 +58,9 @@ class AuditConfig:
     def __post_init__(self) -> None:
         if self.task not in TASKS:
             raise InputError(f"task: expected one of {', '.join(TASKS)}, got {self.task!r}")
-        for name in self.methods or ():
-            get_method(name)
+        unknown = [name for name in self.methods or () if name not in method_names()]
+        if unknown:
+            raise InputError(f"methods: expected some of {', '.join(method_names())}, got {unknown[0]!r}")
         unknown = [name for name in self.aggregations or () if name not in AGGREGATIONS]
         if unknown:
             raise InputError(f"aggregations: expected some of {', '.join(AGGREGATIONS)}, got {unknown[0]!r}")

@@ -169,7 +169,7 @@ class _Trial:
             )
         if self.strict:
             raise InputError(f"strict: a slower way is needed, for {'; '.join(reasons)}")
-        return self._report(alone, unseen, True, reasons)
+        return self._report(alone, self._capture(unseen).exact, True, reasons)
 
     batch_failure = ""
 

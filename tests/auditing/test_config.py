@@ -47,7 +47,7 @@ def test_a_document_of_version_0_1_comes_back() -> None:
     [
         ({"nope": 1}, r"audit: no setting is called 'nope'; there are .*fraction"),
         ({"task": "guess"}, r"task: expected one of auto, .*got 'guess'"),
-        ({"methods": ["nope"]}, r"method: expected one of dot, .*got 'nope'"),
+        ({"methods": ["nope"]}, r"methods: expected some of dot, .*got 'nope'"),
         ({"methods": []}, r"methods: expected at least one"),
         ({"aggregations": ["sum"]}, r"aggregations: expected some of mean, .*got 'sum'"),
         ({"dtype": "float8"}, r"dtype: expected one of float32, .*got 'float8'"),

@@ -236,7 +236,7 @@ def test_every_method_in_one_audit(folder: Path, tmp_path: Path) -> None:
 def test_methods_that_do_not_fit(folder: Path, tmp_path: Path) -> None:
     for given, message in (
         (["--methods", "ekfac", "--projection", "rademacher:2x2"], "ekfac needs whole gradients"),
-        (["--methods", "outlier", "--model", folder / "causal"], "outlier compares classes"),
+        (["--methods", "outlier", "--model", folder / "causal"], "outlier needs a classifier"),
     ):
         code, _, err = run("audit", *options(folder), *given, "--out", tmp_path / "out")
         assert (code, message in err) == (1, True), err

@@ -21,4 +21,4 @@ def test_a_registered_method_works_in_influence_evaluate_and_audit() -> None:
     assert found, run.stdout
     assert float(found[1]) > 0.6
     assert re.search(r"^sign-agreement mean +\d\.\d+", run.stdout, re.M), run.stdout
-    assert re.search(r"audit: most harmful by sign-agreement all mean: \[\d+(, \d+){4}\]", run.stdout), run.stdout
+    assert re.search(r"audit: most harmful by sign-agreement all rank-c: \[\d+(, \d+){4}\]", run.stdout), run.stdout

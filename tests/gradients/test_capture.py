@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import influence_fast as inf
 from influence_fast import ops
+from influence_fast.gradients.model_state import fingerprint
 
 IDENTITY = inf.Projection("identity")
 
