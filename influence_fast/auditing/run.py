@@ -202,6 +202,10 @@ def _score(
         "seconds": times,
         **inputs.facts,
     }
+    about = train.meta.get("facts", {})
+    facts |= {name: about[name] for name in ("trained", "covered") if name in about}
+    if train.meta["settings"].get("one_row"):
+        facts["captured"] = f"one sample a batch, {len(train.meta['settings']['exact'])} layers by autograd"
     if inputs.correct is not None:
         facts["queries_correct"] = int(inputs.correct.sum())
     if "correct" in train.columns:

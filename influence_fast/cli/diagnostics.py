@@ -6,14 +6,25 @@ from typing import Any
 
 import click
 
-from influence_fast.cli.options import example, json_option, print_document, print_table
+from influence_fast.cli.options import example, json_option, model_options, print_document, print_table
 from influence_fast.errors import InputError
 
 
-@click.command(epilog=example("influence-fast doctor --json"))
+@click.command(epilog=example("influence-fast doctor --model my-model --data train.jsonl --text-column sentence"))
+@click.option("--model", help="Also verify capture on this model: a folder of a model or an adapter, or a hub name.")
+@click.option("--data", help="With --model: rows to verify on, a file, a saved data set, or a hub name.")
+@model_options
 @json_option
-def doctor(as_json: bool) -> None:
-    """Say what hardware and libraries there are, and which backend each operation takes and why."""
+def doctor(model: str | None, data: str | None, as_json: bool, **options: Any) -> None:
+    """Say what hardware and libraries there are, and which backend each operation takes and why.
+
+    With --model and --data it compares captured gradients of a few rows with the literal ones, layer by layer.
+    """
+    if (model is None) != (data is None):
+        raise click.UsageError("--model and --data go together.")
+    if model is not None and data is not None:
+        _verify(model, data, as_json, options)
+        return
     from influence_fast.diagnostics.doctor import examine
 
     found = examine()
@@ -31,6 +42,35 @@ def doctor(as_json: bool) -> None:
             print_table(["operation", "takes", "not"], rows, f"Backends for tensors on {device}")
 
     print_document(found, as_json, show)
+
+
+def _verify(model: str, data: str, as_json: bool, options: dict[str, Any]) -> None:
+    """Print how each layer of a model is captured, and how close to the literal gradient."""
+    import dataclasses
+
+    from influence_fast.auditing.run import default_layers
+    from influence_fast.data.loading import read_table
+    from influence_fast.data.models import load_model
+    from influence_fast.data.samples import Columns, prepare, task_of
+    from influence_fast.gradients.verify import verify_capture
+
+    network, tokenizer = load_model(model, options["task"])
+    rows = read_table("data", data)
+    columns = Columns(options["text_column"], options["label_column"], options["answer_column"])
+    samples = prepare("data", rows, columns, task_of(options["task"], network, rows), network, tokenizer)
+    layers = options["layers"] or default_layers(network)
+    report = verify_capture(network, samples.rows, layers=layers, projection=options["projection"])
+    ways = [
+        [name, "autograd" if name in set(report.exact) else "hooks", f"{e:.1e}"] for name, e in report.errors.items()
+    ]
+    title = f"{'One sample a batch' if report.one_row else 'In batches'}; tolerance {report.tolerance:g}"
+
+    def show() -> None:
+        print_table(["layer", "way", "largest relative error"], ways, title)
+        for reason in report.reasons:
+            click.echo(f"- {reason}")
+
+    print_document({**dataclasses.asdict(report), "ok": report.ok}, as_json, show)
 
 
 @click.command(epilog=example("influence-fast bench --op rank --op vote"))

@@ -37,7 +37,7 @@ def model_options(command: Callable[..., Any]) -> Callable[..., Any]:
             type=click.Choice(["auto", "classification", "causal-lm"]),
             help="What the model does; auto tells by its class, or by the labels of tokenised rows.",
         ),
-        click.option("--layers", help="Such as attention[middle],head; adapters (or all but embeddings) by default."),
+        click.option("--layers", help="Such as attention[middle],head, or trained; what training changed by default."),
         click.option("--projection", default="identity", help="identity, rademacher:16x16, sjlt:4096, ..."),
         click.option("--dtype", default="float32", help="On disk: float32, float16, bfloat16 or int8."),
         click.option("--precision", type=click.Choice(["bfloat16", "float16"]), help="Autocast forward and backward."),

@@ -30,6 +30,7 @@ from influence_fast.errors import InputError
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder of the store.")
 @model_options
 @click.option("--loss", default="auto", help="auto, classification, causal-lm or causal-lm-sum.")
+@click.option("--strict", is_flag=True, help="Refuse where a layer needs a slower way to be captured rightly.")
 @click.option("--dry-run", is_flag=True, help="Run a few batches and say what the build would take; write nothing.")
 @json_option
 def build(model: str, data: str, out: Path, dry_run: bool, as_json: bool, **options: Any) -> None:
@@ -58,6 +59,7 @@ def build(model: str, data: str, out: Path, dry_run: bool, as_json: bool, **opti
         rank, world = processes.here()
         network.to(device)
         if dry_run:
+            options.pop("strict")
             found = estimate_build(network, samples.rows, ids=samples.ids, **options)
             if rank == 0:
                 print_document(dataclasses.asdict(found), as_json, lambda: _show_estimate(found, world))

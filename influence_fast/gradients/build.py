@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from influence_fast.data.batching import Loss, checked_rows
+from influence_fast.data.batching import Loss, checked_rows, token_budget
 from influence_fast.errors import InputError
 from influence_fast.gradients.job import prepare_job, write_store
 from influence_fast.gradients.layers import select_layers
@@ -138,7 +138,8 @@ def verified_settings(
     report = None
     if can_be_verified(model):
         rows, kind = checked_rows(model, dataset, settings.loss, ids, settings.truncate)
-        report = plan_capture(model, rows, kind, settings, strict=settings.strict)
+        tokens = token_budget(settings.batch_tokens, model)
+        report = plan_capture(model, rows, kind, settings, most_tokens=tokens, strict=settings.strict)
         say(report, list(settings.layers))
         settings = replace(settings, exact=report.exact, one_row=report.one_row)
     return settings, _facts(model, settings, report)

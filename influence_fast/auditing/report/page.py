@@ -120,6 +120,11 @@ def _facts(result: AuditResult) -> list[tuple[str, str]]:
         ("Numbers per sample", f"{facts['numbers_per_sample']:,}"),
         ("Store", f"{facts['bytes'] / 2**20:,.1f} MiB"),
     ]
+    if facts.get("trained"):
+        share = facts["covered"] / facts["trained"]
+        out.append(("Trained numbers in these layers", f"{facts['covered']:,} of {facts['trained']:,} ({share:.1%})"))
+    if "captured" in facts:
+        out.append(("Captured", facts["captured"]))
     if "train_accuracy" in facts:
         out.append(("Accuracy on the training labels", f"{facts['train_accuracy']:.1%}"))
     return out + [(f"Time for {name}", f"{seconds:.1f} s") for name, seconds in facts["seconds"].items()]
