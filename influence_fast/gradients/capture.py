@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from influence_fast import ops
 from influence_fast.errors import InputError
 from influence_fast.gradients.layers import (
-    check_supported,
     is_conv1d,
+    is_expert,
     layer_shape,
     named_layers,
     other_parameters,
@@ -207,8 +207,6 @@ class GradientCapture:
         self.exact = [
             name for name in self.layers if name in set(exact) or (name in parameters and name not in vectors)
         ]
-        hooked = [name for name in self.layers if name not in set(self.exact)]
-        check_supported(hooked)
         self._layers = [
             _layer(name, modules[name], self.projection, bias)
             if name in modules
@@ -439,6 +437,11 @@ class GradientCapture:
         x = args[0] if args else next(iter(kwargs.values()))
         if module not in self._plain:
             self._check_plain(module, x, output)
+        if self._batch != 1 and is_expert(self._uses[module][0][0].name):
+            raise InputError(
+                f"layer {self._uses[module][0][0].name!r}: one expert of a mixture sees routed tokens without their sample, so "
+                f"it takes one sample a batch, got {self._batch}"
+            )
         name, samples = self._uses[module][0][0].name, self._samples(x)
         seen: Operand
         if isinstance(module, nn.Embedding):

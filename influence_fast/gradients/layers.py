@@ -25,7 +25,7 @@ _ATTENTION = re.compile(
     r"attn|attention|(?:^|\.)(?:[qkvo]_proj|query|key|value|w?qkv(?:_proj)?)(?:\.|$)", re.IGNORECASE
 )
 _LORA = re.compile(r"\.lora_[AB]\.")
-_EXPERT = re.compile(r"\.experts\.\d+(?=\.|$)")
+_EXPERT = re.compile(r"(?:^|\.)experts\.(?:expert_)?\d+(?=\.|$)")
 _ITEM = re.compile(r"(?P<kind>[a-z]+)(?:\[(?P<range>[^\]]*)\])?")
 
 
@@ -169,14 +169,9 @@ def layer_groups(model: nn.Module, layers: Iterable[str]) -> dict[str, list[str]
     return {group: members for group, members in groups.items() if members} | {"all": names}
 
 
-def check_supported(layers: Iterable[str]) -> None:
-    """Raise for layers whose inputs cannot be told apart by sample: experts that see routed tokens only."""
-    for name in layers:
-        if _EXPERT.search(name):
-            raise InputError(
-                f"layers: {name!r} is one expert of a mixture and sees routed tokens without their sample; "
-                "select attention, router, embedding or head instead"
-            )
+def is_expert(name: str) -> bool:
+    """Whether a layer is one expert of a mixture, which sees routed tokens without their sample."""
+    return bool(_EXPERT.search(name))
 
 
 def _refuse_fused_experts(model: nn.Module, item: str) -> None:

@@ -142,8 +142,8 @@ class _Trial:
         self.tolerance = TOLERANCE.get(low or dtype, 8e-2)
 
     def plan(self) -> CaptureReport:
-        probe = self._capture()
-        unseen = self._find_unseen(probe.layers)
+        layers = select_layers(self.model, self.settings.layers)
+        unseen = self._find_unseen(layers)
         truth = self._literal(self._capture(unseen), self.chosen)
         batched = self._errors_in_batches(truth, unseen)
         if not unseen and batched is not None and self._fine(batched):
@@ -155,7 +155,7 @@ class _Trial:
             reasons.append(f"the output of {_some(unseen)} is not that of a plain layer")
         if wrong:
             reasons.append(self._sentence(alone, "alone"))
-            unseen = [name for name in probe.layers if name in {*unseen, *wrong}]
+            unseen = [name for name in layers if name in {*unseen, *wrong}]
             truth = self._literal(self._capture(unseen), self.chosen)
             alone = self._errors(truth, unseen, [[i] for i in self.chosen])
         if self.batch_failure:

@@ -249,3 +249,36 @@ def test_groups_of_parameters() -> None:
     model.requires_grad_(False)
     model.gain.requires_grad_(True)
     assert inf.select_layers(model, "trained") == ["gain"]
+
+
+class Routed(Base):
+    """Experts that see the tokens routed to them alone, of whatever sample."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(3))
+
+    def encode(self, x: Tensor) -> Tensor:
+        flat = x.flatten(0, 1)
+        chosen = self.body(flat)[:, :3].argmax(1)
+        out = torch.zeros_like(flat)
+        for number, expert in enumerate(self.experts):
+            rows = (chosen == number).nonzero()[:, 0]
+            out = out.index_add(0, rows, expert(flat[rows]))
+        return (out + self.body(flat)).view_as(x)
+
+
+def test_experts_of_a_mixture_take_the_slow_way(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, given = Routed().eval(), models.rows(count=6)
+    store = inf.build_store(tmp_path / "s", model, given, "all", "identity", progress=False)
+    assert {"experts.0", "experts.1", "experts.2"} <= set(store.layers)
+    assert store.meta["settings"]["one_row"] is True
+    for name, expected in literal(model, given, store.layers).items():
+        torch.testing.assert_close(store.read(name), expected, rtol=1e-4, atol=1e-6)
+    ids = torch.tensor([[3, 4], [5, 6]])
+    with (
+        inf.GradientCapture(model, "all"),
+        pytest.raises(inf.InputError, match=r"experts.\d.*one expert of a mixture.*takes one sample a batch, got 2"),
+    ):
+        model(ids, torch.ones_like(ids))
