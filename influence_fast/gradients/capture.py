@@ -439,8 +439,8 @@ class GradientCapture:
             self._check_plain(module, x, output)
         if self._batch != 1 and is_expert(self._uses[module][0][0].name):
             raise InputError(
-                f"layer {self._uses[module][0][0].name!r}: one expert of a mixture sees routed tokens without their sample, so "
-                f"it takes one sample a batch, got {self._batch}"
+                f"layer {self._uses[module][0][0].name!r}: one expert of a mixture sees routed tokens without their "
+                f"sample, so it takes one sample a batch, got {self._batch}"
             )
         name, samples = self._uses[module][0][0].name, self._samples(x)
         seen: Operand

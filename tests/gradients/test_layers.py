@@ -98,9 +98,3 @@ def test_groups_cover_the_layers(bert: nn.Module) -> None:
 def test_errors_list_what_there_is(bert: nn.Module, spec: object, message: str) -> None:
     with pytest.raises(inf.InputError, match=message):
         inf.select_layers(bert, spec)
-
-
-def test_experts_are_refused() -> None:
-    model = nn.ModuleDict({"layers": nn.ModuleList([nn.ModuleDict({"experts": nn.ModuleList([nn.Linear(2, 2)])})])})
-    with pytest.raises(inf.InputError, match="expert of a mixture"):
-        inf.GradientCapture(model)
