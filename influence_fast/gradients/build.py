@@ -24,11 +24,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from influence_fast import _distributed as processes
-from influence_fast.data.batching import Loss, Rows, batches, checked_rows, collate, device_of, token_budget
+from influence_fast.data.batching import Loss, Rows, batches, checked_rows, token_budget
+from influence_fast.data.tasks import device_of
 from influence_fast.errors import InfluenceError, InputError
 from influence_fast.gradients import losses
 from influence_fast.gradients.capture import GradientCapture
-from influence_fast.gradients.model_state import as_evaluated, autocast, fingerprint, is_sharded
+from influence_fast.gradients.model_state import as_evaluated, autocast, fingerprint, is_out_of_memory, is_sharded
+from influence_fast.gradients.row_checks import check_own_loss, settle_batches
 from influence_fast.gradients.settings import BuildSettings
 from influence_fast.gradients.store import GradientStore
 from influence_fast.gradients.store_writer import StoreWriter, recorded
@@ -68,14 +70,21 @@ def build_store(
             folder, and writes its own shards; the bytes are those of one process with as many threads. A model
             sharded by FSDP2 (``fully_shard``) runs on all ranks in step.
         dataset: a ``datasets.Dataset`` or sequence of dicts with ``input_ids`` and ``labels`` (an int per row, or one
-            per token with -100 where there is no target); ``attention_mask`` and ``token_type_ids`` if there are any.
+            per token with -100 where there is no target; what else a loss takes: below), and any other column that the
+            model's forward names. An ``attention_mask`` is passed on, with pads at both ends cut off.
         layers, projection, bias: see :class:`~influence_fast.GradientCapture`.
-        loss: ``auto`` tells by the labels; ``classification`` is cross entropy; ``causal-lm`` the mean and
-            ``causal-lm-sum`` the sum of cross entropy over a row's target tokens; or ``loss(model, batch) -> (N,)``.
+        loss: ``auto`` is the model's own, told by its head, its config and the labels, and refused where it is none of:
+            ``classification`` (cross entropy), ``causal-lm`` and ``causal-lm-sum`` (mean and sum of cross entropy over
+            a row's target tokens, each predicted one token before), ``masked-lm`` and ``token-classification`` (the mean,
+            each at its own place), ``seq2seq`` (``labels`` of any length, from which the model makes its decoder's
+            inputs), ``question-answering`` (``start_positions`` and ``end_positions``), ``multiple-choice``
+            (``input_ids`` a list for each choice), ``multi-label`` (a list of 0 and 1) and ``regression`` (a number
+            or a list), both the mean over outputs; or ``loss(model, batch) -> (N,)``.
         batch_tokens: largest number of tokens in a batch, padding included. ``auto`` follows from the memory that is
             free when the build begins, and is kept for its resumption. When memory runs out it is halved, for the rest
             of the run. Gradients do not depend on it beyond the rounding of their last bits; two builds are the same
-            to the bit where it is the same number and no batch ran out of memory.
+            to the bit where it is the same number and no batch ran out of memory. Where padding or other rows change
+            a row's loss, as a few tiny forwards find out, batches hold rows of equal lengths, or one; the log says so.
         ids: names of the rows; their numbers by default.
         dtype: float32, float16, bfloat16 or int8 on disk.
         precision: None runs the model as it is; ``bfloat16`` or ``float16`` runs forward and backward under autocast
@@ -83,7 +92,7 @@ def build_store(
         truncate: cut rows that are longer than the model's context instead of refusing them.
 
     Returns:
-        The finished store, with columns ``loss`` (float32) and, for classification, ``correct`` and ``prediction``.
+        The finished store, with columns ``loss`` (float32) and, for classes and choices, ``correct`` and ``prediction``.
 
     Raises:
         InputError: an empty set, a missing column, labels out of range, token ids beyond the vocabulary, rows that are
@@ -167,8 +176,9 @@ def gradients_of(
     rows, kind = checked_rows(model, dataset)
     with as_evaluated(model), GradientCapture(model, layers, projection) as capture:
         shard = _Shard(rows, range(len(rows)), capture.dims)
-        budget = Budget(token_budget("auto", model))
-        for chosen, results in run(model, capture, _loss(kind, capture), rows, range(len(rows)), budget):
+        budget, loss = Budget(token_budget("auto", model)), losses.named(kind, capture.part)
+        settle_batches(model, rows, loss, budget.tokens)
+        for chosen, results in run(model, capture, loss, rows, range(len(rows)), budget):
             shard.put(chosen, results)
     return shard.gradients
 
@@ -206,6 +216,8 @@ class Job:
                 "truncate": given.truncate,
                 "bias": given.bias,
                 "precision": given.precision,
+                # Stores of rows that may be padded, as nearly all may, are as they were before anything else was known.
+                **({} if self.rows.batching == "padded" else {"batching": self.rows.batching}),
             },
             "layers": self.capture.shapes,
             "dims": self.capture.dims,
@@ -254,7 +266,12 @@ def prepare_job(
     shard_rows = settings.shard_rows
     if not isinstance(shard_rows, int):
         shard_rows = max(1, min(_SHARD_ROWS, _SHARD_BYTES // (4 * sum(capture.dims.values()))))
-    loss = settings.loss if callable(settings.loss) else _loss(kind, capture)
+    loss = settings.loss if callable(settings.loss) else losses.named(kind, capture.part)
+    if rows.ignored:
+        _log.warning("dataset: %s does not take %s", type(model).__name__, ", ".join(map(repr, rows.ignored)))
+    if settings.loss == "auto":
+        check_own_loss(model, rows, loss, settings.precision)
+    settle_batches(model, rows, loss, tokens, settings.precision)
     return Job(model, rows, capture, loss, kind, Budget(tokens), shard_rows, settings)
 
 
@@ -320,12 +337,6 @@ class _Copies:
         return chosen, found
 
 
-def _loss(kind: str, capture: GradientCapture) -> Loss:
-    if kind == "classification":
-        return losses.classification
-    return losses.CausalLM(mean=kind == "causal-lm", part=capture.part)
-
-
 def has_shards(model: nn.Module) -> bool:
     return any(is_sharded(parameter) for parameter in model.parameters())
 
@@ -348,7 +359,7 @@ def run(
         try:
             results = _step(model, capture, loss, rows, chosen, precision)
         except RuntimeError as error:
-            if not _out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             if len(chosen) == 1:
                 raise InfluenceError(
@@ -370,15 +381,11 @@ def run(
             yield chosen, results
 
 
-def _out_of_memory(error: RuntimeError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-
-
 def _step(
     model: nn.Module, capture: GradientCapture, loss: Loss, rows: Rows, chosen: list[int], precision: str | None
 ) -> _Results:
     device = device_of(model)
-    batch = collate([rows[index] for index in chosen], model)
+    batch = rows.batch(chosen, model)
     if device.type == "cuda":
         batch = {name: tensor.pin_memory() for name, tensor in batch.items()}
     batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
@@ -387,13 +394,11 @@ def _step(
         if loss is losses.classification:
             logits = losses.logits(model, batch)
             labels = batch["labels"].to(logits.device)
-            each = losses.cross_entropy(logits, labels)
+            each = losses.one_per_sample(losses.cross_entropy(logits, labels), len(chosen))
             columns["prediction"] = logits.detach().argmax(-1)
             columns["correct"] = columns["prediction"] == labels
         else:
-            each = loss(model, batch)
-    if each.shape != (len(chosen),):
-        raise InputError(f"loss: expected one value per sample, shape ({len(chosen)},), got {tuple(each.shape)}")
+            each = losses.one_per_sample(loss(model, batch), len(chosen))
     if each.requires_grad:
         each.sum().backward()
     columns["loss"] = each.detach().float()

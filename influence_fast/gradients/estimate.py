@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from influence_fast._memory import peak_memory
-from influence_fast.data.batching import Loss, batches, device_of
+from influence_fast.data.batching import Loss, batches
+from influence_fast.data.tasks import device_of
 from influence_fast.gradients.build import prepare_job
 from influence_fast.gradients.model_state import as_evaluated, fingerprint
 from influence_fast.gradients.settings import BuildSettings
