@@ -270,9 +270,9 @@ def _loss_kind(loss: str | Loss, model: nn.Module, rows: Rows) -> str:
 def _check(rows: Rows, model: nn.Module, kind: str) -> None:
     """Everything that can be wrong with a row, before the first forward; and a token id for pads."""
     longest, vocabulary = _max_length(model), _vocabulary(model)
-    # A head of the caller's own need not have as many outputs as its part's config says.
-    fixed = head_of(model) is not None or kind == "classification"
-    outputs = getattr(config_of(model), "num_labels", None) if fixed else None
+    # Any other head need not have as many outputs as the config says.
+    counted = kind == "classification" or head_of(model) in ("classification", "token-classification")
+    outputs = getattr(config_of(model), "num_labels", None) if counted else None
     if kind == "classification" and outputs == 1:
         raise InputError("model: its config has num_labels=1; cross entropy needs at least two classes")
     used: set[int] = set()

@@ -59,17 +59,16 @@ _USUAL = ("input_ids", "token_type_ids", "position_ids", "attention_mask")
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside wrappers that add no parameter (``torch.compile``, DDP, DataParallel, Lightning) and inside PEFT."""
+    """The model with a config inside PEFT, ``torch.compile`` and wrappers that add no parameter (DDP, Lightning)."""
     while True:
         if callable(base := getattr(model, "get_base_model", None)):
             inner = base()
-        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
-            inner = model._orig_mod
+        elif hasattr(model, "config") and not hasattr(model, "_orig_mod"):
+            return model
         else:
-            parts = [part for part in model.children() if any(True for _ in part.parameters())]
-            alone = len(parts) == 1 and not any(True for _ in model.parameters(recurse=False))
-            inner = parts[0] if alone and not hasattr(model, "config") else model
-        if inner is model:
+            inner = next((part for part in model.modules() if part is not model and hasattr(part, "config")), None)
+        if inner is None or inner is model or len(list(inner.parameters())) != len(list(model.parameters())):
+            # A PEFT model has all its parameters in its base.
             return model
         model = inner
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from influence_fast.data.batching import EQUAL_LENGTHS, ONE_ROW, Loss, Rows, collate
-from influence_fast.data.tasks import LOSSES, TARGETS, TOKEN_LOSSES, device_of, unwrapped
+from influence_fast.data.tasks import LOSSES, TARGETS, TOKEN_LOSSES, device_of, takes_mask, unwrapped
 from influence_fast.errors import InfluenceError, InputError
 from influence_fast.gradients import losses
 from influence_fast.gradients.model_state import as_evaluated, autocast, is_out_of_memory
@@ -65,9 +65,15 @@ def settle_batches(model: nn.Module, rows: Rows, loss: Loss, tokens: int, precis
 def check_own_loss(model: nn.Module, rows: Rows, loss: Loss, precision: str | None = None) -> None:
     """InputError where the loss that was chosen is not the model's own, for a model that computes one."""
     probe = _Probe(model, rows, loss, precision)
+    # Of float64 logits, many models take the loss in float32.
     with as_evaluated(model):
         chosen, own = probe.loss(), probe.own_loss()
-    if own is not None and chosen.isfinite() and own.isfinite() and not probe.equal(own, chosen):
+    if (
+        own is not None
+        and chosen.isfinite()
+        and own.isfinite()
+        and not probe.equal(own, chosen, _TOLERANCE[torch.float32])
+    ):
         raise InputError(
             f"loss: 'auto' takes {rows.kind} for a {probe.name}, whose own loss of row {rows.ids[probe.shortest]!r} is "
             f"{float(own):.6g}, not {float(chosen):.6g}; name one of {', '.join(LOSSES[1:])}, or give a callable"
@@ -91,8 +97,8 @@ class _Probe:
         if tf32:
             self._tolerance = max(self._tolerance, _TF32_TOLERANCE)
 
-    def equal(self, found: Tensor, wanted: Tensor) -> bool:
-        return bool((found - wanted).abs() <= self._tolerance * (1 + wanted.abs()))
+    def equal(self, found: Tensor, wanted: Tensor, least: float = 0.0) -> bool:
+        return bool((found - wanted).abs() <= max(self._tolerance, least) * (1 + wanted.abs()))
 
     def loss(self, mate: dict[str, Any] | None = None, side: str = "right") -> Tensor:
         """The row's loss, alone or beside another row; float64 on the host."""
@@ -117,11 +123,13 @@ class _Probe:
         parameters = inspect.signature(inner.forward).parameters
         if not all(name in parameters for name in TARGETS if name in batch) or not hasattr(inner, "config"):
             return None
+        if not takes_mask(inner):
+            del batch["attention_mask"]
         config: Any = inner.config
         problem = getattr(config, "problem_type", None)
         try:
             with self._eagerly(), autocast(self.model, self._precision), torch.no_grad():
-                output = inner(**{name: value for name, value in batch.items() if name in parameters})
+                output = inner(**batch)
         finally:
             if hasattr(config, "problem_type"):
                 config.problem_type = problem
