@@ -124,7 +124,7 @@ class Job:
 
     def loss(self, **kwargs: Any) -> Loss:
         causal = isinstance(self.rows[0]["labels"], list)
-        return losses.CausalLM(**kwargs) if causal else losses.classification
+        return losses.TokenLoss(**kwargs) if causal else losses.classification
 
 
 def ours(job: Job) -> Gradients:

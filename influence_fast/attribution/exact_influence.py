@@ -14,12 +14,14 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from influence_fast import ops
-from influence_fast.data.batching import batches, checked_rows, collate, device_of, token_budget
+from influence_fast.data.batching import batches, checked_rows, token_budget
+from influence_fast.data.tasks import device_of
 from influence_fast.errors import InputError
 from influence_fast.gradients import losses
 from influence_fast.gradients.factor_capture import FactorCapture
 from influence_fast.gradients.layers import layer_shape, named_layers
 from influence_fast.gradients.model_state import as_evaluated
+from influence_fast.gradients.row_checks import settle_batches
 
 METHODS = ("dot", "cosine")
 _Factors = dict[str, tuple[Tensor, Tensor]]
@@ -45,7 +47,7 @@ def exact_influence(
             held, ``T (in + out)`` numbers a query and layer.
         layers: as of :func:`~influence_fast.select_layers`.
         methods: of ``dot`` and ``cosine``.
-        loss: ``auto``, ``classification``, ``causal-lm`` or ``causal-lm-sum``.
+        loss: its name, as of :func:`~influence_fast.build_store`.
         batch_tokens, truncate: as of :func:`~influence_fast.build_store`.
 
     Raises:
@@ -104,10 +106,11 @@ def _factors(
     """Row numbers and factors of each batch."""
     model = capture.model
     rows, kind = checked_rows(model, dataset, loss, truncate=truncate)
-    whole = losses.CausalLM(mean=kind == "causal-lm", chunked=False)
-    function = losses.classification if kind == "classification" else whole
-    for chosen in batches(rows, range(len(rows)), token_budget(batch_tokens, model)):
-        batch = collate([rows[index] for index in chosen], model)
+    function = losses.named(kind, chunked=False)
+    tokens = token_budget(batch_tokens, model)
+    settle_batches(model, rows, function, tokens)
+    for chosen in batches(rows, range(len(rows)), tokens):
+        batch = rows.batch(chosen, model)
         function(model, {name: tensor.to(device_of(model)) for name, tensor in batch.items()}).sum().backward()
         yield torch.tensor(chosen), capture.pop_factors()
 

@@ -14,11 +14,14 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from influence_fast.data.batching import IGNORED, batches, checked_rows, collate, device_of, token_budget
+from influence_fast.data.batching import Rows as CheckedRows
+from influence_fast.data.batching import batches, checked_rows, extent, token_budget
+from influence_fast.data.tasks import device_of
 from influence_fast.errors import InputError
 from influence_fast.gradients import losses
 from influence_fast.gradients.layers import layer_shape, named_layers, select_layers
 from influence_fast.gradients.model_state import as_evaluated, before_fine_tuning, is_adapted
+from influence_fast.gradients.row_checks import settle_batches
 
 POOLING = ("last", "mean", "first")
 _LARGEST_FACTOR = 8192
@@ -169,18 +172,19 @@ def _forward(
     states: list[list[Tensor]] = []
     classes: list[Tensor] = []
     what = " and ".join(["hidden states"] * (pooling is not None) + ["predictions"] * predictions)
-    for chosen, batch in _batches(model, dataset, batch_tokens, progress, what):
+    rows, kind = checked_rows(model, dataset)
+    for chosen, batch in _batches(model, rows, batch_tokens, progress, what):
         order += chosen
         with torch.no_grad():
-            inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
-            output = model(**inputs, **({"output_hidden_states": True} if pooling else {}))
+            options = {"output_hidden_states": True} if pooling else {}
+            output = losses.outputs(model, batch, labels=kind == "seq2seq", **options)
         if pooling is not None:
             found = getattr(output, "hidden_states", None)
             if found is None:
                 raise InputError(f"model: {type(model).__name__} returns no hidden states")
             states.append([_pooled(state, batch["attention_mask"], pooling).float().cpu() for state in found])
         if predictions:
-            logits = output if isinstance(output, Tensor) else output.logits
+            logits = losses.logits_of(model, output)
             classes.append(logits.float().log_softmax(1).cpu())
     place = torch.tensor(order).argsort()
     names = ["embedding", *(f"block {block}" for block in range(len(states[0]) - 1))] if states else []
@@ -228,11 +232,14 @@ def word_gradients(
     rows: list[Tensor] = []
     tokens: list[Tensor] = []
     values: list[Tensor] = []
+    checked, kind = checked_rows(model, dataset)
+    loss = losses.named(kind)
     with _watched({"embedding": embedding}) as seen:
-        for chosen, batch in _batches(model, dataset, batch_tokens, progress, "word gradients"):
-            _backward(model, batch, seen, chunked=True)
+        for chosen, batch in _batches(model, checked, batch_tokens, progress, "word gradients"):
+            seen.clear()
+            loss(model, batch).sum().backward()
             (_, dy), ids = seen.pop("embedding"), batch["input_ids"]
-            real = batch["attention_mask"].bool()
+            real = extent(batch["attention_mask"])
             if embedding.padding_idx is not None:
                 real &= ids != embedding.padding_idx
             sample = torch.tensor(chosen, device=ids.device)[:, None].expand_as(ids)[real]
@@ -279,10 +286,14 @@ def kronecker_factors(
         for name, (out, in_) in shapes.items()
     }
     counts = dict.fromkeys(names, 0)
+    rows, kind = checked_rows(model, dataset)
+    # In chunks the watched head would see a part of the tokens at a time.
+    loss = losses.named(kind, chunked=False)
     with _watched(modules) as seen:
-        for _, batch in _batches(model, dataset, batch_tokens, progress, "Kronecker factors"):
-            mask = batch["attention_mask"].bool().flatten()
-            _backward(model, batch, seen, chunked=False)
+        for _, batch in _batches(model, rows, batch_tokens, progress, "Kronecker factors"):
+            mask = extent(batch["attention_mask"]).flatten()
+            seen.clear()
+            loss(model, batch).sum().backward()
             for name, operands in seen.items():
                 flat = [operand.flatten(0, -2) for operand in operands]
                 if len(flat[0]) == len(mask):
@@ -295,17 +306,17 @@ def kronecker_factors(
 
 
 def _batches(
-    model: nn.Module, dataset: Rows, batch_tokens: int | str, progress: bool, what: str
+    model: nn.Module, rows: CheckedRows, batch_tokens: int | str, progress: bool, what: str
 ) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
-    rows, _ = checked_rows(model, dataset)
     tokens = token_budget(batch_tokens, model)
+    if rows.kind != "custom":
+        settle_batches(model, rows, losses.named(rows.kind), tokens)
     with (
         as_evaluated(model),
         tqdm(total=len(rows), desc=what, unit="sample", delay=2, disable=None if progress else True) as bar,
     ):
         for chosen in batches(rows, range(len(rows)), tokens):
-            batch = collate([rows[index] for index in chosen], model)
-            yield chosen, {name: tensor.to(device_of(model)) for name, tensor in batch.items()}
+            yield chosen, {name: tensor.to(device_of(model)) for name, tensor in rows.batch(chosen, model).items()}
             bar.update(len(chosen))
 
 
@@ -334,25 +345,13 @@ def _watched(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, tuple[Tenso
             handle.remove()
 
 
-def _backward(model: nn.Module, batch: dict[str, Tensor], seen: dict[str, Any], chunked: bool) -> None:
-    """Backward of the sum of per-sample losses; in chunks of the vocabulary's logits where no layer is watched there."""
-    seen.clear()
-    if batch["labels"].dim() == 1:
-        each = losses.classification(model, batch)
-    elif chunked:
-        each = losses.CausalLM()(model, batch)
-    else:
-        targets = batch["labels"][:, 1:]
-        each = losses.cross_entropy(losses.logits(model, batch)[:, :-1], targets).sum(1)
-        each = each / (targets != IGNORED).sum(1)
-    each.sum().backward()
-
-
 def _pooled(states: Tensor, mask: Tensor, pooling: str) -> Tensor:
-    """``(N, T, width) -> (N, width)`` over real tokens, which lie on the left."""
-    if pooling == "first":
-        return states[:, 0]
-    count = mask.sum(1)
-    if pooling == "last":
-        return states[torch.arange(len(states), device=states.device), count - 1]
-    return (states * mask[..., None]).sum(1) / count[:, None]
+    """``(N, T, width) -> (N, width)`` over real tokens: the first of them, the last, or their mean."""
+    if pooling == "mean":
+        return (states * mask[..., None]).sum(1) / mask.sum(1)[:, None]
+    place = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)
+    real = mask != 0
+    chosen = (
+        place.masked_fill(~real, -1).amax(1) if pooling == "last" else place.masked_fill(~real, len(place[0])).amin(1)
+    )
+    return states[torch.arange(len(states), device=states.device), chosen]

@@ -35,6 +35,7 @@ class AuditConfig:
         seed: of the random baseline and of planted flips.
         self_check: share of a copy of the training set that gets planted flips; None for no self-check.
         checkpoints: folders of the model at other times of its training, for the self-check.
+        allow_new_weights: load models whose files lack weights, which are drawn at random.
 
     Raises:
         InputError: a setting that can be known to be wrong before anything is read; names it.
@@ -54,6 +55,7 @@ class AuditConfig:
     seed: int = 0
     self_check: float | None = None
     checkpoints: Sequence[str] | None = None
+    allow_new_weights: bool = False
 
     def __post_init__(self) -> None:
         if self.task not in TASKS:
@@ -95,7 +97,9 @@ class AuditConfig:
         out |= {"task": self.task, "layers": self.layers, "projection": str(self.build.projection)}
         out |= {name: _listed(getattr(self, name)) for name in ("methods", "aggregations", "rank_by", "fraction")}
         out |= {name: getattr(self.build, name) for name in _BUILD if name != "projection"}
-        return out | {name: _listed(getattr(self, name)) for name in ("seed", "self_check", "checkpoints")}
+        out |= {name: _listed(getattr(self, name)) for name in ("seed", "self_check", "checkpoints")}
+        # As documents were before there was this setting.
+        return out | ({"allow_new_weights": True} if self.allow_new_weights else {})
 
 
 @dataclass(frozen=True)

@@ -64,13 +64,17 @@ def audit(
             audit goes on where it stopped; without it nothing is kept.
         settings: as of the command line, with underscores: ``text_column``, ``label_column``, ``answer_column``,
             ``noise_column``, ``task``, ``layers``, ``projection``, ``methods``, ``aggregations``, ``rank_by``, ``fraction``,
-            ``dtype``, ``precision``, ``batch_tokens``, ``truncate``, ``seed``, ``self_check``, ``checkpoints``.
+            ``dtype``, ``precision``, ``batch_tokens``, ``truncate``, ``allow_new_weights``, ``seed``, ``self_check``,
+            ``checkpoints``.
 
     Raises:
         InputError: anything wrong with settings or data, found before the first gradient is taken.
     """
     config = AuditConfig.from_options(_named(model), _named(train), _named(queries), settings)
-    network, tokenizer = (model, tokenizer) if isinstance(model, nn.Module) else load_model(model, config.task)
+    if isinstance(model, nn.Module):
+        network = model
+    else:
+        network, tokenizer = load_model(model, config.task, config.allow_new_weights)
     rows = {name: _rows(name, value) for name, value in (("train", train), ("queries", queries))}
     task = task_of(config.task, network, rows["train"])
     samples = prepare("train", rows["train"], config.columns, task, network, tokenizer)
@@ -81,7 +85,7 @@ def audit(
     layers = select_layers(network, config.layers or default_layers(network))
     plan = _plan(config, methods, groups_of(network, layers), classification=task == "classification")
     for path in config.checkpoints or []:
-        lacking = set(layers) - set(named_layers(load_model(path, config.task)[0]))
+        lacking = set(layers) - set(named_layers(load_model(path, config.task, config.allow_new_weights)[0]))
         if lacking:
             raise InputError(f"checkpoints: {path} lacks layer {min(lacking)!r} of the model")
     build = replace(config.build, layers=layers, loss=task)

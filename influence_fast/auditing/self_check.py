@@ -22,9 +22,9 @@ from influence_fast.attribution.method_inputs import AuditInputs, MethodInputs
 from influence_fast.attribution.registry import get_method
 from influence_fast.auditing.config import RankingPlan
 from influence_fast.data import label_noise
-from influence_fast.data.batching import IGNORED
 from influence_fast.data.models import load_model
 from influence_fast.data.samples import Samples
+from influence_fast.data.tasks import IGNORED
 from influence_fast.errors import InfluenceError, InputError
 from influence_fast.evaluation.comparison import RankingKey, compare
 from influence_fast.evaluation.metrics import ndr_auc

@@ -42,6 +42,9 @@ def model_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--dtype", default="float32", help="On disk: float32, float16, bfloat16 or int8."),
         click.option("--precision", type=click.Choice(["bfloat16", "float16"]), help="Autocast forward and backward."),
         click.option("--batch-tokens", default="auto", help="Most tokens in a batch, padding included."),
+        click.option(
+            "--allow-new-weights", is_flag=True, help="Load a model whose files lack weights, drawn at random then."
+        ),
         click.option("--truncate", is_flag=True, help="Cut texts that are longer than the model's context."),
     ]
     return functools.reduce(lambda decorated, option: option(decorated), reversed(options), command)

@@ -29,7 +29,7 @@ from influence_fast.errors import InputError
 @click.option("--data", required=True, help="JSONL, CSV or Parquet file, saved data set, or hub name.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder of the store.")
 @model_options
-@click.option("--loss", default="auto", help="auto, classification, causal-lm or causal-lm-sum.")
+@click.option("--loss", default="auto", help="auto (the model's own), or a name such as masked-lm or causal-lm-sum.")
 @click.option("--strict", is_flag=True, help="Refuse where a layer needs a slower way to be captured rightly.")
 @click.option("--dry-run", is_flag=True, help="Run a few batches and say what the build would take; write nothing.")
 @json_option
@@ -48,7 +48,7 @@ def build(model: str, data: str, out: Path, dry_run: bool, as_json: bool, **opti
     from influence_fast.gradients.estimate import estimate_build
 
     columns = Columns(options.pop("text_column"), options.pop("label_column"), options.pop("answer_column"))
-    network, tokenizer = load_model(model, options["task"])
+    network, tokenizer = load_model(model, options["task"], options.pop("allow_new_weights"))
     rows = read_table("data", data)
     if len(rows) == 0:
         raise InputError(f"data: {data} has no rows")

@@ -12,13 +12,30 @@ import torch
 from torch import Tensor, nn
 
 from influence_fast._memory import free_memory
+from influence_fast.data.tasks import (
+    CLASS_LOSSES,
+    IGNORED,
+    LOSSES,
+    SPAN,
+    TARGETS,
+    TOKEN_LOSSES,
+    VOCABULARY_LOSSES,
+    config_of,
+    device_of,
+    head_of,
+    inputs_of,
+    loss_of,
+)
 from influence_fast.errors import InputError
 
-# Label of a token that is no target.
-IGNORED = -100
 Loss = Callable[[nn.Module, dict[str, Tensor]], Tensor]
-LOSSES = ("auto", "classification", "causal-lm", "causal-lm-sum")
+# How rows may share a batch: padded to the longest, with others of their length, or not at all.
+PADDED, EQUAL_LENGTHS, ONE_ROW = "padded", "equal lengths", "one row"
 _TOKEN_COLUMNS = ("input_ids", "token_type_ids", "position_ids")
+# Columns of a data set that no model takes and nobody misses.
+_NO_INPUTS = ("text", "label", "id", "idx", "length", "noise")
+# Rows that tell which columns have one entry a token.
+_SAMPLED = 64
 # Where more tokens in a batch are no faster: activations leave a CPU's caches, and a GPU is busy.
 _CPU_TOKENS, _GPU_TOKENS = 2048, 65536
 
@@ -30,18 +47,42 @@ def checked_rows(
     ids: Sequence[int | str] | None = None,
     truncate: bool = False,
 ) -> tuple[Rows, str]:
-    """The rows of a data set and the kind of loss that they call for; InputError names the first row that will not do."""
-    rows = Rows(dataset, ids, _max_length(model) if truncate else None)
-    kind = _loss_kind(loss, rows)
+    """The rows of a data set and the kind of loss that they call for; InputError names the first row that will not do.
+
+    Rows that were checked before are handed back as they are, with the kind of then.
+    """
+    if isinstance(dataset, Rows) and dataset.kind:
+        return dataset, dataset.kind
+    rows = Rows(dataset, ids, _max_length(model) if truncate else None, inputs_of(model))
+    kind = _loss_kind(loss, model, rows)
+    rows.kind = kind
     _check(rows, model, kind)
     return rows, kind
 
 
 class Rows:
-    """The data set as clean samples: pads cut off, ids and labels as lists."""
+    """The data set as clean samples: pads cut off, ids and labels as lists.
+
+    A row holds what the model takes of its columns and what the loss needs. Columns with one entry a token are cut with the
+    tokens; further ones than token ids, types and positions are tensors. ``attention_mask`` is there where it says more than
+    which tokens are pads. The choices of a multiple-choice row are a list of rows under ``choices``.
+
+    Attributes:
+        kind: of the loss, once rows are checked.
+        lengths: tokens of each row (all its choices; inputs and targets of seq2seq), and ``shapes``, a number that rows
+            of equal lengths share; once they are scanned.
+        fill: token id of pads, used by no row unless it is the model's own; None where every id is in use.
+        side: where pads go, ``right`` or ``left``.
+        together: which rows may share a batch, ``PADDED``, ``EQUAL_LENGTHS`` or ``ONE_ROW``.
+        ignored: columns that the model does not take.
+    """
 
     def __init__(
-        self, dataset: Sequence[Mapping[str, Any]], ids: Sequence[int | str] | None, cut: int | None = None
+        self,
+        dataset: Sequence[Mapping[str, Any]],
+        ids: Sequence[int | str] | None,
+        cut: int | None = None,
+        inputs: frozenset[str] = frozenset(_TOKEN_COLUMNS),
     ) -> None:
         self.dataset = dataset
         self.cut = cut
@@ -52,29 +93,104 @@ class Rows:
             raise InputError(f"ids: expected one for each of the {len(dataset)} rows, got {len(self.ids)}")
         if ids is not None and len(set(ids)) != len(ids):
             raise InputError("ids: expected no two rows to share one")
-        columns = list(dataset[0])
-        for needed in ("input_ids", "labels"):
-            if needed not in columns:
-                raise InputError(f"dataset: column {needed!r} is missing; there are {', '.join(map(repr, columns))}")
-        self.lengths = array("l")
+        first = dataset[0]
+        if "input_ids" not in first or ("labels" not in first and not set(SPAN) <= set(first)):
+            needed = "labels" if "input_ids" in first else "input_ids"
+            raise InputError(f"dataset: column {needed!r} is missing; there are {', '.join(map(repr, first))}")
+        self._taken = inputs | {*TARGETS, "attention_mask", "input_ids"}
+        self.ignored = [
+            name
+            for name, value in first.items()
+            if name not in self._taken and name not in _NO_INPUTS and not isinstance(value, str | None)
+        ]
+        self.kind = ""
+        self.lengths, self.shapes = array("l"), array("l")
+        self.fill: int | None = None
+        self.side, self.together = "right", PADDED
+        self._per_token = self._columns_per_token()
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        row = {name: _listed(self.dataset[index].get(name)) for name in (*_TOKEN_COLUMNS, "attention_mask", "labels")}
-        mask, per_token = row.pop("attention_mask"), isinstance(row["labels"], list)
-        columns = [c for c in (*_TOKEN_COLUMNS, *(["labels"] if per_token else [])) if row.get(c) is not None]
+        row = self._raw(index)
+        mask = row.pop("attention_mask", None)
+        if not isinstance(row.get("input_ids"), list):
+            raise InputError(f"dataset: 'input_ids' of row {self.ids[index]!r} should be a list of token ids")
+        if row["input_ids"] and isinstance(row["input_ids"][0], list):
+            return self._with_choices(index, row, mask)
+        self._cut_pads(index, row, mask)
+        labels = row.get("labels")
+        if self.kind in ("regression", "multi-label") and labels is not None:
+            numbers = labels if isinstance(labels, list) else [labels]
+            if all(isinstance(number, int) for number in numbers):
+                row["labels"] = list(map(float, labels)) if isinstance(labels, list) else float(labels)
+        return row
+
+    def _raw(self, index: int) -> dict[str, Any]:
+        given = self.dataset[index]
+        row = {name: value for name, value in given.items() if name in self._taken and value is not None}
+        listed = (*_TOKEN_COLUMNS, *TARGETS, "attention_mask")
+        return {name: _listed(value) if name in listed else torch.as_tensor(value) for name, value in row.items()}
+
+    def _columns_per_token(self) -> frozenset[str]:
+        """Columns, beyond the usual, that have one entry a token in each of some rows."""
+        count = len(self.dataset)
+        found = [self._raw(index) for index in range(0, count, -(-count // _SAMPLED))]
+        candidates = set().union(*found) - {*_TOKEN_COLUMNS, *SPAN, "attention_mask"}
+        return frozenset(_TOKEN_COLUMNS) | {
+            name
+            for name in candidates
+            if all(_length(row.get(name)) == _length(row.get("input_ids")) for row in found)
+            # Tokens of the decoder are counted by themselves.
+            and not name.startswith("decoder_")
+        }
+
+    def _is_per_token(self, name: str) -> bool:
+        known = name == "labels" and self.kind not in ("", "custom")
+        return self.kind in TOKEN_LOSSES if known else name in self._per_token
+
+    def _cut_pads(self, index: int, row: dict[str, Any], mask: list[int] | None) -> None:
+        """Take the pads off both ends of the columns with one entry a token, and what is behind the cut."""
         length = len(row["input_ids"])
-        for column in columns:
-            if not isinstance(row[column], list) or len(row[column]) != length:
+        columns = [name for name in row if self._is_per_token(name)]
+        for name in columns:
+            if isinstance(row[name], int | float) or len(row[name]) != length:
                 raise InputError(
-                    f"dataset: {column!r} of row {self.ids[index]!r} should be a list as long as its input_ids"
+                    f"dataset: {name!r} of row {self.ids[index]!r} should be a list as long as its input_ids"
                 )
-            if mask is not None:
-                row[column] = [value for value, real in zip(row[column], mask, strict=True) if real]
-            row[column] = row[column][: self.cut]
-        return {name: value for name, value in row.items() if value is not None}
+        begin, end = 0, length
+        if mask is not None:
+            if len(mask) != length:
+                raise InputError(
+                    f"dataset: 'attention_mask' of row {self.ids[index]!r} should be a list as long as its input_ids"
+                )
+            begin = next((place for place, real in enumerate(mask) if real), length)
+            end = length - next((place for place, real in enumerate(reversed(mask)) if real), length)
+        end = end if self.cut is None else min(end, begin + self.cut)
+        for name in columns:
+            row[name] = row[name][begin:end]
+        if mask is not None and any(value != 1 for value in mask[begin:end]):
+            row["attention_mask"] = mask[begin:end]
+        if begin:
+            row.update({name: row[name] - begin for name in SPAN if isinstance(row.get(name), int)})
+        if self.kind == "seq2seq" and isinstance(row.get("labels"), list):
+            row["labels"] = row["labels"][: self.cut]
+
+    def _with_choices(self, index: int, row: dict[str, Any], mask: Any) -> dict[str, Any]:
+        name, count = self.ids[index], len(row["input_ids"])
+        if self.kind not in ("multiple-choice", "custom", ""):
+            raise InputError(
+                f"dataset: 'input_ids' of row {name!r} is a list of lists; expected one list of token ids "
+                "(a tokenizer's return_tensors makes a batch of each row)"
+            )
+        columns = [column for column in _TOKEN_COLUMNS if column in row]
+        if any(len(row[column]) != count for column in columns) or (mask is not None and len(mask) != count):
+            raise InputError(f"dataset: row {name!r} should have as many lists in each column as choices, {count}")
+        choices = [{column: row[column][choice] for column in columns} for choice in range(count)]
+        for choice, part in enumerate(choices):
+            self._cut_pads(index, part, None if mask is None else mask[choice])
+        return {**{column: value for column, value in row.items() if column not in columns}, "choices": choices}
 
     def digest(self) -> str:
         """SHA-256 of everything that is fed to the model, so that a build resumes on the same rows alone."""
@@ -82,62 +198,157 @@ class Rows:
 
     def scan(self) -> Iterator[tuple[int | str, dict[str, Any]]]:
         digest = hashlib.sha256()
-        del self.lengths[:]
+        del self.lengths[:], self.shapes[:]
+        known: dict[tuple[int, ...], int] = {}
         for index, name in enumerate(self.ids):
             row = self[index]
-            self.lengths.append(len(row["input_ids"]))
-            digest.update(repr(sorted(row.items())).encode())
+            self.lengths.append(self._tokens(row))
+            self.shapes.append(known.setdefault(self._shape(row), len(known)))
+            tensors = {column: value for column, value in row.items() if isinstance(value, Tensor)}
+            digest.update(repr(sorted((c, v) for c, v in row.items() if c not in tensors)).encode())
+            for column, value in sorted(tensors.items()):
+                digest.update(f"{column} {value.dtype} {tuple(value.shape)}".encode())
+                digest.update(value.contiguous().flatten().view(torch.uint8).numpy().data)
             yield name, row
         self._digest = digest.hexdigest()
+
+    def _shape(self, row: dict[str, Any]) -> tuple[int, ...]:
+        """The lengths of what is padded: tokens, those of each choice, and whatever else differs between rows."""
+        tokens = [len(part["input_ids"]) for part in row.get("choices", [row])]
+        beside = [name for name in row if name not in ("choices", "attention_mask") and not self._is_per_token(name)]
+        return (*tokens, *(_length(row[name]) or 0 for name in sorted(beside)))
+
+    def _tokens(self, row: dict[str, Any]) -> int:
+        """Tokens of a row that is padded to its own longest choice; with seq2seq those of the decoder too."""
+        parts = row.get("choices", [row])
+        beside = (_length(row.get("labels")) or 0) if self.kind == "seq2seq" else 0
+        return len(parts) * max((len(part["input_ids"]) for part in parts), default=0) + beside
+
+    @property
+    def batching(self) -> str:
+        """How rows are put into batches, in words: ``padded``, ``padded left``, ``equal lengths`` or ``one row``."""
+        return f"{PADDED} left" if (self.together, self.side) == (PADDED, "left") else self.together
+
+    def batch(self, chosen: Iterable[int], model: nn.Module) -> dict[str, Tensor]:
+        """Some rows as a batch for the model."""
+        return collate([self[index] for index in chosen], model, self.fill, self.side)
 
 
 def _listed(value: Any) -> Any:
     return value.tolist() if hasattr(value, "tolist") else list(value) if isinstance(value, tuple) else value
 
 
-def _loss_kind(loss: str | Loss, rows: Rows) -> str:
+def _length(value: Any) -> int | None:
+    """Entries of a list or a tensor; None of anything else."""
+    if isinstance(value, Tensor):
+        return len(value) if value.dim() else None
+    return len(value) if isinstance(value, list) else None
+
+
+def _loss_kind(loss: str | Loss, model: nn.Module, rows: Rows) -> str:
     if callable(loss):
         return "custom"
     if loss not in LOSSES:
         raise InputError(f"loss: expected a callable or one of {', '.join(LOSSES)}, got {loss!r}")
-    per_token = isinstance(rows[0]["labels"], list)
+    first = rows[0]
     if loss == "auto":
-        return "causal-lm" if per_token else "classification"
-    if per_token != loss.startswith("causal-lm"):
-        raise InputError(f"loss: {loss!r} does not fit labels such as {rows[0]['labels']!r}")
+        return loss_of(model, first)
+    labels = first.get("labels")
+    fits = isinstance(labels, list)
+    if loss in CLASS_LOSSES:
+        fits = not fits
+    elif loss == "regression":
+        fits = labels is not None
+    elif loss == "question-answering":
+        fits = all(name in first for name in SPAN)
+    if not fits:
+        given = {name: first[name] for name in SPAN if name in first} if labels is None else labels
+        raise InputError(f"loss: {loss!r} does not fit labels such as {given!r}")
     return loss
 
 
 def _check(rows: Rows, model: nn.Module, kind: str) -> None:
-    """Everything that can be wrong with a row, before the first forward."""
+    """Everything that can be wrong with a row, before the first forward; and a token id for pads."""
     longest, vocabulary = _max_length(model), _vocabulary(model)
-    classes = getattr(getattr(model, "config", None), "num_labels", None) if kind == "classification" else None
-    if classes == 1:
+    # Any other head need not have as many outputs as the config says.
+    counted = kind == "classification" or head_of(model) in ("classification", "token-classification")
+    outputs = getattr(config_of(model), "num_labels", None) if counted else None
+    if kind == "classification" and outputs == 1:
         raise InputError("model: its config has num_labels=1; cross entropy needs at least two classes")
+    used: set[int] = set()
+    first: dict[str, Any] = {}
     for name, row in rows.scan():
-        ids, labels = row["input_ids"], row["labels"]
-        if not ids:
-            raise InputError(f"dataset: row {name!r} has no tokens")
-        if longest is not None and len(ids) > longest:
+        first = first or row
+        if lacking := (set(row) ^ set(first)) - {"attention_mask"}:
+            column = min(lacking)
+            which = (name, rows.ids[0]) if column in first else (rows.ids[0], name)
+            raise InputError(f"dataset: row {which[0]!r} has no {column!r}, as row {which[1]!r} has")
+        for ids in [part["input_ids"] for part in row.get("choices", [row])]:
+            if not ids:
+                raise InputError(f"dataset: row {name!r} has no tokens")
+            if longest is not None and len(ids) > longest:
+                raise InputError(
+                    f"dataset: row {name!r} has {len(ids)} tokens, the model takes {longest}; "
+                    "truncate=True cuts such rows"
+                )
+            if vocabulary is not None and not (min(ids) >= 0 and max(ids) < vocabulary):
+                bad = next(token for token in ids if not 0 <= token < vocabulary)
+                raise InputError(f"dataset: row {name!r} has token id {bad}, the vocabulary ends at {vocabulary - 1}")
+            used.update(ids)
+        _check_targets(name, row, kind, outputs, vocabulary)
+        if "choices" in row and len(row["choices"]) != len(first["choices"]):
             raise InputError(
-                f"dataset: row {name!r} has {len(ids)} tokens, the model takes {longest}; truncate=True cuts such rows"
+                f"dataset: row {name!r} has {len(row['choices'])} choices, row {rows.ids[0]!r} {len(first['choices'])}"
             )
-        if vocabulary is not None and not (min(ids) >= 0 and max(ids) < vocabulary):
-            bad = next(token for token in ids if not 0 <= token < vocabulary)
-            raise InputError(f"dataset: row {name!r} has token id {bad}, the vocabulary ends at {vocabulary - 1}")
-        if kind == "classification":
-            if isinstance(labels, bool) or not isinstance(labels, int) or (classes and not 0 <= labels < classes):
+    own = _pad_id(model)
+    free = (token for token in range(len(used) + 1) if token not in used and (vocabulary is None or token < vocabulary))
+    rows.fill = next(free, None) if own is None else own
+
+
+def _check_targets(
+    name: int | str, row: dict[str, Any], kind: str, outputs: int | None, vocabulary: int | None
+) -> None:
+    labels = row.get("labels")
+    if kind in CLASS_LOSSES:
+        classes = len(row["choices"]) if "choices" in row else outputs if kind == "classification" else None
+        if kind == "multiple-choice" and classes is None:
+            raise InputError(f"dataset: 'input_ids' of row {name!r} should be a list of token ids for each choice")
+        if isinstance(labels, bool) or not isinstance(labels, int) or (classes and not 0 <= labels < classes):
+            raise InputError(
+                f"dataset: row {name!r} has label {labels!r}, expected an int from 0 to {(classes or 0) - 1}"
+            )
+    elif kind in TOKEN_LOSSES or kind == "seq2seq":
+        if not isinstance(labels, list):
+            raise InputError(f"dataset: row {name!r} has labels {labels!r}, expected a list of them")
+        shifted = kind.startswith("causal-lm")
+        targets = [label for label in labels[shifted:] if label != IGNORED]
+        if not targets:
+            where = "all labels after the first" if shifted else "all labels"
+            raise InputError(f"dataset: row {name!r} has no target token ({where} are {IGNORED})")
+        limit = vocabulary if kind in VOCABULARY_LOSSES else outputs
+        if limit is not None and not (min(targets) >= 0 and max(targets) < limit):
+            raise InputError(f"dataset: row {name!r} has a label outside 0 .. {limit - 1} and {IGNORED}")
+    elif kind == "question-answering":
+        for column in SPAN:
+            place, length = row.get(column), len(row["input_ids"])
+            if isinstance(place, bool) or not isinstance(place, int) or not 0 <= place < length:
                 raise InputError(
-                    f"dataset: row {name!r} has label {labels!r}, expected an int from 0 to {(classes or 0) - 1}"
+                    f"dataset: row {name!r} has {column} {place!r}, expected an int from 0 to {length - 1}"
                 )
-        elif kind.startswith("causal-lm"):
-            targets = [label for label in labels[1:] if label != IGNORED]
-            if not targets:
-                raise InputError(
-                    f"dataset: row {name!r} has no target token (all labels after the first are {IGNORED})"
-                )
-            if vocabulary is not None and not (min(targets) >= 0 and max(targets) < vocabulary):
-                raise InputError(f"dataset: row {name!r} has a label outside 0 .. {vocabulary - 1} and {IGNORED}")
+    elif kind in ("regression", "multi-label"):
+        values: list[Any] = labels if isinstance(labels, list) else [labels]
+        if not all(isinstance(value, int | float) for value in values) or (outputs or len(values)) != len(values):
+            raise InputError(
+                f"dataset: row {name!r} has labels {labels!r}, expected {outputs or 'some'} numbers for {kind}"
+            )
+        if kind == "multi-label" and not all(0 <= value <= 1 for value in values):
+            raise InputError(f"dataset: row {name!r} has labels {labels!r}, expected numbers from 0 to 1")
+
+
+def _pad_id(model: nn.Module) -> int | None:
+    """The model's own id for pads, if it is one of its vocabulary."""
+    own, vocabulary = getattr(config_of(model), "pad_token_id", None), _vocabulary(model)
+    return own if isinstance(own, int) and 0 <= own < (vocabulary or own + 1) else None
 
 
 def _vocabulary(model: nn.Module) -> int | None:
@@ -175,16 +386,17 @@ def _tokens_in_memory(model: nn.Module) -> int:
     return min(most, 1 << max(4, fitting.bit_length() - 1))
 
 
-def device_of(model: nn.Module) -> torch.device:
-    return next((p.device for p in model.parameters()), torch.device("cpu"))
-
-
 def batches(rows: Rows, span: Iterable[int], tokens: int) -> list[list[int]]:
     """Rows of one shard, longest first, in batches of at most ``tokens`` tokens with padding (one row at least).
 
-    Cut where it costs least, when a batch costs its padded tokens and ``tokens / 16`` for being one.
+    Cut where it costs least, when a batch costs its padded tokens and ``tokens / 16`` for being one. Rows that change
+    with the padding beside them are batched with those of their length, or alone, as ``rows.together`` says.
     """
     order = sorted(span, key=lambda i: (-rows.lengths[i], i))
+    if rows.together == ONE_ROW:
+        return [[row] for row in order]
+    if rows.together == EQUAL_LENGTHS:
+        return _alike(rows, order, tokens)
     lengths = np.array([rows.lengths[i] for i in order])
     count = len(order)
     cost, begin = np.zeros(count + 1), np.zeros(count + 1, dtype=np.int64)
@@ -202,28 +414,65 @@ def batches(rows: Rows, span: Iterable[int], tokens: int) -> list[list[int]]:
     return out[::-1]
 
 
-def collate(samples: list[dict[str, Any]], model: nn.Module) -> dict[str, Tensor]:
-    width = max(len(sample["input_ids"]) for sample in samples)
-    config = getattr(model, "config", None)
-    fill = getattr(config, "pad_token_id", None)
+def _alike(rows: Rows, order: Iterable[int], tokens: int) -> list[list[int]]:
+    groups: dict[int, list[int]] = {}
+    for row in order:
+        groups.setdefault(rows.shapes[row], []).append(row)
+    out = []
+    for group in groups.values():
+        most = max(1, tokens // rows.lengths[group[0]])
+        out += [group[begin : begin + most] for begin in range(0, len(group), most)]
+    return out
+
+
+def collate(
+    samples: list[dict[str, Any]], model: nn.Module, fill: int | None = None, side: str = "right"
+) -> dict[str, Tensor]:
+    """Samples as one padded batch, with an ``attention_mask``.
+
+    ``fill`` is the token id of pads; by default the model's own, or one that no sample uses. Tokens are padded at ``side``,
+    whatever else differs in length at the right.
+    """
+    parts = [choice for sample in samples for choice in sample.get("choices", [sample])]
+    vocabulary, own = _vocabulary(model), _pad_id(model)
     if fill is None:
-        used = {token for sample in samples for token in sample["input_ids"]}
-        fill = next(token for token in range(len(used) + 1) if token not in used)
-        if config is not None and not isinstance(samples[0]["labels"], list):
-            # Pooling at the last token finds it by looking for pads: any id that no row uses will do.
-            config.pad_token_id = fill if fill < (_vocabulary(model) or fill + 1) else 0
+        used = {token for part in parts for token in part["input_ids"]}
+        free = (token for token in range(len(used) + 1) if token not in used and token < (vocabulary or token + 1))
+        fill = next(free, None) if own is None else own
+    config = config_of(model)
+    if own is None and fill is not None and config is not None:
+        # Pooling at the last token finds it by looking for pads: any id that no row uses will do.
+        config.pad_token_id = fill
+    batch = {}
+    for name in parts[0]:
+        if name not in (*TARGETS, "attention_mask"):
+            batch[name] = _padded(parts, name, (fill or 0) if name.endswith("input_ids") else 0, side, model)
+    masked = [{**part, "attention_mask": part.get("attention_mask") or [1] * len(part["input_ids"])} for part in parts]
+    batch["attention_mask"] = _padded(masked, "attention_mask", 0, side, model)
+    if len(parts) > len(samples):
+        batch = {name: tensor.unflatten(0, (len(samples), -1)) for name, tensor in batch.items()}
+        others = [name for name in samples[0] if name not in (*TARGETS, "choices", "attention_mask")]
+        batch |= {name: _padded(samples, name, 0, "right", model) for name in others}
+    return batch | {name: _padded(samples, name, IGNORED, side, model) for name in TARGETS if name in samples[0]}
 
-    def padded(values: list[int], with_: int) -> list[int]:
-        return values + [with_] * (width - len(values))
 
-    batch = {
-        column: torch.tensor([padded(s[column], fill if column == "input_ids" else 0) for s in samples])
-        for column in _TOKEN_COLUMNS
-        if all(column in s for s in samples)
-    }
-    batch["attention_mask"] = torch.tensor([padded([1] * len(s["input_ids"]), 0) for s in samples])
-    if isinstance(samples[0]["labels"], list):
-        batch["labels"] = torch.tensor([padded(s["labels"], IGNORED) for s in samples])
-    else:
-        batch["labels"] = torch.tensor([s["labels"] for s in samples])
-    return batch
+def _padded(parts: Sequence[Mapping[str, Any]], name: str, fill: int, side: str, model: nn.Module) -> Tensor:
+    """One column as a tensor; entries beside the tokens get pads where the tokens do, the others at the right."""
+    values = [torch.as_tensor(part[name]) for part in parts]
+    if values[0].is_floating_point():
+        dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+        # A label is compared in float32 or wider.
+        dtype = dtype if name not in TARGETS else torch.promote_types(dtype, torch.float32)
+        values = [torch.as_tensor(part[name], dtype=dtype) for part in parts]
+    if all(value.shape == values[0].shape for value in values):
+        return torch.stack(values)
+    tokens = all(_length(part[name]) == _length(part.get("input_ids")) for part in parts)
+    return nn.utils.rnn.pad_sequence(
+        values, batch_first=True, padding_value=fill, padding_side=side if tokens else "right"
+    )
+
+
+def extent(mask: Tensor) -> Tensor:
+    """Of an ``attention_mask (N, T)``, which positions are no padding: from a row's first real token to its last."""
+    real = mask != 0
+    return (real.cumsum(-1) > 0) & (real.flip(-1).cumsum(-1).flip(-1) > 0)

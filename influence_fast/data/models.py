@@ -8,11 +8,35 @@ from typing import Any
 
 from torch import nn
 
+from influence_fast.data.tasks import head_named
 from influence_fast.errors import InputError
 
+_AUTO = {
+    "classification": "AutoModelForSequenceClassification",
+    "causal-lm": "AutoModelForCausalLM",
+    "masked-lm": "AutoModelForMaskedLM",
+    "token-classification": "AutoModelForTokenClassification",
+    "question-answering": "AutoModelForQuestionAnswering",
+    "multiple-choice": "AutoModelForMultipleChoice",
+    "seq2seq": "AutoModelForSeq2SeqLM",
+}
+# By the task types of PEFT.
+_ADAPTERS = {
+    "SEQ_CLS": _AUTO["classification"],
+    "CAUSAL_LM": _AUTO["causal-lm"],
+    "TOKEN_CLS": _AUTO["token-classification"],
+    "QUESTION_ANS": _AUTO["question-answering"],
+    "SEQ_2_SEQ_LM": _AUTO["seq2seq"],
+}
 
-def load_model(path: str, task: str = "auto") -> tuple[nn.Module, Any]:
-    """A model and its tokenizer from a folder of a model or an adapter, or from the hub."""
+
+def load_model(path: str, task: str = "auto", allow_new_weights: bool = False) -> tuple[nn.Module, Any]:
+    """A model and its tokenizer from a folder of a model or an adapter, or from the hub.
+
+    Raises:
+        InputError: what cannot be loaded; weights that the model needs and the files lack, or the other way round, which
+            is how a head drawn at random comes about, unless ``allow_new_weights``.
+    """
     import transformers as hf
 
     folder = Path(path)
@@ -26,53 +50,103 @@ def load_model(path: str, task: str = "auto") -> tuple[nn.Module, Any]:
     hf.logging.disable_progress_bar()
     try:
         if adapter.exists():
-            return _load_adapter(folder, json.loads(adapter.read_text()), task)
-        kind = _architecture(hf.AutoConfig.from_pretrained(path), task)
-        return getattr(hf, kind).from_pretrained(path), _load_tokenizer(path)
-    except (OSError, ValueError, KeyError) as error:
+            return _load_adapter(folder, json.loads(adapter.read_text()), task, allow_new_weights)
+        kind = _architecture(hf.AutoConfig.from_pretrained(path, trust_remote_code=False), task)
+        model, unmatched = _load(path, kind)
+        if not allow_new_weights:
+            _refuse(path, type(model).__name__, unmatched)
+        return model, _load_tokenizer(path)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(f"model: cannot load {path!r} ({str(error).strip().splitlines()[0]})") from error
 
 
-def _load_adapter(folder: Path, adapter: dict[str, Any], task: str) -> tuple[nn.Module, Any]:
+def _load(path: str, kind: str, **settings: Any) -> tuple[nn.Module, dict[str, list[str]]]:
+    """A model by one of transformers' Auto classes, and names of the weights that its files lack or have too many."""
     import transformers as hf
-    from peft import PeftModel
+
+    model, info = getattr(hf, kind).from_pretrained(
+        path, output_loading_info=True, ignore_mismatched_sizes=True, trust_remote_code=False, **settings
+    )
+    # A weight of another size comes with both sizes.
+    other_size = [name if isinstance(name, str) else name[0] for name in info["mismatched_keys"]]
+    return model, {
+        "missing": sorted(set(info["missing_keys"]) - set(other_size)),
+        "of another size": sorted(other_size),
+        "unexpected": sorted(info["unexpected_keys"]),
+    }
+
+
+def _refuse(path: str, kind: str, unmatched: dict[str, list[str]]) -> None:
+    found = [
+        f"{what}: {', '.join(names[:4])}{f' and {len(names) - 4} more' if len(names) > 4 else ''}"
+        for what, names in unmatched.items()
+        if names
+    ]
+    if found:
+        raise InputError(
+            f"model: {path!r} holds other weights than a {kind} has ({'; '.join(found)}); missing ones would be drawn at "
+            "random. Load the task that it was trained for, or say allow_new_weights (--allow-new-weights)"
+        )
+
+
+def _load_adapter(folder: Path, adapter: dict[str, Any], task: str, allow_new_weights: bool) -> tuple[nn.Module, Any]:
+    import transformers as hf
+    from peft import PeftModel, get_peft_model_state_dict
     from safetensors import safe_open
 
     base = str(adapter.get("base_model_name_or_path"))
     if not Path(base).is_dir() and (folder / base).is_dir():
         base = str(folder / base)
-    kinds = {"SEQ_CLS": "AutoModelForSequenceClassification", "CAUSAL_LM": "AutoModelForCausalLM"}
-    kind = kinds.get(str(adapter.get("task_type"))) or _architecture(hf.AutoConfig.from_pretrained(base), task)
+    kind = _ADAPTERS.get(str(adapter.get("task_type")))
+    kind = kind or _architecture(hf.AutoConfig.from_pretrained(base, trust_remote_code=False), task)
     settings = {}
     weights = folder / "adapter_model.safetensors"
-    if kind == kinds["SEQ_CLS"] and weights.exists():
+    shapes: dict[str, list[int]] = {}
+    if weights.exists():
         with safe_open(weights, "pt") as file:
-            heads = [
-                file.get_slice(name).get_shape()[0]
-                for name in file.keys()  # noqa: SIM118 (not a mapping)
-                if name.endswith("weight") and ".lora_" not in name
-            ]
+            shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 (not a mapping)
+    if kind == _ADAPTERS["SEQ_CLS"]:
+        heads = [shape[0] for name, shape in shapes.items() if name.endswith("weight") and ".lora_" not in name]
         settings = {"num_labels": min(heads)} if heads else {}
-    network = getattr(hf, kind).from_pretrained(base, **settings)
+    network, unmatched = _load(base, kind, **settings)
+    # Trainable, so that its parameters tell what training changed.
+    model = PeftModel.from_pretrained(network, str(folder), is_trainable=True).eval()
+    if shapes and not allow_new_weights:
+        # What the base lacks, such as a head, the adapter may bring; what else the base has, such as another, is unused.
+        lacking = [
+            name
+            for name in [*unmatched["missing"], *unmatched["of another size"]]
+            if not any(given == name or given.endswith(f".{name}") for given in shapes)
+        ]
+        needed = set(get_peft_model_state_dict(model, save_embedding_layers=False))
+        _refuse(
+            str(folder),
+            type(network).__name__,
+            {
+                "missing": [*lacking, *sorted(needed - set(shapes))],
+                "unexpected": sorted(set(shapes) - needed - set(model.state_dict())),
+            },
+        )
     own = (folder / "tokenizer_config.json").exists()
-    return PeftModel.from_pretrained(network, str(folder), is_trainable=True).eval(), _load_tokenizer(
-        str(folder) if own else base
-    )
+    return model, _load_tokenizer(str(folder) if own else base)
 
 
 def _architecture(config: Any, task: str) -> str:
+    """The Auto class of a task; ``auto`` is the one that the config says it was saved as, or else a classifier."""
+    if task != "auto":
+        return _AUTO.get(task, _AUTO["classification"])
     names = " ".join(getattr(config, "architectures", None) or [])
-    if task == "auto":
-        task = "causal-lm" if "ForCausalLM" in names or "LMHead" in names else "classification"
-    return "AutoModelForCausalLM" if task == "causal-lm" else "AutoModelForSequenceClassification"
+    if "ForConditionalGeneration" in names and getattr(config, "is_encoder_decoder", False):
+        return _AUTO["seq2seq"]
+    return _AUTO.get(head_named(names) or "classification", _AUTO["classification"])
 
 
 def _load_tokenizer(path: str) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(path)
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError):
         return None

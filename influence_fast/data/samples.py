@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from influence_fast.data.batching import IGNORED
+from influence_fast.data.tasks import CLASS_LOSSES, IGNORED, SPAN, head_of, loss_of, unwrapped
 from influence_fast.errors import InputError
 
 TASKS = ("auto", "classification", "causal-lm")
@@ -39,10 +40,15 @@ def task_of(task: str, model: nn.Module, rows: Any) -> str:
     """``auto`` made definite, by the labels of rows that are tokenised already or by the model's class."""
     if task != "auto":
         return task
-    if "input_ids" in rows[0] and "labels" in rows[0]:
-        return "causal-lm" if isinstance(rows[0]["labels"], list) else "classification"
-    name = type(model.get_base_model() if hasattr(model, "get_base_model") else model).__name__  # type: ignore[operator]
-    return "causal-lm" if "CausalLM" in name or "LMHead" in name else "classification"
+    if _prepared(rows[0]):
+        return loss_of(model, rows[0])
+    head = head_of(model) or "classification"
+    if head not in TASKS:
+        raise InputError(
+            f"task: texts can be made samples of classification and causal-lm alone, and this is a "
+            f"{type(unwrapped(model)).__name__}; give rows with 'input_ids' and what {head} needs"
+        )
+    return head
 
 
 def prepare(argument: str, rows: Any, columns: Columns, task: str, model: nn.Module, tokenizer: Any) -> Samples:
@@ -50,10 +56,10 @@ def prepare(argument: str, rows: Any, columns: Columns, task: str, model: nn.Mod
     there = list(rows[0])
     ids = [row["id"] for row in rows] if "id" in there else None
     noise = _flags(argument, columns.noise, _column(argument, rows, columns.noise)) if columns.noise else None
-    if "input_ids" in there and "labels" in there:
+    if _prepared(rows[0]):
         kept = [dict(row) for row in rows]
         own = [str(row["text"]) for row in rows] if "text" in there else None
-        return Samples(kept, own, [row["labels"] for row in kept] if task == "classification" else None, noise, ids)
+        return Samples(kept, own, [row["labels"] for row in kept] if task in CLASS_LOSSES else None, noise, ids)
     if tokenizer is None:
         raise InputError(f"tokenizer: none is given, and {argument} has no 'input_ids' and 'labels' columns")
     parts = [_column(argument, rows, name) for name in columns.text.split(",")]
@@ -75,6 +81,10 @@ def prepare(argument: str, rows: Any, columns: Columns, task: str, model: nn.Mod
     return Samples(
         prepared, [f"{text}{answer}" for text, answer in zip(joined, answers, strict=True)], None, noise, ids
     )
+
+
+def _prepared(row: Mapping[str, Any]) -> bool:
+    return "input_ids" in row and ("labels" in row or all(name in row for name in SPAN))
 
 
 def _causal(tokenizer: Any, text: str, answer: str | None) -> dict[str, Any]:

@@ -58,14 +58,21 @@ def build_store(
             folder, and writes its own shards; the bytes are those of one process with as many threads. A model
             sharded by FSDP2 (``fully_shard``) runs on all ranks in step.
         dataset: a ``datasets.Dataset`` or sequence of dicts with ``input_ids`` and ``labels`` (an int per row, or one
-            per token with -100 where there is no target); ``attention_mask`` and ``token_type_ids`` if there are any.
+            per token with -100 where there is no target; what else a loss takes: below), and any other column that the
+            model's forward names. An ``attention_mask`` is passed on, with pads at both ends cut off.
         layers, projection, bias: see :class:`~influence_fast.GradientCapture`.
-        loss: ``auto`` tells by the labels; ``classification`` is cross entropy; ``causal-lm`` the mean and
-            ``causal-lm-sum`` the sum of cross entropy over a row's target tokens; or ``loss(model, batch) -> (N,)``.
+        loss: ``auto`` is the model's own, told by its head, its config and the labels, and refused where it is none of:
+            ``classification`` (cross entropy), ``causal-lm`` and ``causal-lm-sum`` (mean and sum of cross entropy over
+            a row's target tokens, each predicted one token before), ``masked-lm`` and ``token-classification`` (the mean,
+            each at its own place), ``seq2seq`` (``labels`` of any length, from which the model makes its decoder's
+            inputs), ``question-answering`` (``start_positions`` and ``end_positions``), ``multiple-choice``
+            (``input_ids`` a list for each choice), ``multi-label`` (a list of 0 and 1) and ``regression`` (a number
+            or a list), both the mean over outputs; or ``loss(model, batch) -> (N,)``.
         batch_tokens: largest number of tokens in a batch, padding included. ``auto`` follows from the memory that is
             free when the build begins, and is kept for its resumption. When memory runs out it is halved, for the rest
             of the run. Gradients do not depend on it beyond the rounding of their last bits; two builds are the same
-            to the bit where it is the same number and no batch ran out of memory.
+            to the bit where it is the same number and no batch ran out of memory. Where padding or other rows change
+            a row's loss, as a few tiny forwards find out, batches hold rows of equal lengths, or one; the log says so.
         ids: names of the rows; their numbers by default.
         dtype: float32, float16, bfloat16 or int8 on disk.
         precision: None runs the model as it is; ``bfloat16`` or ``float16`` runs forward and backward under autocast
@@ -76,7 +83,7 @@ def build_store(
         strict: refuse instead of taking a slower way.
 
     Returns:
-        The finished store, with columns ``loss`` (float32) and, for classification, ``correct`` and ``prediction``.
+        The finished store, with columns ``loss`` (float32) and, for classes and choices, ``correct`` and ``prediction``.
 
     Raises:
         InputError: an empty set, a missing column, labels out of range, token ids beyond the vocabulary, rows that are

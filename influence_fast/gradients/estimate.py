@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from influence_fast._memory import peak_memory
-from influence_fast.data.batching import Loss, device_of
+from influence_fast.data.batching import Loss
+from influence_fast.data.tasks import device_of
 from influence_fast.gradients.build import verified_settings
 from influence_fast.gradients.job import prepare_job
 from influence_fast.gradients.model_state import as_evaluated, fingerprint

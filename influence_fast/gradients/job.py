@@ -24,12 +24,14 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from influence_fast import _distributed as processes
-from influence_fast.data.batching import Loss, Rows, batches, checked_rows, collate, device_of, token_budget
+from influence_fast.data.batching import Loss, Rows, batches, checked_rows, token_budget
+from influence_fast.data.tasks import device_of
 from influence_fast.errors import InfluenceError, InputError
 from influence_fast.gradients import losses
 from influence_fast.gradients.capture import GradientCapture
 from influence_fast.gradients.layers import select_layers
-from influence_fast.gradients.model_state import as_evaluated, autocast, fingerprint, is_sharded
+from influence_fast.gradients.model_state import as_evaluated, autocast, fingerprint, is_out_of_memory, is_sharded
+from influence_fast.gradients.row_checks import check_own_loss, settle_batches
 from influence_fast.gradients.settings import BuildSettings
 from influence_fast.gradients.store import GradientStore
 from influence_fast.gradients.store_writer import StoreWriter
@@ -135,6 +137,8 @@ class Job:
                 "truncate": given.truncate,
                 "bias": given.bias,
                 "precision": given.precision,
+                # Stores of rows that may be padded, as nearly all may, are as they were before anything else was known.
+                **({} if self.rows.batching == "padded" else {"batching": self.rows.batching}),
                 # Absent where the fast way is right, as in stores of version 0.1.
                 **({"exact": list(self.capture.exact), "one_row": True} if self.budget.one_row else {}),
             },
@@ -188,7 +192,12 @@ def prepare_job(
     shard_rows = settings.shard_rows
     if not isinstance(shard_rows, int):
         shard_rows = max(1, min(_SHARD_ROWS, _SHARD_BYTES // (4 * sum(capture.dims.values()))))
-    loss = settings.loss if callable(settings.loss) else losses.of_kind(kind, capture.part)
+    loss = settings.loss if callable(settings.loss) else losses.named(kind, capture.part)
+    if rows.ignored:
+        _log.warning("dataset: %s does not take %s", type(model).__name__, ", ".join(map(repr, rows.ignored)))
+    if settings.loss == "auto":
+        check_own_loss(model, rows, loss, settings.precision)
+    settle_batches(model, rows, loss, tokens, settings.precision)
     budget = Budget(tokens, settings.one_row or bool(capture.exact))
     return Job(model, rows, capture, loss, kind, budget, shard_rows, settings, facts or {})
 
@@ -277,7 +286,7 @@ def run(
         try:
             results = _step(model, capture, loss, rows, chosen, precision)
         except RuntimeError as error:
-            if not _out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             if len(chosen) == 1:
                 raise InfluenceError(
@@ -299,15 +308,11 @@ def run(
             yield chosen, results
 
 
-def _out_of_memory(error: RuntimeError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-
-
 def _step(
     model: nn.Module, capture: GradientCapture, loss: Loss, rows: Rows, chosen: list[int], precision: str | None
 ) -> _Results:
     device = device_of(model)
-    batch = collate([rows[index] for index in chosen], model)
+    batch = rows.batch(chosen, model)
     if device.type == "cuda":
         batch = {name: tensor.pin_memory() for name, tensor in batch.items()}
     batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
@@ -316,13 +321,11 @@ def _step(
         if loss is losses.classification:
             logits = losses.logits(model, batch)
             labels = batch["labels"].to(logits.device)
-            each = losses.cross_entropy(logits, labels)
+            each = losses.one_per_sample(losses.cross_entropy(logits, labels), len(chosen))
             columns["prediction"] = logits.detach().argmax(-1)
             columns["correct"] = columns["prediction"] == labels
         else:
-            each = loss(model, batch)
-    if each.shape != (len(chosen),):
-        raise InputError(f"loss: expected one value per sample, shape ({len(chosen)},), got {tuple(each.shape)}")
+            each = losses.one_per_sample(loss(model, batch), len(chosen))
     if each.requires_grad:
         each.sum().backward()
     columns["loss"] = each.detach().float()

@@ -1,7 +1,8 @@
 """Per-sample losses, each a function ``(model, batch) -> (N,)``; their sum is what the backward starts from.
 
-A causal language model's logits are the largest thing in its forward, so they never exist at once: hidden states of
-the labelled positions alone go through the head, a chunk at a time, and each chunk's gradient is taken on the spot.
+Each is the model's own loss of a batch of one row. A language model's logits are the largest thing in its forward, so they
+never exist at once: hidden states of the labelled positions alone go through the head, a chunk at a time, and each
+chunk's gradient is taken on the spot.
 """
 
 from __future__ import annotations
@@ -13,40 +14,129 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from influence_fast.data.batching import IGNORED, Loss
+from influence_fast.data.batching import Loss, extent
+from influence_fast.data.tasks import CLASS_LOSSES, IGNORED, SPAN, TARGETS, takes_mask
+from influence_fast.errors import InputError
 from influence_fast.gradients.layers import layer_shape
 from influence_fast.gradients.model_state import is_sharded
 
 _CHUNK_ENTRIES = 1 << 25
+# Context of one chunk, told the samples [begin, end) and the batch size.
+Part = Callable[[int, int, int], AbstractContextManager[Any]]
+
+
+def _no_part(begin: int, end: int, total: int) -> AbstractContextManager[Any]:
+    return nullcontext()
+
+
+def named(kind: str, part: Part = _no_part, chunked: bool = True) -> Loss:
+    """The loss of one of ``LOSSES``; see :class:`TokenLoss` for the arguments."""
+    if kind in CLASS_LOSSES:
+        return classification
+    others = {"question-answering": question_answering, "multi-label": multi_label, "regression": regression}
+    if kind in others:
+        return others[kind]
+    return TokenLoss(
+        mean=kind != "causal-lm-sum",
+        part=part,
+        chunked=chunked,
+        shifted=kind.startswith("causal-lm"),
+        decoder=kind == "seq2seq",
+    )
+
+
+def one_per_sample(each: Tensor, count: int) -> Tensor:
+    """The losses of a batch as they are; InputError unless there is one for each of ``count`` samples."""
+    if each.shape != (count,):
+        raise InputError(f"loss: expected one value per sample, shape ({count},), got {tuple(each.shape)}")
+    return each
+
+
+def widened(logits: Tensor) -> Tensor:
+    """In float32 or wider."""
+    return logits if logits.dtype == torch.float64 else logits.float()
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """Cross entropy at each position in float32 or wider, 0 where the label is -100."""
-    logits = logits if logits.dtype == torch.float64 else logits.float()
-    flat = nn.functional.cross_entropy(logits.flatten(0, -2), labels.flatten(), reduction="none", ignore_index=IGNORED)
-    return flat.view(labels.shape)
+    flat = widened(logits).flatten(0, -2)
+    return nn.functional.cross_entropy(flat, labels.flatten(), reduction="none", ignore_index=IGNORED).view(
+        labels.shape
+    )
 
 
-def logits(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    output = model(**{name: tensor for name, tensor in batch.items() if name != "labels"})
-    return output if isinstance(output, Tensor) else output.logits
+def outputs(model: nn.Module, batch: dict[str, Tensor], labels: bool = False, **options: Any) -> Any:
+    """The model's output for the inputs of a batch; with ``labels`` it gets these too, to make decoder inputs of."""
+    left_out = {*TARGETS} - ({"labels"} if labels else set())
+    if not takes_mask(model):
+        left_out.add("attention_mask")
+    return model(**{name: tensor for name, tensor in batch.items() if name not in left_out}, **options)
+
+
+def logits(model: nn.Module, batch: dict[str, Tensor], labels: bool = False) -> Tensor:
+    """The logits among :func:`outputs`."""
+    return logits_of(model, outputs(model, batch, labels), labels)
+
+
+def logits_of(model: nn.Module, output: Any, labels: bool = False) -> Tensor:
+    """The logits of an output, which ``labels`` in the call put behind the model's own loss where it is a tuple."""
+    if isinstance(output, tuple):
+        return output[1 if labels else 0]
+    if isinstance(output, Tensor):
+        return output
+    if getattr(output, "logits", None) is None:
+        raise InputError(f"loss: {type(model).__name__} returns no logits; give a callable loss(model, batch) -> (N,)")
+    return output.logits
 
 
 def classification(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """Cross entropy of ``logits (N, classes)``."""
+    """Cross entropy of ``logits (N, classes)``, or ``(N, choices)``."""
     answers = logits(model, batch)
     return cross_entropy(answers, batch["labels"].to(answers.device))
 
 
-def of_kind(kind: str, part: Callable[[int, int, int], AbstractContextManager[Any]] | None) -> Loss:
-    """The loss of a kind that is no callable of the user's; without ``part`` heads run whole, not in chunks."""
-    if kind == "classification":
-        return classification
-    mean = kind == "causal-lm"
-    return CausalLM(mean, chunked=False) if part is None else CausalLM(mean, part)
+def multi_label(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """Binary cross entropy of ``logits (N, labels)``, the mean over a row's labels."""
+    found, wanted = _beside(model, batch)
+    return nn.functional.binary_cross_entropy_with_logits(found, wanted, reduction="none").mean(1)
 
 
-class CausalLM:
+def regression(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """Squared error of ``logits (N, outputs)``, the mean over a row's outputs."""
+    found, wanted = _beside(model, batch)
+    return (found - wanted).square().mean(1)
+
+
+def _beside(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    found = widened(logits(model, batch))
+    wanted = batch["labels"].to(found)
+    found, wanted = found.reshape(len(wanted), -1), wanted.reshape(len(wanted), -1)
+    if found.shape != wanted.shape:
+        raise InputError(f"loss: the model gives {found.shape[1]} numbers a row, its labels are {wanted.shape[1]}")
+    return found, wanted
+
+
+def question_answering(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """Cross entropy of the start's and of the end's position among a row's tokens, the mean of both."""
+    output = outputs(model, batch)
+    pair = (
+        output[:2]
+        if isinstance(output, tuple)
+        else [getattr(output, f"{end}_logits", None) for end in ("start", "end")]
+    )
+    if any(found is None for found in pair):
+        raise InputError(f"loss: {type(model).__name__} returns no start_logits and end_logits for question-answering")
+    inside = extent(batch["attention_mask"])
+    first = inside.to(torch.uint8).argmax(1)
+    each = []
+    for found, name in zip(pair, SPAN, strict=True):
+        # A row alone has no pads that could be the answer.
+        found = widened(found).masked_fill(~inside.to(found.device), float("-inf"))
+        each.append(cross_entropy(found, (batch[name] + first).to(found.device)))
+    return (each[0] + each[1]) / 2
+
+
+class TokenLoss:
     """Cross entropy over each sample's target tokens: their mean, or their sum.
 
     Args:
@@ -54,15 +144,19 @@ class CausalLM:
         part: context of one chunk, told the samples ``[begin, end)`` and the batch size; a capture needs it to tell
             whose tokens the head sees.
         chunked: whether the head may run in chunks; False runs it once over the whole batch.
+        shifted: position t predicts the label at t + 1, as in a causal language model; False: that at t.
+        decoder: labels are an encoder-decoder's, which makes its decoder's inputs of them.
     """
 
     def __init__(
         self,
         mean: bool = True,
-        part: Callable[[int, int, int], AbstractContextManager[Any]] = lambda begin, end, total: nullcontext(),
+        part: Part = _no_part,
         chunked: bool = True,
+        shifted: bool = True,
+        decoder: bool = False,
     ) -> None:
-        self.mean = mean
+        self.mean, self.shifted, self.decoder = mean, shifted, decoder
         self.part = part
         self._chunked: bool | None = None if chunked else False
 
@@ -71,22 +165,33 @@ class CausalLM:
         if self._chunked is None:
             self._chunked = head is not None and self._agree(model, head, batch)
         if head is None or not self._chunked:
-            whole = logits(model, batch)
+            whole = logits(model, batch, self.decoder)
             return self._in_chunks(nn.Identity(), whole.shape[-1], whole, batch["labels"])
-        return self._in_chunks(head, layer_shape(head)[0], _hidden(model, head, batch), batch["labels"])
+        hidden = _hidden(model, head, batch, self.decoder)
+        if hidden is None:
+            raise InputError(f"model: {type(model).__name__} calls its output layer for some batches only")
+        return self._in_chunks(head, layer_shape(head)[0], hidden, batch["labels"])
 
     def _agree(self, model: nn.Module, head: nn.Module, batch: dict[str, Tensor]) -> bool:
         """Whether head and hidden states make the model's own logits: some models scale or cap them afterwards."""
         row = {name: tensor[:1] for name, tensor in batch.items()}
         with torch.no_grad():
-            hidden = _hidden(model, head, row)
-            return torch.allclose(head(hidden), logits(model, row), rtol=1e-3, atol=1e-3)
+            hidden = _hidden(model, head, row, self.decoder)
+            whole = logits(model, row, self.decoder)
+            if hidden is None or hidden.shape[:-1] != whole.shape[:-1]:
+                return False
+            # Of the same numbers, some models give the logits in a wider type.
+            return torch.allclose(head(hidden).float(), whole.float(), rtol=1e-3, atol=1e-3)
 
     def _in_chunks(self, head: nn.Module, vocabulary: int, hidden: Tensor, labels: Tensor) -> Tensor:
         """Losses of ``head(hidden)``, in float32 for a chunk at a time."""
         labels = labels.to(hidden.device)
-        # Labelled positions move to the front of each row; position t predicts the token at t + 1.
-        targets = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
+        if hidden.shape[:2] != labels.shape:
+            raise InputError(
+                f"loss: logits are for {tuple(hidden.shape[:2])} positions, labels for {tuple(labels.shape)}"
+            )
+        # Labelled positions move to the front of each row.
+        targets = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED) if self.shifted else labels
         count = (targets != IGNORED).sum(1)
         width = max(1, int(count.max()))
         order = (targets == IGNORED).to(torch.uint8).argsort(dim=1, stable=True)[:, :width]
@@ -139,8 +244,8 @@ def _head(model: nn.Module) -> nn.Module | None:
     return head if isinstance(head, nn.Linear) and not is_sharded(head.weight) else None
 
 
-def _hidden(model: nn.Module, head: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """What the head would be given, without running it."""
+def _hidden(model: nn.Module, head: nn.Module, batch: dict[str, Tensor], labels: bool) -> Tensor | None:
+    """What the head would be given, without running it; None where the model does not call it."""
     found: list[Tensor] = []
 
     def see(module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -149,9 +254,9 @@ def _hidden(model: nn.Module, head: nn.Module, batch: dict[str, Tensor]) -> Tens
 
     handle = head.register_forward_pre_hook(see)
     try:
-        logits(model, batch)
+        outputs(model, batch, labels)
     except _Seen:
         pass
     finally:
         handle.remove()
-    return found[0]
+    return found[0] if found else None

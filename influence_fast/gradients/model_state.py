@@ -10,23 +10,26 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from influence_fast.data.batching import device_of
+from influence_fast.data.tasks import config_of, device_of, unwrapped
 from influence_fast.errors import InputError
 from influence_fast.gradients.layers import uncompiled
+
+_WITHIN = {"use_cache": False, "return_dict": True}
 
 
 @contextmanager
 def as_evaluated(model: nn.Module) -> Iterator[None]:
-    """Eval mode, no weight gradients, no key-value cache; everything as it was afterwards."""
+    """Eval mode, no weight gradients, no key-value cache, outputs by name; everything as it was afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    config = getattr(model, "config", None)
-    cache, pad = getattr(config, "use_cache", None), getattr(config, "pad_token_id", None)
+    configs = [config for config in (config_of(model), getattr(unwrapped(model), "config", None)) if config is not None]
+    names = {*_WITHIN, "pad_token_id"}
+    kept = [(config, name, getattr(config, name)) for config in configs for name in names if hasattr(config, name)]
     model.eval()
     for parameter, _ in flags:
         parameter.requires_grad_(False)
-    if cache is not None:
-        config.use_cache = False  # type: ignore[union-attr]
+    for config, name, value in kept:
+        setattr(config, name, _WITHIN.get(name, value))
     try:
         with torch.enable_grad():
             yield
@@ -35,10 +38,8 @@ def as_evaluated(model: nn.Module) -> Iterator[None]:
             module.training = mode
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
-        if cache is not None:
-            config.use_cache = cache  # type: ignore[union-attr]
-        if hasattr(config, "pad_token_id"):
-            config.pad_token_id = pad  # type: ignore[union-attr]
+        for config, name, value in kept:
+            setattr(config, name, value)
 
 
 @contextmanager
@@ -60,6 +61,11 @@ def autocast(model: nn.Module, precision: str | None) -> AbstractContextManager[
     if precision not in ("bfloat16", "float16"):
         raise InputError(f"precision: expected None, 'bfloat16' or 'float16', got {precision!r}")
     return torch.autocast(device_of(model).type, getattr(torch, precision))
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether the device or the host ran out of memory."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def fingerprint(model: nn.Module) -> str:

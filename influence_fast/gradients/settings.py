@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from influence_fast.data.batching import LOSSES, Loss
+from influence_fast.data.batching import Loss
+from influence_fast.data.tasks import LOSSES
 from influence_fast.errors import InputError
 from influence_fast.gradients.store import DTYPES
 from influence_fast.ops.projections import Projection

@@ -18,12 +18,14 @@ import torch
 from torch import Tensor, nn
 
 from influence_fast import ops
-from influence_fast.data.batching import Loss, Rows, checked_rows, collate, device_of
+from influence_fast.data.batching import ONE_ROW, PADDED, Loss, Rows, batches, checked_rows
+from influence_fast.data.tasks import device_of
 from influence_fast.errors import InputError
 from influence_fast.gradients import losses
 from influence_fast.gradients.capture import GradientCapture, UnseenUse, owned_parameters
 from influence_fast.gradients.layers import named_layers, other_parameters, select_layers, trained_layers
 from influence_fast.gradients.model_state import as_evaluated, autocast, is_sharded
+from influence_fast.gradients.row_checks import settle_batches
 from influence_fast.gradients.settings import BuildSettings
 from influence_fast.ops.projections import Projection
 
@@ -106,6 +108,8 @@ def plan_capture(
     model: nn.Module, rows: Rows, kind: str, settings: BuildSettings, *, most_tokens: int = 2048, strict: bool = False
 ) -> CaptureReport:
     """The fastest way that gives the literal gradients of these rows; arguments of :func:`verify_capture` made definite."""
+    loss = settings.loss if callable(settings.loss) else losses.named(kind, chunked=False)
+    settle_batches(model, rows, loss, most_tokens, settings.precision)
     with as_evaluated(model):
         return _Trial(model, rows, kind, settings, most_tokens, strict).plan()
 
@@ -132,6 +136,7 @@ class _Trial:
         self, model: nn.Module, rows: Rows, kind: str, settings: BuildSettings, most_tokens: int, strict: bool
     ) -> None:
         self.model, self.rows, self.kind, self.settings, self.strict = model, rows, kind, settings, strict
+        self.most_tokens = most_tokens
         by_length = sorted(range(len(rows)), key=lambda i: (rows.lengths[i], i))
         self.chosen = sorted({by_length[0], by_length[len(by_length) // 2], by_length[-1]})
         short = rows.lengths[by_length[0]]
@@ -194,35 +199,34 @@ class _Trial:
             else:
                 return [name for name in layers if name in set(unseen)]
 
-    def _errors_in_batches(self, truth: list[Gradients], unseen: list[str]) -> dict[str, float] | None:
+    def _errors_in_batches(self, truth: dict[int, Gradients], unseen: list[str]) -> dict[str, float] | None:
         """Errors of batches of several rows; None where capture refuses them, with the sentence kept."""
         if unseen or self._capture().exact:
             return None
         try:
-            errors = self._errors(truth, [], [self.chosen])
-            if self.square:
-                row = self.chosen.index(self.square[0])
-                more = self._errors([truth[row]] * len(self.square), [], [self.square])
-                errors = {name: max(error, more[name]) for name, error in errors.items()}
+            # As the build may batch them: padded together, in equal lengths, or one row alone.
+            padded = self.rows.together == PADDED
+            together = [self.chosen] if padded else batches(self.rows, self.chosen, self.most_tokens)
+            square = [self.square] if self.square and self.rows.together != ONE_ROW else []
+            errors = self._errors(truth, [], together + square)
         except InputError as error:
             self.batch_failure = str(error)
             return None
         return errors
 
-    def _errors(self, truth: list[Gradients], exact: list[str], batches: list[list[int]]) -> dict[str, float]:
+    def _errors(self, truth: dict[int, Gradients], exact: list[str], together: list[list[int]]) -> dict[str, float]:
         """Largest relative error of each layer; NaN counts as infinite."""
         errors: dict[str, float] = {}
-        capture, place = self._capture(exact), 0
-        for batch in batches:
+        capture = self._capture(exact)
+        for batch in together:
             found = self._captured(capture, batch)
-            for offset in range(len(batch)):
-                expected = truth[place + offset]
+            for offset, row in enumerate(batch):
+                expected = truth[row]
                 longest = max((float(g.norm()) for g in expected.values()), default=0.0)
                 for name, gradient in expected.items():
                     length = max(float(gradient.norm()), _SMALL * longest)
                     error = float((found[name][offset].to(gradient) - gradient).norm()) / length if length else 0.0
                     errors[name] = max(errors.get(name, 0.0), math.inf if math.isnan(error) else error)
-            place += len(batch)
         return errors
 
     def _captured(self, capture: GradientCapture, batch: list[int]) -> Gradients:
@@ -232,11 +236,11 @@ class _Trial:
                 each.sum().backward()
             return capture.pop()
 
-    def _literal(self, capture: GradientCapture, chosen: list[int]) -> list[Gradients]:
+    def _literal(self, capture: GradientCapture, chosen: list[int]) -> dict[int, Gradients]:
         """``autograd.grad`` of each row's loss alone, projected as the capture would."""
         modules, parameters = named_layers(self.model), other_parameters(self.model)
         matrices = ops.Matrices()
-        out: list[Gradients] = [{} for _ in chosen]
+        out: dict[int, Gradients] = {row: {} for row in chosen}
         for part in _parts(capture, modules):
             weights = [owned_parameters(layer, modules, parameters) for layer in part]
             flat = [weight for group in weights for weight in group]
@@ -244,31 +248,31 @@ class _Trial:
             for weight in flat:
                 weight.requires_grad_(True)
             try:
-                for place, row in enumerate(chosen):
+                for row in chosen:
                     with autocast(self.model, self.settings.precision):
                         loss = self._whole_losses()(self.model, self._batch([row])).sum()
                     found_grads = iter(torch.autograd.grad(loss, flat, allow_unused=True))
                     for layer, group in zip(part, weights, strict=True):
                         grads = [next(found_grads) for _ in group]
-                        out[place][layer.name] = capture.as_kept(layer, group, grads, matrices)[0]
+                        out[row][layer.name] = capture.as_kept(layer, group, grads, matrices)[0]
             finally:
                 for weight, flag in zip(flat, flags, strict=True):
                     weight.requires_grad_(flag)
         return out
 
     def _batch(self, chosen: list[int]) -> dict[str, Tensor]:
-        batch = collate([self.rows[index] for index in chosen], self.model)
+        batch = self.rows.batch(chosen, self.model)
         return {name: tensor.to(device_of(self.model)) for name, tensor in batch.items()}
 
     def _losses(self, part: Callable[..., Any]) -> Loss:
         if callable(self.settings.loss):
             return self.settings.loss
-        return losses.of_kind(self.kind, part)
+        return losses.named(self.kind, part)
 
     def _whole_losses(self) -> Loss:
         if callable(self.settings.loss):
             return self.settings.loss
-        return losses.of_kind(self.kind, None)
+        return losses.named(self.kind, chunked=False)
 
     def _fine(self, errors: dict[str, float]) -> bool:
         return all(error <= self.tolerance for error in errors.values())

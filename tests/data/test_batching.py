@@ -102,15 +102,38 @@ LONG = {"input_ids": [5] * 41, "labels": 0}
         ([*models.rows(), {"input_ids": [3], "labels": 3}], "row 5 has label 3, expected an int from 0 to 2"),
         ([*models.rows(), {"input_ids": [3], "labels": 0.5}], r"row 5 has label 0\.5"),
         ([*models.rows(), LONG], "row 5 has 41 tokens, the model takes 40; truncate"),
-        ([{"input_ids": [3, 4], "labels": [1]}], "'labels' of row 0 should be a list as long"),
-        ([{"input_ids": [3, 4], "labels": [5, -100]}], "row 0 has no target token"),
-        ([{"input_ids": [3, 4], "labels": [5, 99]}], "row 0 has a label outside"),
+        ([{"input_ids": [3, 4], "labels": [1, 0]}], "'auto' cannot tell the loss of a BertForSequenceClassification"),
+        ([{"input_ids": torch.ones(1, 6).long(), "labels": 0}], "'input_ids' of row 0 is a list of lists"),
+        ([{"input_ids": [3], "labels": 0, "attention_mask": [1, 1]}], "'attention_mask' of row 0 should be a list"),
+        ([{**models.rows()[0], "token_type_ids": [0] * 4}, models.rows()[1]], "'token_type_ids' of row 0 should be"),
+        (
+            [{**LONG, "input_ids": [5] * 4, "token_type_ids": [0] * 4}, models.rows()[1]],
+            "row 1 has no 'token_type_ids'",
+        ),
+        (
+            [models.rows()[1], {"input_ids": [5] * 4, "token_type_ids": [0] * 4, "labels": 0}],
+            "row 0 has no 'token_type",
+        ),
     ],
 )
 def test_bad_rows_are_named_before_anything_is_written(tmp_path: Path, dataset: list[dict], message: str) -> None:
     with pytest.raises(inf.InputError, match=message):
         make_store(tmp_path / "s", models.make("bert"), dataset)
     assert not (tmp_path / "s").exists()
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ([1], "'labels' of row 0 should be a list as long"),
+        ([5, -100], "row 0 has no target token"),
+        ([5, 99], "row 0 has a label outside"),
+        (3, "'labels' of row 0 should be a list as long"),
+    ],
+)
+def test_bad_targets_are_named(tmp_path: Path, labels, message: str) -> None:
+    with pytest.raises(inf.InputError, match=message):
+        make_store(tmp_path / "s", models.make("gpt2", "causal"), [{"input_ids": [3, 4], "labels": labels}])
 
 
 def test_truncation_only_when_told(tmp_path: Path) -> None:

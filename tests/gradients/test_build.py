@@ -92,7 +92,7 @@ def test_losses(tmp_path: Path) -> None:
 
     own = make_store(tmp_path / "own", model, samples, layers="head", loss=twice)
     torch.testing.assert_close(own.read("lm_head"), 2 * mean.read("lm_head"), rtol=1e-4, atol=1e-6)
-    with pytest.raises(inf.InputError, match=r"one value per sample, shape \(5,\), got \(\)"):
+    with pytest.raises(inf.InputError, match=r"one value per sample, shape \(1,\), got \(\)"):
         make_store(tmp_path / "bad", model, samples, layers="head", loss=lambda m, b: models.losses(m, b).sum())
 
 
@@ -119,7 +119,7 @@ def test_running_out_of_memory_halves_the_budget(tmp_path: Path, monkeypatch: py
     handle = model.register_forward_pre_hook(tight, with_kwargs=True)
     got = make_store(tmp_path / "b", model, samples, **settings)
     handle.remove()
-    assert sizes[0] > 40
+    assert max(sizes) > 40
     assert sum(size > 40 for size in sizes) <= 2, "a budget that did not fit must not be tried again"
     assert got.meta["settings"]["batch_tokens"] == 90
     for layer in expected.layers:

@@ -25,7 +25,7 @@ def test_chunks_change_nothing(name: str, layers: str, entries: int, monkeypatch
     batch = models.collate(samples)
     truth = models.oracle(model, samples, inf.select_layers(model, layers))
     with inf.GradientCapture(model, layers) as capture:
-        loss = losses.CausalLM(part=capture.part)
+        loss = losses.TokenLoss(part=capture.part)
         each = loss(model, batch)
         if each.requires_grad:
             each.sum().backward()
@@ -41,7 +41,7 @@ def test_only_labelled_positions_reach_the_head(monkeypatch: pytest.MonkeyPatch)
     model = models.make("llama", "causal")
     samples = [{"input_ids": list(range(3, 15)), "labels": [-100] * 9 + [12, 13, 14]} for _ in range(3)]
     shapes: list[tuple[int, ...]] = []
-    loss = losses.CausalLM()
+    loss = losses.TokenLoss()
     loss(model, models.collate(samples))
     model.lm_head.register_forward_hook(lambda module, args, out: shapes.append(tuple(out.shape)))
     loss(model, models.collate(samples))
@@ -66,7 +66,7 @@ def test_a_model_that_caps_its_logits_gets_whole_ones() -> None:
     torch.manual_seed(0)
     model = hf.Gemma2ForCausalLM(config).eval()
     nn.init.normal_(model.lm_head.weight)
-    batch, loss = models.collate(models.rows("causal")), losses.CausalLM()
+    batch, loss = models.collate(models.rows("causal")), losses.TokenLoss()
     torch.testing.assert_close(loss(model, batch), whole(model, batch))
     assert not loss._chunked
 
@@ -75,4 +75,4 @@ def test_the_sum_and_the_mean() -> None:
     model, samples = models.make("mistral", "causal"), models.rows("causal")
     batch = models.collate(samples)
     targets = torch.tensor([len(s["input_ids"]) - 2 for s in samples])
-    torch.testing.assert_close(losses.CausalLM(mean=False)(model, batch), whole(model, batch) * targets)
+    torch.testing.assert_close(losses.TokenLoss(mean=False)(model, batch), whole(model, batch) * targets)

@@ -1,0 +1,170 @@
+"""A few tiny forwards before the first batch: whether rows may be padded or share a batch, and whose loss is taken."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from influence_fast.data.batching import EQUAL_LENGTHS, ONE_ROW, Loss, Rows, collate
+from influence_fast.data.tasks import LOSSES, TARGETS, TOKEN_LOSSES, device_of, takes_mask, unwrapped
+from influence_fast.errors import InfluenceError, InputError
+from influence_fast.gradients import losses
+from influence_fast.gradients.model_state import as_evaluated, autocast, is_out_of_memory
+
+_log = logging.getLogger("influence_fast")
+# How far apart two computations of one loss may be, relative to it plus 1, by the narrowest type of its arithmetic.
+_TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-5, torch.float16: 5e-3, torch.bfloat16: 3e-2}
+_TF32_TOLERANCE = 2e-3
+# Enough for a convolution or a pooling of positions to reach from them into the row, and few to compute.
+_PADS = 16
+
+
+def settle_batches(model: nn.Module, rows: Rows, loss: Loss, tokens: int, precision: str | None = None) -> None:
+    """Set ``rows.side`` and ``rows.together`` so that no row's loss depends on its batch.
+
+    The loss of the shortest row is taken alone, beside another of its length, and padded beside a longer one, if a batch
+    of ``tokens`` has place for it.
+
+    Raises:
+        InputError: a loss that differs from one forward to the next.
+    """
+    probe = _Probe(model, rows, loss, precision)
+    if rows.fill is None and rows.kind not in TOKEN_LOSSES:
+        rows.together = ONE_ROW
+        _log.warning("every token id is in use, so none can mark pads: %s takes one row a batch", probe.name)
+    if rows.together == ONE_ROW or len(rows) == 1 or tokens < 2 * rows.lengths[probe.shortest]:
+        return
+    with as_evaluated(model):
+        alone = probe.loss()
+        if not alone.isfinite():
+            return
+        if not probe.equal(probe.loss(probe.mate()), alone):
+            if not probe.equal(probe.loss(), alone):
+                raise InputError(
+                    f"loss: that of row {rows.ids[probe.shortest]!r} differs from one forward of {probe.name} to the "
+                    "next; a random part must be off in eval mode"
+                )
+            rows.together = ONE_ROW
+            _log.warning("the loss of a row of %s depends on the other rows: one row a batch", probe.name)
+            return
+        longer = probe.longer(tokens)
+        if longer is None or probe.equal(probe.loss(longer), alone):
+            return
+        if rows.kind != "seq2seq" and probe.equal(probe.loss(longer, "left"), alone):
+            rows.side = "left"
+            return
+        rows.together = EQUAL_LENGTHS
+        _log.warning("the loss of a row of %s depends on the padding beside it: batches of equal lengths", probe.name)
+
+
+def check_own_loss(model: nn.Module, rows: Rows, loss: Loss, precision: str | None = None) -> None:
+    """InputError where the loss that was chosen is not the model's own, for a model that computes one."""
+    probe = _Probe(model, rows, loss, precision)
+    # Of float64 logits, many models take the loss in float32.
+    with as_evaluated(model):
+        chosen, own = probe.loss(), probe.own_loss()
+    if (
+        own is not None
+        and chosen.isfinite()
+        and own.isfinite()
+        and not probe.equal(own, chosen, _TOLERANCE[torch.float32])
+    ):
+        raise InputError(
+            f"loss: 'auto' takes {rows.kind} for a {probe.name}, whose own loss of row {rows.ids[probe.shortest]!r} is "
+            f"{float(own):.6g}, not {float(chosen):.6g}; name one of {', '.join(LOSSES[1:])}, or give a callable"
+        )
+
+
+class _Probe:
+    """The shortest row, and its loss in one batch or another."""
+
+    def __init__(self, model: nn.Module, rows: Rows, loss: Loss, precision: str | None) -> None:
+        self.model, self.rows, self._loss, self._precision = model, rows, loss, precision
+        self.name = type(unwrapped(model)).__name__
+        self.shortest = min(range(len(rows)), key=rows.lengths.__getitem__)
+        self.row = rows[self.shortest]
+        narrow = torch.float32 if precision is None else getattr(torch, precision)
+        device = device_of(model)
+        tf32 = device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32
+        kinds = {p.dtype for p in model.parameters() if p.dtype in _TOLERANCE} or {narrow}
+        kinds |= {narrow} if precision else set()
+        self._tolerance = max(_TOLERANCE[kind] for kind in kinds)
+        if tf32:
+            self._tolerance = max(self._tolerance, _TF32_TOLERANCE)
+
+    def equal(self, found: Tensor, wanted: Tensor, least: float = 0.0) -> bool:
+        return bool((found - wanted).abs() <= max(self._tolerance, least) * (1 + wanted.abs()))
+
+    def loss(self, mate: dict[str, Any] | None = None, side: str = "right") -> Tensor:
+        """The row's loss, alone or beside another row; float64 on the host."""
+        batch = self._batch([self.row] if mate is None else [self.row, mate], side)
+        try:
+            # A callable's own use of autograd is its own affair.
+            with self._eagerly(), autocast(self.model, self._precision), self._without_gradients():
+                each = losses.one_per_sample(self._loss(self.model, batch), 1 if mate is None else 2)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            raise InfluenceError(
+                f"row {self.rows.ids[self.shortest]!r} ({self.rows.lengths[self.shortest]} tokens) does not fit in "
+                f"memory {'alone' if mate is None else 'beside another'}"
+            ) from error
+        return each.detach().flatten()[0].double().cpu()
+
+    def own_loss(self) -> Tensor | None:
+        """What the model itself returns as its loss of the row alone, if it returns any."""
+        inner = unwrapped(self.model)
+        batch = self._batch([self.row], "right")
+        parameters = inspect.signature(inner.forward).parameters
+        if not all(name in parameters for name in TARGETS if name in batch) or not hasattr(inner, "config"):
+            return None
+        if not takes_mask(inner):
+            del batch["attention_mask"]
+        config: Any = inner.config
+        problem = getattr(config, "problem_type", None)
+        try:
+            with self._eagerly(), autocast(self.model, self._precision), torch.no_grad():
+                output = inner(**batch)
+        finally:
+            if hasattr(config, "problem_type"):
+                config.problem_type = problem
+        found = output[0] if isinstance(output, tuple) else getattr(output, "loss", None)
+        return found.double().cpu() if isinstance(found, Tensor) and found.dim() == 0 else None
+
+    def mate(self) -> dict[str, Any]:
+        """Another row of the same lengths, or this one with its tokens in reverse."""
+        shapes = self.rows.shapes
+        for other in range(len(self.rows)):
+            if other != self.shortest and shapes[other] == shapes[self.shortest]:
+                return self.rows[other]
+        if "choices" in self.row:
+            return {**self.row, "choices": [_reversed(choice) for choice in self.row["choices"]]}
+        return _reversed(self.row)
+
+    def longer(self, tokens: int) -> dict[str, Any] | None:
+        """A row that this one is padded beside, much longer if there is one, in a batch of ``tokens``."""
+        lengths = self.rows.lengths
+        least = lengths[self.shortest]
+        fitting = [row for row in range(len(self.rows)) if least < lengths[row] <= tokens // 2]
+        return self.rows[min(fitting, key=lambda row: abs(lengths[row] - least - _PADS))] if fitting else None
+
+    def _batch(self, samples: list[dict[str, Any]], side: str) -> dict[str, Tensor]:
+        batch = collate(samples, self.model, self.rows.fill, side)
+        return {name: tensor.to(device_of(self.model)) for name, tensor in batch.items()}
+
+    def _eagerly(self) -> Any:
+        """These few shapes are not worth a compilation."""
+        compiled = any(getattr(m, "_compiled_call_impl", None) or hasattr(m, "_orig_mod") for m in self.model.modules())
+        return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
+
+    def _without_gradients(self) -> Any:
+        return nullcontext() if self.rows.kind == "custom" else torch.no_grad()
+
+
+def _reversed(row: dict[str, Any]) -> dict[str, Any]:
+    return {**row, "input_ids": row["input_ids"][::-1]}
