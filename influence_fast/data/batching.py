@@ -458,18 +458,31 @@ def collate(
 
 def _padded(parts: Sequence[Mapping[str, Any]], name: str, fill: int, side: str, model: nn.Module) -> Tensor:
     """One column as a tensor; entries beside the tokens get pads where the tokens do, the others at the right."""
-    values = [torch.as_tensor(part[name]) for part in parts]
-    if values[0].is_floating_point():
-        dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    values = [part[name] for part in parts]
+    kind = None
+    if torch.as_tensor(values[0]).is_floating_point():
+        kind = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
         # A label is compared in float32 or wider.
-        dtype = dtype if name not in TARGETS else torch.promote_types(dtype, torch.float32)
-        values = [torch.as_tensor(part[name], dtype=dtype) for part in parts]
-    if all(value.shape == values[0].shape for value in values):
-        return torch.stack(values)
-    tokens = all(_length(part[name]) == _length(part.get("input_ids")) for part in parts)
-    return nn.utils.rnn.pad_sequence(
-        values, batch_first=True, padding_value=fill, padding_side=side if tokens else "right"
-    )
+        kind = kind if name not in TARGETS else torch.promote_types(kind, torch.float32)
+    if not any(isinstance(value, Tensor) for value in values):
+        sizes = {_length(value) for value in values}
+        if len(sizes) == 1:
+            return torch.tensor(values, dtype=kind)
+        if not isinstance(values[0][0], list):
+            # Lists of numbers, as nearly all columns are: padded as lists they become one tensor at once.
+            width, left = max(map(len, values)), side == "left" and _beside_tokens(parts, name)
+            gaps = [[fill] * (width - len(value)) for value in values]
+            rows = [gap + value if left else value + gap for gap, value in zip(gaps, values, strict=True)]
+            return torch.tensor(rows, dtype=kind)
+    tensors = [torch.as_tensor(value, dtype=kind) for value in values]
+    if all(tensor.shape == tensors[0].shape for tensor in tensors):
+        return torch.stack(tensors)
+    where = side if _beside_tokens(parts, name) else "right"
+    return nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=fill, padding_side=where)
+
+
+def _beside_tokens(parts: Sequence[Mapping[str, Any]], name: str) -> bool:
+    return all(_length(part[name]) == _length(part.get("input_ids")) for part in parts)
 
 
 def extent(mask: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from influence_fast.errors import InputError
 from influence_fast.gradients import losses
 from influence_fast.gradients.capture import GradientCapture, UnseenUse, owned_parameters
 from influence_fast.gradients.layers import named_layers, other_parameters, select_layers, trained_layers
-from influence_fast.gradients.model_state import as_evaluated, autocast, is_sharded
+from influence_fast.gradients.model_state import as_evaluated, autocast, is_out_of_memory, is_sharded
 from influence_fast.gradients.row_checks import settle_batches
 from influence_fast.gradients.settings import BuildSettings
 from influence_fast.ops.projections import Projection
@@ -212,6 +212,11 @@ class _Trial:
         except InputError as error:
             self.batch_failure = str(error)
             return None
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            # Batches of the build adapt to memory; here one row at a time has to do.
+            return self._errors(truth, [], [[row] for row in self.chosen])
         return errors
 
     def _errors(self, truth: dict[int, Gradients], exact: list[str], together: list[list[int]]) -> dict[str, float]:
@@ -222,6 +227,10 @@ class _Trial:
             found = self._captured(capture, batch)
             for offset, row in enumerate(batch):
                 expected = truth[row]
+                if not all(gradient.isfinite().all() for gradient in expected.values()):
+                    # Nothing to compare with; the build names the row.
+                    errors |= {name: errors.get(name, 0.0) for name in expected}
+                    continue
                 longest = max((float(g.norm()) for g in expected.values()), default=0.0)
                 for name, gradient in expected.items():
                     length = max(float(gradient.norm()), _SMALL * longest)
