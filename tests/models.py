@@ -118,7 +118,8 @@ def oracle(model: nn.Module, samples: list[dict], layers: list[str]) -> dict[str
     """Gradients ``{layer: (N, out, in)}`` by the literal loop: one sample at a time, float64, ``autograd.grad``."""
     model = model.double()
     modules = named_layers(model)
-    weights = [modules[name].weight for name in layers]
+    parameters = dict(model.named_parameters())
+    weights = [modules[name].weight if name in modules else parameters[name] for name in layers]
     kept = [weight.requires_grad for weight in weights]
     for weight in weights:
         weight.requires_grad_(True)
@@ -127,7 +128,10 @@ def oracle(model: nn.Module, samples: list[dict], layers: list[str]) -> dict[str
         grads = torch.autograd.grad(losses(model, collate([sample])).sum(), weights, allow_unused=True)
         for name, weight, grad in zip(layers, weights, grads, strict=True):
             grad = torch.zeros_like(weight) if grad is None else grad
-            out[name].append(grad if isinstance(modules[name], nn.Linear) else grad.T)
+            if name not in modules:
+                out[name].append(grad.reshape(len(grad), -1))
+            else:
+                out[name].append(grad if isinstance(modules[name], nn.Linear) else grad.T)
     for weight, flag in zip(weights, kept, strict=True):
         weight.requires_grad_(flag)
     model.float()

@@ -86,8 +86,10 @@ class StoreWriter:
                 raise InputError(f"{folder}: holds a store already; remove it, or pass resume=True")
             _check_same(folder, earlier, json.loads(json.dumps(manifest)))
             manifest["shards"] = earlier["shards"]
-            manifest.pop("facts", None)
-            manifest |= {key: earlier[key] for key in ("facts",) if key in earlier}
+            if "facts" in earlier:
+                manifest["facts"] = earlier["facts"]
+            else:
+                manifest.pop("facts", None)
         elif folder.exists() and any(not _left_over(file) for file in folder.iterdir()):
             raise InputError(f"{folder}: is not empty and holds no store; choose a new folder")
         elif not leads:
