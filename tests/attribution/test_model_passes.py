@@ -42,7 +42,7 @@ def test_each_training_sample_passes_once_for_each_state_of_the_model(
     seen = count_rows(model, monkeypatch)
     methods = ["dot", "neighbours", "pool", "repsim"]
     inf.audit(model, train, queries, methods=methods, layers="head", progress=False)
-    # A few rows more often: capture is verified on three, and the first two tell before each pass whether rows may share a batch.
+    # A few rows more often: capture is verified on three, and two tell before each pass whether rows may share a batch.
     passes = Counter(seen[tuple(row["input_ids"])] for row in train)
     assert passes[expected] >= len(train) - 4
     assert min(passes) == expected
