@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 import influence_fast as inf
@@ -52,3 +53,9 @@ def write_store(
                 {name: column[rows] for name, column in (columns or {}).items()},
             )
     return inf.GradientStore.open(path)
+
+
+def gradients(rows: int, seed: int) -> dict[str, Tensor]:
+    """Gradients of two layers, by a seed."""
+    random = torch.Generator().manual_seed(seed)
+    return {name: torch.randn(rows, dim, generator=random) for name, dim in (("a", 6), ("b", 10))}

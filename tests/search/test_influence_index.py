@@ -6,23 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from stores import write_store
-from torch import Tensor
+from stores import gradients, write_store
 
 import influence_fast as inf
-
-
-def gradients(rows: int, seed: int) -> dict[str, Tensor]:
-    random = torch.Generator().manual_seed(seed)
-    return {name: torch.randn(rows, dim, generator=random) for name, dim in (("a", 6), ("b", 10))}
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> inf.GradientStore:
-    data = gradients(300, 0)
-    for name in data:
-        data[name][200:220] = data[name][7]  # ties, at the cut too
-    return write_store(tmp_path_factory.mktemp("s") / "s", data, shard_rows=70)
 
 
 def test_the_default_is_exact(store: inf.GradientStore) -> None:
