@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import models
 import pytest
 import torch
 from integers import IntegerModel, integer_loss, integer_rows
+from ranks import run_ranks
 from torch import Tensor, nn
 
 import influence_fast as inf
@@ -134,26 +136,25 @@ def test_running_out_of_memory_halves_the_budget(tmp_path: Path, monkeypatch: py
 
 
 def test_peak_memory_does_not_grow_with_the_rows(tmp_path: Path) -> None:
-    (estimated, small), (_, large) = measured(tmp_path / "a", "1000", "estimate"), measured(tmp_path / "b", "100000")
+    (estimated, small), (_, large) = measured(tmp_path / "a", "1000", "estimate"), measured(tmp_path / "b", "20000")
     assert large < 1.05 * small
     assert 0.75 * small < estimated < 1.25 * small
 
 
-_KILLED = """
-import os, signal, sys
-import integers
-import influence_fast as inf
-from influence_fast.gradients import job
-step, left = job._step, [int(sys.argv[2])]
-def dying(*args):
-    left[0] -= 1
-    if left[0] == 0:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return step(*args)
-job._step = dying
-inf.build_store(sys.argv[1], integers.IntegerModel(), integers.integer_rows(12), layers="all", projection="sjlt:32",
-                loss=integers.integer_loss, batch_tokens=20, shard_rows=4, progress=False)
-"""
+def killed_at(steps: int, path: Path) -> None:
+    step, left = job._step, [steps]
+
+    def dying(*args):
+        left[0] -= 1
+        if left[0] == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return step(*args)
+
+    job._step = dying
+    make_store(
+        path, IntegerModel(), integer_rows(12), layers="all", projection="sjlt:32", loss=integer_loss, batch_tokens=20,
+        shard_rows=4,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("steps", [1, 4, 6])
@@ -167,8 +168,7 @@ def test_resume_after_a_kill_ends_in_the_same_bytes(tmp_path: Path, steps: int, 
     make_store(tmp_path / "whole", model, samples, loss=integer_loss, **settings)
     whole = batches.copy()
     batches.clear()
-    run = subprocess.run([sys.executable, "-c", _KILLED, str(tmp_path / "killed"), str(steps)])
-    assert run.returncode == -signal.SIGKILL
+    assert run_ranks(killed_at, steps, tmp_path / "killed", log=tmp_path / "log", ranks=1) == -signal.SIGKILL
     make_store(tmp_path / "killed", model, samples, loss=integer_loss, **settings)
     assert files(tmp_path / "killed") == files(tmp_path / "whole")
     assert batches == whole[-len(batches) :]
