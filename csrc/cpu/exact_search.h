@@ -8,6 +8,7 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 #include "../types.h"
 
@@ -96,7 +97,8 @@ struct Queries {
 };
 
 struct SearchStats {
-  int64_t rows_scanned, rows_rescored, bad_row;  // bad_row: a stored row whose score the bound does not allow, or -1
+  int64_t rows_scanned, bad_row;  // bad_row: a stored row whose score the bound does not allow, or -1
+  std::vector<int64_t> scored;    // stored rows that were read, those of one query after those of another
 };
 
 // The k best rows of each query among those with allowed[row] (or all): scores float64 (m, k), rows (m, k), best first, ties

@@ -17,6 +17,7 @@ from influence_fast.cli.options import (
     print_document,
     print_table,
     token_count,
+    verify_option,
 )
 from influence_fast.cli.tables import show_evaluation
 from influence_fast.errors import InputError
@@ -60,6 +61,7 @@ def demo(out: Path, samples: int, seed: int, as_json: bool) -> None:
 )
 @click.option("--checkpoints", help="For --self-check: folders of the model at other times of its training.")
 @click.option("--config", type=click.Path(path_type=Path), help="Replay this config.json; other options are ignored.")
+@verify_option
 @json_option
 def audit(out: Path, config: Path | None, as_json: bool, **options: Any) -> None:
     """Rank training samples from most harmful to most helpful, with a report on how far to trust it."""

@@ -43,7 +43,6 @@ def score(
     out: Path,
     memory: str,
     checkpoint: Path | None,
-    verify: bool,
     as_json: bool,
 ) -> None:
     """One score per training sample from two stores, lowest = most harmful."""
@@ -53,8 +52,8 @@ def score(
     from influence_fast.evaluation.metrics import order
     from influence_fast.gradients.store import GradientStore
 
-    store = GradientStore.open(train, verify)
-    matrix = influence(store, GradientStore.open(queries, verify), method, names(layers), memory=memory)
+    store = GradientStore.open(train)
+    matrix = influence(store, GradientStore.open(queries), method, names(layers), memory=memory)
     # Votes tie often; ranks, which break the ties, cost nothing more in the same pass.
     methods = [aggregation, *([aggregation.replace("vote", "rank")] if aggregation.startswith("vote") else [])]
     found = aggregate_many(matrix, methods, fraction=fraction, checkpoint=checkpoint)["all"]
@@ -86,6 +85,7 @@ def score(
 @click.option("--methods", default="dot,cosine,datainf", help=f"For the whole table: of {', '.join(FROM_STORES)}.")
 @click.option("--aggregations", help="For the whole table; such as mean,rank-c,vote-c.")
 @click.option("--fraction", default=0.2, help="Share of the samples that a vote goes against.")
+@verify_option
 @json_option
 def evaluate(
     scores: Path,

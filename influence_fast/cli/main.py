@@ -23,6 +23,8 @@ COMMANDS = {
     "build": "stores",
     "index": "stores",
     "search": "stores",
+    "verify": "maintenance",
+    "upgrade": "maintenance",
     "score": "evaluate",
     "evaluate": "evaluate",
     "doctor": "diagnostics",

@@ -50,7 +50,23 @@ def model_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return functools.reduce(lambda decorated, option: option(decorated), reversed(options), command)
 
 
-verify_option = click.option("--verify", is_flag=True, help="Hash every shard when it is first read.")
+def verify_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    """``--verify/--no-verify``, for every command that reads stores."""
+
+    def chosen(context: click.Context, parameter: click.Parameter, verify: bool) -> None:
+        if not verify:
+            from influence_fast.gradients.store import unverified
+
+            context.with_resource(unverified())
+
+    option = click.option(
+        "--verify/--no-verify",
+        default=True,
+        expose_value=False,
+        callback=chosen,
+        help="Check what is read of stores and indexes by their checksums.",
+    )
+    return option(command)
 
 
 def names(text: str | None) -> list[str] | None:

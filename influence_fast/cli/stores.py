@@ -32,6 +32,7 @@ from influence_fast.errors import InputError
 @click.option("--loss", default="auto", help="auto (the model's own), or a name such as masked-lm or causal-lm-sum.")
 @click.option("--strict", is_flag=True, help="Refuse where a layer needs a slower way to be captured rightly.")
 @click.option("--dry-run", is_flag=True, help="Run a few batches and say what the build would take; write nothing.")
+@verify_option
 @json_option
 def build(model: str, data: str, out: Path, dry_run: bool, as_json: bool, **options: Any) -> None:
     """Write per-sample gradients of a data set to a store; goes on where it stopped.
@@ -104,14 +105,13 @@ def index(
     recall: float,
     memory: str | None,
     rows: str | None,
-    verify: bool,
     as_json: bool,
 ) -> None:
     """Build an index over a store: exact, or by FAISS."""
     from influence_fast.gradients.store import GradientStore
     from influence_fast.search.influence_index import InfluenceIndex
 
-    opened = GradientStore.open(store, verify)
+    opened = GradientStore.open(store)
     share = None
     if rows is not None:
         ends = rows.split(":")
@@ -157,7 +157,6 @@ def search(
     harmful: bool,
     layers: str | None,
     where: str | None,
-    verify: bool,
     as_json: bool,
 ) -> None:
     """Find the training samples with the most influence on each query.
@@ -172,9 +171,9 @@ def search(
     world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     if len(index) != world:
         raise click.UsageError(f"Give one index for each process: {len(index)} for {world}.")
-    loaded = InfluenceIndex.load(index[rank], verify=verify)
+    loaded = InfluenceIndex.load(index[rank])
     if queries is not None:
-        opened = GradientStore.open(queries, verify)
+        opened = GradientStore.open(queries)
         gradients, names = opened, list(opened.ids)
     else:
         gradients, names = _text_gradient(loaded, str(model), str(text), label, answer), [str(text)]

@@ -34,7 +34,12 @@ def test_a_full_disk_loses_nothing(tmp_path: Path, gradients: dict[str, Tensor],
         inf.InfluenceError, match=r"shard-00001.safetensors: the disk is full \([\d,]+ bytes are free\)"
     ):
         write_store(tmp_path / "s", gradients)
-    assert sorted(p.name for p in (tmp_path / "s").iterdir()) == [".lock", "manifest.json", "shard-00000.safetensors"]
+    assert sorted(p.name for p in (tmp_path / "s").iterdir()) == [
+        ".lock",
+        "journal",
+        "manifest.json",
+        "shard-00000.safetensors",
+    ]
     monkeypatch.undo()
     write_store(tmp_path / "s", gradients).verify()
     write_store(tmp_path / "t", gradients)
