@@ -18,7 +18,8 @@ tensor                          dtype       content
 ==============================  ==========  ==================================================================
 ``LAYER``                       F32 F16     ``(rows, dim)`` gradients, each out-major ``(k_out, k_in)``, a sketch,
                                 BF16 I8     or the whole ``(out, in)`` gradient
-``@scale/LAYER``                F32         ``(rows,)``, int8 stores alone: gradient = scale * number
+``@scale/LAYER``                F32         ``(rows,)`` int8 and float16, powers of two there: gradient = scale * number;
+                                            absent in float16 shards of version 0.1, where it is 1
 ``@sqnorm/LAYER``               F64         ``(rows,)`` ``|g|^2`` of the gradient before it was rounded to dtype
 ``@column/NAME``                any         ``(rows,)`` ``loss``, ``correct``, ``prediction``
 ==============================  ==========  ==================================================================
@@ -51,6 +52,9 @@ that was killed goes on with the shards that are missing. A reader in plain NumP
             rows = data.view(dtype).reshape(entry["shape"])
             if entry["dtype"] == "BF16":
                 rows = (rows.astype("<u4") << 16).view("<f4")
+            if (scale := header.get("@scale/" + layer)) is not None:
+                begin, end = scale["data_offsets"]
+                rows = rows * raw[8 + size + begin : 8 + size + end].view("<f4")[:, None]
             parts.append(rows)
         return np.concatenate(parts)
 """
@@ -193,8 +197,8 @@ class GradientStore:
         return np.cumsum([0, *(shard.rows for shard in self._shards)], dtype=np.int64)
 
     def addresses(self, name: str) -> np.ndarray:
-        """Where a tensor begins in the mapped memory of each shard: int64 ``(shards,)``, valid while the store lives."""
-        return np.array([shard.address(name) for shard in self._shards], np.int64)
+        """Where a tensor begins in each shard's mapped memory, while the store lives: int64 ``(shards,)``, 0 for none."""
+        return np.array([shard.address(name) if name in shard.entries else 0 for shard in self._shards], np.int64)
 
     def to_parquet(self, path: str | os.PathLike[str], layers: Sequence[str] | None = None) -> None:
         """Write one Parquet file, for a vector database or data frames: a row group per shard.
@@ -238,7 +242,7 @@ class GradientStore:
 
     def _gather(self, layer: str, rows: Rows) -> Tensor:
         wanted = _row_numbers(rows, len(self))
-        out = torch.empty(len(wanted), self.dims[layer])
+        out = torch.empty(len(wanted), self.dims[layer], dtype=torch.float32, device="cpu")
         numbers = None if isinstance(wanted, range) and wanted.step == 1 else np.asarray(wanted, dtype=np.int64)
         for shard, begin in zip(self._shards, self.firsts.tolist(), strict=False):
             end = begin + shard.rows
@@ -324,7 +328,7 @@ class _Shard:
             flat = self._bytes[start : start + shape[0] * width].reshape(shape[0], width)
             return torch.from_numpy(flat[rows]).view(dtype).reshape(-1, *shape[1:])
         begin, end, _ = rows.indices(shape[0])
-        out = torch.empty(end - begin, *shape[1:], dtype=dtype)
+        out = torch.empty(end - begin, *shape[1:], dtype=dtype, device="cpu")
         self._read(out, start + begin * width)
         return out
 
