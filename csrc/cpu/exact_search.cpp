@@ -80,16 +80,19 @@ class Reader {
     const StoreShard* shard = std::upper_bound(source_.shards, source_.shards + source_.shard_count, row,
                                               [](int64_t r, const StoreShard& s) { return r < s.first; }) - 1;
     const int64_t dim = source_.dims[layer], at = (row - shard->first) * dim;
+    const float* scales = reinterpret_cast<const float*>(shard->scale[layer]);
+    const float scale = scales == nullptr ? 1.0f : scales[row - shard->first];
     switch (source_.dtype) {
       case Dtype::float32: return reinterpret_cast<const float*>(shard->data[layer]) + at;
       case Dtype::int8: {
         const int8_t* codes = reinterpret_cast<const int8_t*>(shard->data[layer]) + at;
-        const float scale = reinterpret_cast<const float*>(shard->scale[layer])[row - shard->first];
         for (int64_t i = 0; i < dim; ++i) room_[i] = static_cast<float>(codes[i]) * scale;
         return room_.data();
       }
       default:
         kernels_.widen(reinterpret_cast<const uint16_t*>(shard->data[layer]) + at, source_.dtype, dim, room_.data());
+        if (scales != nullptr)
+          for (int64_t i = 0; i < dim; ++i) room_[i] *= scale;
         return room_.data();
     }
   }

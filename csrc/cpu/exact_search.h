@@ -76,7 +76,7 @@ struct Segment {
 struct StoreShard {
   int64_t first, rows;
   const uintptr_t* data;   // by layer
-  const uintptr_t* scale;  // by layer, of int8 stores
+  const uintptr_t* scale;  // by layer: what each row is multiplied with; null for 1, never for int8
 };
 
 struct StoredRows {

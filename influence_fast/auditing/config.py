@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_type_hints
 
+from influence_fast._json import check_types
 from influence_fast.attribution.aggregation import METHODS as AGGREGATIONS
 from influence_fast.attribution.registry import method_names
 from influence_fast.data.samples import TASKS, Columns
@@ -46,7 +47,7 @@ class AuditConfig:
     queries: str
     columns: Columns = field(default_factory=Columns)
     task: str = "auto"
-    layers: str | None = None
+    layers: str | Sequence[str] | None = None
     build: BuildSettings = field(default_factory=lambda: BuildSettings(projection=Projection("identity")))
     methods: Sequence[str] | None = None
     aggregations: Sequence[str] | None = None
@@ -79,6 +80,17 @@ class AuditConfig:
         unknown = [name for name in options if name not in known]
         if unknown:
             raise InputError(f"audit: no setting is called {unknown[0]!r}; there are {', '.join(sorted(known))}")
+        # Before anything reads them: a text is true where a flag is asked for, and a list of letters where names are.
+        columns, building, mine = (get_type_hints(kind) for kind in (Columns, BuildSettings, cls))
+        check_types(
+            {"model": model, "train": train, "queries": queries, **options},
+            {
+                **{name: columns[part] for name, part in _COLUMNS.items()},
+                **{name: building[name] for name in _BUILD if name != "projection"},
+                **{name: mine[name] for name in (*own, "model", "train", "queries")},
+                "projection": str | Projection,
+            },
+        )
         build = {name: options[name] for name in _BUILD if name in options}
         build["projection"] = Projection.parse(build.get("projection", "identity"))
         return cls(

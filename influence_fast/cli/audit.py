@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +15,14 @@ from influence_fast.cli.options import (
     names,
     print_document,
     print_table,
+    say,
     token_count,
     verify_option,
 )
 from influence_fast.cli.tables import show_evaluation
 from influence_fast.errors import InputError
+
+_SOURCES = ("model", "train", "queries")
 
 
 @click.command(epilog=example("influence-fast demo --out demo"))
@@ -68,12 +70,9 @@ def audit(out: Path, config: Path | None, as_json: bool, **options: Any) -> None
     from influence_fast.auditing.run import audit as run
 
     if config is not None:
-        try:
-            options = json.loads(config.read_text())
-        except (OSError, ValueError) as error:
-            raise InputError(f"config: cannot read {config} ({error})") from None
+        options = _replayed(config)
     else:
-        missing = [f"--{name}" for name in ("model", "train", "queries") if not options[name]]
+        missing = [f"--{name}" for name in _SOURCES if not options[name]]
         if missing:
             raise click.UsageError(f"Missing option {missing[0]!r} (or --config).")
         options["methods"] = names(options["methods"])
@@ -83,6 +82,23 @@ def audit(out: Path, config: Path | None, as_json: bool, **options: Any) -> None
     _print_audit(
         run(options.pop("model"), options.pop("train"), options.pop("queries"), out=out, **options), out, as_json
     )
+
+
+def _replayed(path: Path) -> dict[str, Any]:
+    """The settings that a ``config.json`` holds, checked, so that an error names the file."""
+    from influence_fast._json import read_object
+    from influence_fast.auditing.config import AuditConfig
+
+    options = read_object(path, "config")
+    missing = [name for name in _SOURCES if name not in options]
+    if missing:
+        raise InputError(f"config: {path}: {missing[0]!r} is missing")
+    try:
+        settings = {name: value for name, value in options.items() if name not in _SOURCES}
+        AuditConfig.from_options(options["model"], options["train"], options["queries"], settings)
+    except InputError as error:
+        raise InputError(f"config: {path}: {error}") from None
+    return options
 
 
 def _print_audit(result: Any, out: Path, as_json: bool) -> None:
@@ -107,7 +123,7 @@ def _print_audit(result: Any, out: Path, as_json: bool) -> None:
             f"Most harmful by {label}",
         )
         for finding in findings(result, evaluation):
-            click.echo(f"- {finding}")
-        click.echo("\n" + "\n".join(f"wrote {file}" for file in files.values()))
+            say(f"- {finding}")
+        say("\n" + "\n".join(f"wrote {file}" for file in files.values()))
 
     print_document(document, as_json, show)

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from influence_fast.cli.options import example, json_option, model_options, print_document, print_table
+from influence_fast.cli.options import example, json_option, model_options, print_document, print_table, say
 from influence_fast.errors import InputError
 
 
@@ -68,7 +68,7 @@ def _verify(model: str, data: str, as_json: bool, options: dict[str, Any]) -> No
     def show() -> None:
         print_table(["layer", "way", "largest relative error"], ways, title)
         for reason in report.reasons:
-            click.echo(f"- {reason}")
+            say(f"- {reason}")
 
     print_document({**dataclasses.asdict(report), "ok": report.ok}, as_json, show)
 
@@ -129,8 +129,8 @@ def bench_table(document: dict[str, Any]) -> None:
                 result["case"],
                 f"{times['p50'] * 1e3:.3f} ms",
                 f"{times['p20'] * 1e3:.3f} .. {times['p80'] * 1e3:.3f}",
-                "\n".join([*share, *([per_element] if per_element else [])]),
-                "\n".join(best),
+                [*share, *([per_element] if per_element else [])],
+                best,
             ]
         )
     title = f"{document['machine']['device']}, {document['dtype']}, {document['machine']['threads']} threads"

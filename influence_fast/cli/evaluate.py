@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-import csv
 from pathlib import Path
 from typing import Any
 
 import click
 
 from influence_fast.attribution.registry import NEEDS, method_names
-from influence_fast.cli.options import example, json_option, names, print_document, print_table, verify_option
+from influence_fast.cli.options import (
+    example,
+    json_option,
+    names,
+    print_document,
+    print_table,
+    say,
+    verify_option,
+)
 from influence_fast.cli.tables import show_evaluation, show_wins
 from influence_fast.errors import InputError
 
@@ -46,6 +53,7 @@ def score(
     as_json: bool,
 ) -> None:
     """One score per training sample from two stores, lowest = most harmful."""
+    from influence_fast._csv import write_rows
     from influence_fast._files import atomic_path
     from influence_fast.attribution.aggregation import aggregate_many
     from influence_fast.attribution.influence import influence
@@ -61,11 +69,10 @@ def score(
     ranking = order(scores, tie).tolist()
     places = {row: place for place, row in enumerate(ranking)}
     with atomic_path(out) as part, open(part, "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["id", "score", "rank"])
-        writer.writerows([store.ids[row], repr(value), places[row]] for row, value in enumerate(scores.tolist()))
+        lines = ([store.ids[row], value, places[row]] for row, value in enumerate(scores.tolist()))
+        write_rows(file, ["id", "score", "rank"], lines)
     document = {"path": str(out), "rows": len(store), "most_harmful": [store.ids[row] for row in ranking[:10]]}
-    print_document(document, as_json, lambda: click.echo(f"wrote {out}; most harmful: {document['most_harmful']}"))
+    print_document(document, as_json, lambda: say(f"wrote {out}; most harmful: {document['most_harmful']}"))
 
 
 @click.command(
@@ -133,7 +140,7 @@ def evaluate(
             show_evaluation(rows, at)
             show_wins(found)
             for warning in found.warnings:
-                click.echo(f"- {warning}")
+                say(f"- {warning}")
 
         print_document(document, as_json, show)
         return

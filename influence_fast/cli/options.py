@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from influence_fast.cli.text import lines, visible
 from influence_fast.errors import InputError
 
 
@@ -91,12 +92,25 @@ def print_document(document: Any, as_json: bool, show: Callable[[], None]) -> No
         show()
 
 
-def print_table(columns: list[str], rows: list[list[Any]], title: str | None = None) -> None:
-    """A table on standard output."""
+def print_table(columns: list[Any], rows: list[list[Any]], title: str | None = None) -> None:
+    """A table on standard output. A cell or column of several lines is a list; text is printed as it is, no markup in it."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table(*columns, title=title, title_justify="left")
+    def plain(value: Any) -> Text:
+        if isinstance(value, list):
+            return Text("\n").join(map(plain, value))
+        return Text(f"{value:.3f}" if isinstance(value, float) else visible(value))
+
+    table = Table(title=None if title is None else plain(title), title_justify="left")
+    for column in columns:
+        table.add_column(plain(column))
     for row in rows:
-        table.add_row(*(f"{value:.3f}" if isinstance(value, float) else str(value) for value in row))
+        table.add_row(*map(plain, row))
     Console(width=None if sys.stdout.isatty() else 120).print(table)
+
+
+def say(message: str, err: bool = False) -> None:
+    """A message of one or more lines, in which names and texts of the user may stand."""
+    click.echo(lines(message), err=err)

@@ -16,6 +16,7 @@ from influence_fast.cli.options import (
     names,
     print_document,
     print_table,
+    say,
     token_count,
     verify_option,
 )
@@ -65,11 +66,11 @@ def build(model: str, data: str, out: Path, dry_run: bool, as_json: bool, **opti
             if rank == 0:
                 print_document(dataclasses.asdict(found), as_json, lambda: _show_estimate(found, world))
             return
-        store = build_store(out, network, samples.rows, ids=samples.ids, **options)
+        store = build_store(out, network, samples.rows, ids=samples.ids, tokenizer=tokenizer, **options)
     if rank == 0:
         size = sum(shard["bytes"] for shard in store.meta["shards"])
         document = {"path": str(out), "rows": len(store), "layers": store.layers, "dims": store.dims, "bytes": size}
-        print_document(document, as_json, lambda: click.echo(f"{store}\n{size / 2**20:.1f} MiB in {out}"))
+        print_document(document, as_json, lambda: say(f"{store}\n{size / 2**20:.1f} MiB in {out}"))
 
 
 def _show_estimate(found: Any, world: int) -> None:
@@ -130,7 +131,7 @@ def index(
         "recall": built.recall,
         "bytes": size,
     }
-    print_document(document, as_json, lambda: click.echo(f"{built}\n{size / 2**20:.1f} MiB in {out}"))
+    print_document(document, as_json, lambda: say(f"{built}\n{size / 2**20:.1f} MiB in {out}"))
 
 
 @click.command(epilog=example("influence-fast search store.index --queries query-store -k 5 --harmful"))

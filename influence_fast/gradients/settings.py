@@ -48,5 +48,8 @@ class BuildSettings:
             value = getattr(self, name)
             if value != "auto" and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise InputError(f"{name}: expected 'auto' or a positive int, got {value!r}")
+        for name in ("truncate", "bias", "verify", "strict", "one_row"):
+            if not isinstance(getattr(self, name), bool):
+                raise InputError(f"{name}: expected true or false, got {getattr(self, name)!r}")
         if self.precision is not None and self.precision not in PRECISIONS:
             raise InputError(f"precision: expected None or one of {', '.join(PRECISIONS)}, got {self.precision!r}")

@@ -181,7 +181,8 @@ class Shard:
         for layer, dim in self._dims.items():
             expected[layer] = ((self.rows, dim), self._dtype)
             expected[f"@sqnorm/{layer}"] = ((self.rows,), torch.float64)
-            if self._dtype == torch.int8:
+            # Half precision is scaled too, but was not in version 0.1.
+            if self._dtype == torch.int8 or (self._dtype == torch.float16 and f"@scale/{layer}" in places):
                 expected[f"@scale/{layer}"] = ((self.rows,), torch.float32)
         for name, (shape, dtype) in expected.items():
             if name not in places:

@@ -169,10 +169,10 @@ class GradientStore:
         """
         numbers = np.unique(rows)
         edges = np.searchsorted(numbers, self.firsts)
-        names = [*layers, *(f"@scale/{name}" for name in layers if self.meta["dtype"] == "int8")]
+        names = [*layers, *(f"@scale/{name}" for name in layers)]
         for shard, low, high in zip(self._shards, edges[:-1].tolist(), edges[1:].tolist(), strict=True):
             if low < high:
-                shard.ensure(names, numbers[low:high] - shard.first)
+                shard.ensure([name for name in names if name in shard.places], numbers[low:high] - shard.first)
 
     @property
     def digest(self) -> str:
@@ -189,11 +189,11 @@ class GradientStore:
         return np.cumsum([0, *(shard.rows for shard in self._shards)], dtype=np.int64)
 
     def addresses(self, name: str) -> np.ndarray:
-        """Where a tensor begins in the mapped memory of each shard: int64 ``(shards,)``, valid while the store lives.
+        """Where a tensor begins in each shard's mapped memory, while the store lives: int64 ``(shards,)``, 0 for none.
 
         What stands there is unchecked until :meth:`check_rows`.
         """
-        return np.array([shard.address(name) for shard in self._shards], np.int64)
+        return np.array([shard.address(name) if name in shard.places else 0 for shard in self._shards], np.int64)
 
     def to_parquet(self, path: str | os.PathLike[str], layers: Sequence[str] | None = None) -> None:
         """Write one Parquet file, for a vector database or data frames: a row group per shard.
@@ -233,7 +233,7 @@ class GradientStore:
 
     def _gather(self, layer: str, rows: Rows) -> Tensor:
         wanted = _row_numbers(rows, len(self))
-        out = torch.empty(len(wanted), self.dims[layer])
+        out = torch.empty(len(wanted), self.dims[layer], dtype=torch.float32, device="cpu")
         numbers = None if isinstance(wanted, range) and wanted.step == 1 else np.asarray(wanted, dtype=np.int64)
         for shard, begin in zip(self._shards, self.firsts.tolist(), strict=False):
             end = begin + shard.rows

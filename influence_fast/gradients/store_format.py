@@ -47,7 +47,8 @@ tensor                          dtype       content
 ==============================  ==========  ==================================================================
 ``LAYER``                       F32 F16     ``(rows, dim)`` gradients, each out-major ``(k_out, k_in)``, a sketch,
                                 BF16 I8     or the whole ``(out, in)`` gradient
-``@scale/LAYER``                F32         ``(rows,)``, int8 stores alone: gradient = scale * number
+``@scale/LAYER``                F32         ``(rows,)`` int8 and float16, powers of two there: gradient = scale * number;
+                                            absent in float16 shards of version 0.1, where it is 1
 ``@sqnorm/LAYER``               F64         ``(rows,)`` ``|g|^2`` of the gradient before it was rounded to dtype
 ``@column/NAME``                any         ``(rows,)`` ``loss``, ``correct``, ``prediction``
 ``@blocks``                     U64         last: XXH3 (64 bits, seed 0) of every 16,384 bytes of the file before it
@@ -90,6 +91,9 @@ A reader that checks what it reads, in plain NumPy::
             rows = data.view(dtype).reshape(entry["shape"])
             if entry["dtype"] == "BF16":
                 rows = (rows.astype("<u4") << 16).view("<f4")
+            if (scale := header.get("@scale/" + layer)) is not None:
+                begin, end = scale["data_offsets"]
+                rows = rows * raw[8 + size + begin : 8 + size + end].view("<f4")[:, None]
             parts[shard["first"]] = rows
         rows = np.concatenate([parts[first] for first in sorted(parts)])
         assert len(rows) == manifest["rows"]

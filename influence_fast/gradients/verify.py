@@ -23,14 +23,13 @@ from influence_fast.data.tasks import device_of
 from influence_fast.errors import InputError
 from influence_fast.gradients import losses
 from influence_fast.gradients.capture import GradientCapture, UnseenUse, owned_parameters
+from influence_fast.gradients.differences import TOLERANCE
 from influence_fast.gradients.layers import named_layers, other_parameters, select_layers, trained_layers
 from influence_fast.gradients.model_state import as_evaluated, autocast, is_out_of_memory, is_sharded
 from influence_fast.gradients.row_checks import settle_batches
 from influence_fast.gradients.settings import BuildSettings
 from influence_fast.ops.projections import Projection
 
-# Largest difference to the literal gradient, as a share of its length.
-TOLERANCE = {torch.float64: 1e-6, torch.float32: 2e-3, torch.bfloat16: 8e-2, torch.float16: 8e-2}
 # Numbers of whole gradients that are held at once to compare with.
 _HELD = 1 << 28
 # A layer's gradient below this share of the longest is noise: its error is measured against that share.

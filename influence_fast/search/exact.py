@@ -91,7 +91,7 @@ class Rows:
         return found[0] if len(found) == 1 else torch.cat(found)
 
     def take(self, layer: str, numbers: Tensor) -> Tensor:
-        out, first = torch.empty(len(numbers), self.dims[layer]), 0
+        out, first = torch.empty(len(numbers), self.dims[layer], dtype=torch.float32, device="cpu"), 0
         for store, rows in self.stores:
             mine = (numbers >= first) & (numbers < first + len(rows))
             if mine.any():
@@ -133,10 +133,7 @@ class Rows:
             edges = store.firsts
             kept = [s for s in range(len(edges) - 1) if edges[s] < rows.stop and edges[s + 1] > rows.start]
             names = [store.addresses(name)[kept] for name in layers]
-            int8 = store.meta["dtype"] == "int8"
-            sizes = [
-                (store.addresses(f"@scale/{name}")[kept] if int8 else np.zeros(len(kept), np.int64)) for name in layers
-            ]
+            sizes = [store.addresses(f"@scale/{name}")[kept] for name in layers]
             # A shard that the range cuts begins before it: rows below the range are never asked for.
             firsts += [first + int(edges[s]) - rows.start for s in kept]
             data.append(np.stack(names, 1))

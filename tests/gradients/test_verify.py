@@ -214,9 +214,12 @@ def test_trained_parameters_left_out_are_named(tmp_path: Path, caplog: pytest.Lo
         inf.build_store(tmp_path / "s", model, given, "lora", progress=False)
     [said] = [record.getMessage() for record in caplog.records]
     assert "trained parameters that no selected layer covers: base_model.model.classifier" in said
-    frozen = inf.select_layers(model, "embedding")
     with pytest.raises(inf.InputError, match=r"none of the [\d,]+ trained numbers is in the selected layers"):
-        inf.build_store(tmp_path / "t", model, given, frozen, progress=False)
+        inf.build_store(tmp_path / "t", model, given, "embedding", progress=False)
+    # Named one by one they are meant.
+    caplog.clear()
+    inf.build_store(tmp_path / "t", model, given, inf.select_layers(model, "embedding")[:1], progress=False)
+    assert "no selected layer covers" in caplog.text
 
 
 def test_capture_by_hand_tells_what_it_cannot_see() -> None:
