@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import shutil
 import warnings
 from typing import Any
 
@@ -20,6 +21,7 @@ from influence_fast.errors import InfluenceError
 COMMANDS = {
     "demo": "audit",
     "audit": "audit",
+    "inspect": "inspect",
     "build": "stores",
     "index": "stores",
     "search": "stores",
@@ -27,6 +29,14 @@ COMMANDS = {
     "evaluate": "evaluate",
     "doctor": "diagnostics",
     "bench": "diagnostics",
+}
+
+
+_CONTEXT = {
+    "help_option_names": ["-h", "--help"],
+    "show_default": True,
+    # As wide as the terminal, and no wider than a page for who has none.
+    "max_content_width": shutil.get_terminal_size((100, 24)).columns,
 }
 
 
@@ -47,7 +57,7 @@ class _Group(click.Group):
             ctx.exit(1)
 
 
-@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
+@click.group(cls=_Group, context_settings=_CONTEXT)
 @click.version_option(__version__, prog_name="influence-fast")
 def main() -> None:
     """Find which training samples help or harm a language model."""
