@@ -7,10 +7,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import nn
+
 from influence_fast._memory import parse_memory
 from influence_fast.attribution.aggregation import METHODS as AGGREGATIONS
 from influence_fast.attribution.registry import method_names
 from influence_fast.data.batching import Loss
+from influence_fast.data.samples import Samples
 from influence_fast.data.settings import OPTIONS, TASKS, DataSettings
 from influence_fast.errors import InputError
 from influence_fast.evaluation.comparison import RankingKey
@@ -20,6 +23,8 @@ from influence_fast.ops.projections import Projection
 
 _BUILD = ("projection", "dtype", "precision", "batch_tokens", "truncate")
 AUTO = "auto"
+# Samples that the self-check makes a copy of, to plant noise in.
+SELF_CHECK_ROWS = 4096
 # Bytes that an audit writes without being told that it may.
 MOST_DISK = "20GB"
 
@@ -143,6 +148,32 @@ class RankingPlan:
     groups: Mapping[str, Sequence[str]]
     main: RankingKey
     fraction: float
+
+
+@dataclass(frozen=True)
+class AuditPlan:
+    """What an audit works on, all of it decided.
+
+    Attributes:
+        config: the settings, with what was left open decided.
+        model: the network.
+        samples, trusted: the training samples and the queries.
+        task: what the model does.
+        layers: names of the layers whose gradients are taken.
+        ranking: which rankings are made.
+        build: how gradients are taken.
+        held_out: what stands for queries where none were given, in a sentence; empty otherwise.
+    """
+
+    config: AuditConfig
+    model: nn.Module
+    samples: Samples
+    trusted: Samples
+    task: str
+    layers: list[str]
+    ranking: RankingPlan
+    build: BuildSettings
+    held_out: str = ""
 
 
 def _listed(value: Any) -> Any:

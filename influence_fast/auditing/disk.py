@@ -6,18 +6,14 @@ import shutil
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from influence_fast._memory import parse_memory
 from influence_fast.attribution.registry import get_method
-from influence_fast.auditing.self_check import ROWS
+from influence_fast.auditing.config import SELF_CHECK_ROWS, AuditPlan
 from influence_fast.errors import InputError
 from influence_fast.gradients.default_projection import SMALL, numbers
 from influence_fast.gradients.store import DTYPES
 from influence_fast.ops.projections import Projection
-
-if TYPE_CHECKING:
-    from influence_fast.auditing.plan import AuditPlan
 
 # What is written beside stores: scores, a report; and what a disk should have left.
 _BESIDE = 256 << 20
@@ -47,7 +43,7 @@ def stored_bytes(plan: AuditPlan, projection: Projection | None = None) -> int:
     if any(method.name.startswith("contrast") for method in methods):
         rows += n + m
     if plan.config.self_check is not None:
-        rows += 2 * min(n, ROWS)
+        rows += 2 * min(n, SELF_CHECK_ROWS)
     return rows * row
 
 

@@ -7,8 +7,8 @@ from collections import Counter
 import torch
 from torch import Tensor, nn
 
-from influence_fast.attribution.label_quality import probe_estimate
 from influence_fast.attribution.model_passes import hidden_states
+from influence_fast.attribution.probe import probe_estimate
 from influence_fast.attribution.registry import PROBE_FOLDS
 from influence_fast.data.samples import Samples
 from influence_fast.errors import InputError

@@ -21,14 +21,13 @@ from influence_fast.attribution.influence_matrix import InfluenceMatrix
 from influence_fast.attribution.method_inputs import AuditInputs, MethodInputs
 from influence_fast.attribution.model_passes import ModelPasses
 from influence_fast.attribution.registry import NEEDS, PROBE_FOLDS, get_method
-from influence_fast.auditing.config import AuditConfig, RankingPlan
+from influence_fast.auditing.config import SELF_CHECK_ROWS, AuditConfig, AuditPlan, RankingPlan
 from influence_fast.auditing.disk import check_disk
 from influence_fast.auditing.held_out import hold_out
-from influence_fast.auditing.plan import AuditPlan
 from influence_fast.auditing.report.page import write_report
 from influence_fast.auditing.report.table import scores_csv
 from influence_fast.auditing.result import AuditResult
-from influence_fast.auditing.self_check import ROWS, plant, self_check
+from influence_fast.auditing.self_check import plant, self_check
 from influence_fast.data.batching import Loss, checked_rows
 from influence_fast.data.loading import describe, read_table
 from influence_fast.data.models import load_model
@@ -211,7 +210,7 @@ def _check(
     for part in (samples, trusted):
         checked_rows(model, part.rows, loss, part.ids, config.build.truncate)
     if config.self_check is not None:
-        plant(samples.rows[:ROWS], config.self_check, config.seed, task)
+        plant(samples.rows[:SELF_CHECK_ROWS], config.self_check, config.seed, task)
     for method in map(get_method, config.methods or ()):
         if "classes" in method.needs and task != "classification":
             raise InputError(f"methods: {method.name} needs {NEEDS['classes']}, and this model has none")

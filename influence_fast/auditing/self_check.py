@@ -20,7 +20,7 @@ from influence_fast.attribution.exact_influence import METHODS, exact_influence,
 from influence_fast.attribution.influence_matrix import Matrix, inner_products
 from influence_fast.attribution.method_inputs import AuditInputs, MethodInputs
 from influence_fast.attribution.registry import get_method
-from influence_fast.auditing.config import RankingPlan
+from influence_fast.auditing.config import SELF_CHECK_ROWS, RankingPlan
 from influence_fast.data import label_noise
 from influence_fast.data.models import load_model
 from influence_fast.data.samples import Samples
@@ -36,7 +36,6 @@ from influence_fast.search.influence_index import InfluenceIndex
 
 FRACTIONS = (0.1, 0.2, 0.3)
 DROP = 0.3
-ROWS = 4096
 _EXACT_ROWS, _EXACT_QUERIES, _LEAST_EXACT, _LEAST_QUERIES = 256, 64, 32, 4
 # Inputs and output gradients of the queries that are held while exact scores are taken; gradients that are indexed.
 _HELD_BYTES, _INDEXED_BYTES = 1 << 30, 1 << 30
@@ -110,7 +109,7 @@ def self_check(
     """
     random = torch.Generator().manual_seed(seed)
     n = len(inputs.samples.rows)
-    chosen = torch.randperm(n, generator=random)[:ROWS].sort().values.tolist()
+    chosen = torch.randperm(n, generator=random)[:SELF_CHECK_ROWS].sort().values.tolist()
     copy, mask = plant([inputs.samples.rows[i] for i in chosen], share, seed, inputs.task)
     labels = [row["labels"] for row in copy] if inputs.task == "classification" else None
     samples = Samples(copy, None, labels, None, None)

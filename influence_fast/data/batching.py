@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from influence_fast._memory import free_memory
-from influence_fast.data.packing import is_packed
 from influence_fast.data.tasks import (
     CLASS_LOSSES,
     IGNORED,
@@ -25,6 +24,7 @@ from influence_fast.data.tasks import (
     device_of,
     head_of,
     inputs_of,
+    is_packed,
     longest_row,
     loss_of,
 )
@@ -57,8 +57,7 @@ def checked_rows(
         return dataset, dataset.kind
     # A loss of one's own may name columns that it reads beside what the forward takes.
     inputs = inputs_of(model) | set(getattr(loss, "columns", ()))
-    rows = Rows(dataset, ids, longest_row(model) if truncate else None, inputs)
-    rows.several = head_of(model) == "multiple-choice"
+    rows = Rows(dataset, ids, longest_row(model) if truncate else None, inputs, head_of(model) == "multiple-choice")
     kind = _loss_kind(loss, model, rows)
     rows.kind = kind
     _check(rows, model, kind)
@@ -89,9 +88,10 @@ class Rows:
         ids: Sequence[int | str] | None,
         cut: int | None = None,
         inputs: frozenset[str] = frozenset(_TOKEN_COLUMNS),
+        several: bool = True,
     ) -> None:
         self.dataset = dataset
-        self.cut = cut
+        self.cut, self.several = cut, several
         if len(dataset) == 0:
             raise InputError("dataset: expected at least one row, got none")
         self.ids: Sequence[int | str] = range(len(dataset)) if ids is None else ids
@@ -110,7 +110,6 @@ class Rows:
             if name not in self._taken and name not in _NO_INPUTS and not isinstance(value, str | None)
         ]
         self.kind = ""
-        self.several = True
         self.lengths, self.shapes = array("l"), array("l")
         self.fill: int | None = None
         self.side, self.together = "right", PADDED

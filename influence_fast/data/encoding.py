@@ -127,10 +127,10 @@ class TextEncoder:
 
     def _tagged_slowly(self, words: list[str], tags: list[int]) -> dict[str, Any]:
         parts = [self._ids(word, add_special_tokens=False) for word in words]
-        room = None if self.cut is None else self.cut - len(self.before) - len(self.after)
-        ids = [token for part in parts for token in part][:room]
+        space = None if self.cut is None else self.cut - len(self.before) - len(self.after)
+        ids = [token for part in parts for token in part][:space]
         labels = [
             tag if not place else IGNORED for part, tag in zip(parts, tags, strict=True) for place, _ in enumerate(part)
-        ][:room]
+        ][:space]
         around = ([IGNORED] * len(side) for side in (self.before, self.after))
         return {"input_ids": [*self.before, *ids, *self.after], "labels": [*next(around), *labels, *next(around)]}

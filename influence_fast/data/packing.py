@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from influence_fast.data.tasks import IGNORED, device_of, inputs_of, unwrapped
+from influence_fast.data.tasks import IGNORED, begins, device_of, inputs_of, is_packed, unwrapped
 from influence_fast.errors import InputError
 
 # How far apart logits of a text may be, alone and in its block, relative to the largest.
@@ -36,17 +36,6 @@ def pack(texts: Sequence[Sequence[int]], size: int) -> tuple[list[dict[str, Any]
             members[-1].append(number)
             at += len(part)
     return blocks, members
-
-
-def begins(positions: Sequence[int]) -> list[int]:
-    """Where the texts of a block begin, by its ``position_ids``."""
-    return [place for place, position in enumerate(positions) if position == 0]
-
-
-def is_packed(row: Mapping[str, Any]) -> bool:
-    """Whether a row holds more than one text: its positions begin anew."""
-    positions = row.get("position_ids")
-    return isinstance(positions, list) and len(begins(positions)) > 1
 
 
 def check_boundaries(model: nn.Module, blocks: Sequence[Mapping[str, Any]]) -> None:

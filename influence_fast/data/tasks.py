@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -149,6 +149,17 @@ def loss_of(model: nn.Module, row: Mapping[str, Any]) -> str:
     if isinstance(labels, int):
         return "classification"
     raise _untold(model, labels)
+
+
+def begins(positions: Sequence[int]) -> list[int]:
+    """Where the texts of a block begin, by its ``position_ids``."""
+    return [place for place, position in enumerate(positions) if position == 0]
+
+
+def is_packed(row: Mapping[str, Any]) -> bool:
+    """Whether a row holds more than one text: its positions begin anew."""
+    positions = row.get("position_ids")
+    return isinstance(positions, list) and len(begins(positions)) > 1
 
 
 def longest_row(model: nn.Module) -> int | None:
