@@ -70,7 +70,8 @@ def check_disk(plan: AuditPlan, out: str | Path | None) -> None:
         for projection in _smaller(plan)
         if stored_bytes(plan, projection) < size / 2
     ]
-    remedy = "; ".join([*smaller, "--layers names fewer layers", "--dtype int8 takes a quarter"])
+    quarter = ["--dtype int8 takes a quarter"] if plan.build.dtype == "float32" else []
+    remedy = "; ".join([*smaller, "--layers names fewer layers", *quarter])
     takes = f"the gradients of this audit take {as_text(size)} ({plan.build.projection}, {len(plan.layers)} layers)"
     where = "the temporary folder" if out is None else str(out)
     if left + _BESIDE > free:

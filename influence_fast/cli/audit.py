@@ -40,6 +40,7 @@ def demo(out: Path, samples: int, seed: int, as_json: bool) -> None:
 
 @click.command(
     cls=Command,
+    replayed=("model", "train"),
     epilog=example(
         "influence-fast audit --model my-model --train train.jsonl --queries trusted.jsonl \\\n"
         "  --text-column sentence --label-column label --out audit"
@@ -73,20 +74,14 @@ def demo(out: Path, samples: int, seed: int, as_json: bool) -> None:
 @click.option("--dry-run", is_flag=True, help="Say what the audit would take in time and disk; write nothing.")
 @click.option("--config", type=click.Path(path_type=Path), help="Replay this config.json; other options are ignored.")
 @json_option
-def audit(out: Path | None, config: Path | None, dry_run: bool, as_json: bool, **options: Any) -> None:
+def audit(out: Path, config: Path | None, dry_run: bool, as_json: bool, **options: Any) -> None:
     """Rank training samples from most harmful to most helpful, with a report on how far to trust it."""
     if config is not None:
         try:
             options = json.loads(config.read_text())
         except (OSError, ValueError) as error:
             raise InputError(f"config: cannot read {config} ({error})") from None
-    needed = {} if config is not None else {name: options[name] for name in ("model", "train")}
-    missing = [f"--{name}" for name, value in needed.items() if not value]
-    missing += ["--out"] if out is None and not dry_run else []
-    if missing:
-        plural = "s" if len(missing) > 1 else ""
-        raise click.UsageError(f"Missing option{plural} {', '.join(missing)}{'' if config else ' (or --config)'}.")
-    if config is None:
+    else:
         for name in ("methods", "aggregations", "checkpoints", "label_names"):
             options[name] = names(options[name])
         options["batch_tokens"] = token_count(options["batch_tokens"])
@@ -94,7 +89,7 @@ def audit(out: Path | None, config: Path | None, dry_run: bool, as_json: bool, *
     _run_audit(out, dry_run, as_json, options)
 
 
-def _run_audit(out: Path | None, dry_run: bool, as_json: bool, options: dict[str, Any]) -> None:
+def _run_audit(out: Path, dry_run: bool, as_json: bool, options: dict[str, Any]) -> None:
     from influence_fast.auditing.disk import TooLarge, check_disk
     from influence_fast.auditing.run import plan_audit, run_plan
 
@@ -103,7 +98,6 @@ def _run_audit(out: Path | None, dry_run: bool, as_json: bool, options: dict[str
     if dry_run:
         _show_plan(plan, out, as_json)
         return
-    assert out is not None
     try:
         check_disk(plan, out)
     except TooLarge as error:
@@ -114,7 +108,7 @@ def _run_audit(out: Path | None, dry_run: bool, as_json: bool, options: dict[str
     _print_audit(run_plan(plan, out), out, as_json)
 
 
-def _show_plan(plan: Any, out: Path | None, as_json: bool) -> None:
+def _show_plan(plan: Any, out: Path, as_json: bool) -> None:
     """What an audit would take, from a few of its batches."""
     from influence_fast.auditing.disk import as_text, free_disk, stored_bytes
     from influence_fast.gradients.estimate import estimate_of

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -156,17 +156,37 @@ def check_methods(chosen: Iterable[str]) -> None:
 
 
 class Command(click.Command):
-    """A command that names all missing options at once."""
+    """A command that names all missing options at once.
+
+    ``replayed``: options that are needed too, unless --config gives them.
+    """
+
+    def __init__(self, *args: Any, replayed: Sequence[str] = (), **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        self.replayed = replayed
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         try:
-            return super().parse_args(ctx, args)
+            left = super().parse_args(ctx, args)
         except click.MissingParameter as error:
-            missing = [p for p in self.params if p.required and ctx.params.get(p.name or "") in (None, ())]
+            missing = self._missing(ctx)
             if len(missing) < 2:
                 raise
-            shown = ", ".join(p.opts[0] if isinstance(p, click.Option) else p.make_metavar(ctx) for p in missing)
-            raise click.UsageError(f"Missing options: {shown}.", ctx) from error
+            raise click.UsageError(f"Missing options: {', '.join(missing)}.", ctx) from error
+        missing = self._missing(ctx)
+        if missing and not ctx.resilient_parsing:
+            raise click.UsageError(
+                f"Missing option{'s' * (len(missing) > 1)}: {', '.join(missing)} (or --config).", ctx
+            )
+        return left
+
+    def _missing(self, ctx: click.Context) -> list[str]:
+        replayed = () if ctx.params.get("config") else self.replayed
+        return [
+            p.opts[0] if isinstance(p, click.Option) else p.make_metavar(ctx)
+            for p in self.params
+            if (p.required or p.name in replayed) and not ctx.params.get(p.name or "")
+        ]
 
 
 verify_option = click.option("--verify", is_flag=True, help="Hash every shard when it is first read.")
