@@ -53,7 +53,7 @@ def demo(out: Path, samples: int, seed: int, as_json: bool) -> None:
     multiple=True,
     help="A small trusted set, in any of these forms. Without it rows of --train are held out in its place.",
 )
-@click.option("--out", type=click.Path(path_type=Path), help="Folder for scores, report and stores.")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder for scores, report and stores.")
 @click.option(
     "--noise-column", help="Column that is true for samples known to have a wrong label; used to measure alone."
 )
