@@ -50,6 +50,7 @@ from .gradients.capture import GradientCapture as GradientCapture
 from .gradients.estimate import Estimate as Estimate
 from .gradients.estimate import estimate_build as estimate_build
 from .gradients.layers import select_layers as select_layers
+from .gradients.losses import PreferenceLoss as PreferenceLoss
 from .gradients.settings import BuildSettings as BuildSettings
 from .gradients.store import GradientStore as GradientStore
 from .gradients.verify import CaptureReport as CaptureReport

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from influence_fast import ops
-from influence_fast.data.batching import batches, checked_rows, token_budget
+from influence_fast.data.batching import Loss, batches, checked_rows, token_budget
 from influence_fast.data.tasks import device_of
 from influence_fast.errors import InputError
 from influence_fast.gradients import losses
@@ -34,7 +34,7 @@ def exact_influence(
     layers: str | Iterable[str] = "all",
     methods: Iterable[str] = ("dot",),
     *,
-    loss: str = "auto",
+    loss: str | Loss = "auto",
     batch_tokens: int | str = "auto",
     truncate: bool = False,
     progress: bool = True,
@@ -47,7 +47,7 @@ def exact_influence(
             held, ``T (in + out)`` numbers a query and layer.
         layers: as of :func:`~influence_fast.select_layers`.
         methods: of ``dot`` and ``cosine``.
-        loss: its name, as of :func:`~influence_fast.build_store`.
+        loss: as of :func:`~influence_fast.build_store`.
         batch_tokens, truncate: as of :func:`~influence_fast.build_store`.
 
     Raises:
@@ -99,14 +99,14 @@ def factor_bytes(model: nn.Module, layers: Iterable[str], tokens: int) -> int:
 def _factors(
     capture: FactorCapture,
     dataset: Sequence[Mapping[str, Any]],
-    loss: str,
+    loss: str | Loss,
     batch_tokens: int | str,
     truncate: bool,
 ) -> Iterator[tuple[Tensor, _Factors]]:
     """Row numbers and factors of each batch."""
     model = capture.model
     rows, kind = checked_rows(model, dataset, loss, truncate=truncate)
-    function = losses.named(kind, chunked=False)
+    function = loss if callable(loss) else losses.named(kind, chunked=False)
     tokens = token_budget(batch_tokens, model)
     settle_batches(model, rows, function, tokens)
     for chosen in batches(rows, range(len(rows)), tokens):

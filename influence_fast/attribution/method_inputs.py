@@ -165,7 +165,7 @@ class MethodInputs:
     def build(self, name: str, part: Samples, loss: Any = None) -> GradientStore:
         """A store beside those of the audit: other rows or another loss, in the same layers and projection."""
         given = self.given
-        settings = replace(given.settings, loss=loss or given.task)
+        settings = replace(given.settings, loss=loss or given.settings.loss)
         path = given.folder / "stores" / name
 
         def make() -> GradientStore:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from influence_fast.data.batching import Rows as CheckedRows
-from influence_fast.data.batching import batches, checked_rows, extent, token_budget
+from influence_fast.data.batching import batches, checked_rows, extent, mask_of, token_budget
 from influence_fast.data.tasks import device_of
 from influence_fast.errors import InputError
 from influence_fast.gradients import losses
@@ -182,7 +182,7 @@ def _forward(
             found = getattr(output, "hidden_states", None)
             if found is None:
                 raise InputError(f"model: {type(model).__name__} returns no hidden states")
-            states.append([_pooled(state, batch["attention_mask"], pooling).float().cpu() for state in found])
+            states.append([_pooled(state, mask_of(batch), pooling).float().cpu() for state in found])
         if predictions:
             logits = losses.logits_of(model, output)
             classes.append(logits.float().log_softmax(1).cpu())
@@ -239,7 +239,7 @@ def word_gradients(
             seen.clear()
             loss(model, batch).sum().backward()
             (_, dy), ids = seen.pop("embedding"), batch["input_ids"]
-            real = extent(batch["attention_mask"])
+            real = extent(mask_of(batch))
             if embedding.padding_idx is not None:
                 real &= ids != embedding.padding_idx
             sample = torch.tensor(chosen, device=ids.device)[:, None].expand_as(ids)[real]
@@ -291,7 +291,7 @@ def kronecker_factors(
     loss = losses.named(kind, chunked=False)
     with _watched(modules) as seen:
         for _, batch in _batches(model, rows, batch_tokens, progress, "Kronecker factors"):
-            mask = extent(batch["attention_mask"]).flatten()
+            mask = extent(mask_of(batch)).flatten()
             seen.clear()
             loss(model, batch).sum().backward()
             for name, operands in seen.items():

@@ -7,17 +7,27 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, get_type_hints
 
+from torch import nn
+
 from influence_fast._json import check_types
+from influence_fast._memory import parse_memory
 from influence_fast.attribution.aggregation import METHODS as AGGREGATIONS
 from influence_fast.attribution.registry import method_names
-from influence_fast.data.samples import TASKS, Columns
+from influence_fast.data.batching import Loss
+from influence_fast.data.samples import Samples
+from influence_fast.data.settings import OPTIONS, TASKS, DataSettings
 from influence_fast.errors import InputError
 from influence_fast.evaluation.comparison import RankingKey
+from influence_fast.gradients.own_loss import described
 from influence_fast.gradients.settings import BuildSettings
 from influence_fast.ops.projections import Projection
 
 _BUILD = ("projection", "dtype", "precision", "batch_tokens", "truncate")
-_COLUMNS = {"text_column": "text", "label_column": "label", "noise_column": "noise", "answer_column": "answer"}
+AUTO = "auto"
+# Samples that the self-check makes a copy of, to plant noise in.
+SELF_CHECK_ROWS = 4096
+# Bytes that an audit writes without being told that it may.
+MOST_DISK = "20GB"
 
 
 @dataclass(frozen=True)
@@ -25,11 +35,15 @@ class AuditConfig:
     """Settings of an audit; ``config.json`` holds them and replays it.
 
     Attributes:
-        model, train, queries: where they come from.
-        columns: which columns of the data hold what.
-        task: ``auto``, ``classification`` or ``causal-lm``.
+        model, train, queries: where they come from; without queries, rows of the training set that are held out stand for
+            them.
+        data: which columns of the data hold what, and how rows are read.
+        task: ``auto``, or what the model does.
+        loss: ``auto``, the name of a loss, ``package.module:function``, or a callable.
+        beta, reference: of the loss of preferences: its strength, and the folder of the model before that training.
         layers: as of ``select_layers``; None for what training changed.
-        build: how gradients are taken; its layers and loss follow from ``layers`` and the task.
+        build: how gradients are taken; its layers and loss follow from ``layers``, ``loss`` and the task.
+        auto_projection: whether the projection is still to be chosen for the model.
         methods, aggregations: what to compute; None for the defaults of the task.
         rank_by: ``METHOD:GROUP:AGGREGATION`` that orders ``scores.csv``; None for the default.
         fraction: share of the samples that a vote goes against.
@@ -37,18 +51,23 @@ class AuditConfig:
         self_check: share of a copy of the training set that gets planted flips; None for no self-check.
         checkpoints: folders of the model at other times of its training, for the self-check.
         allow_new_weights: load models whose files lack weights, which are drawn at random.
+        max_disk: bytes, or text such as ``20GB``, that the audit may write.
 
     Raises:
         InputError: a setting that can be known to be wrong before anything is read; names it.
     """
 
     model: str
-    train: str
-    queries: str
-    columns: Columns = field(default_factory=Columns)
-    task: str = "auto"
+    train: str | list[str]
+    queries: str | list[str] | None
+    data: DataSettings = field(default_factory=DataSettings)
+    task: str = AUTO
+    loss: str | Loss = AUTO
+    beta: float | None = None
+    reference: str | None = None
     layers: str | Sequence[str] | None = None
     build: BuildSettings = field(default_factory=lambda: BuildSettings(projection=Projection("identity")))
+    auto_projection: bool = False
     methods: Sequence[str] | None = None
     aggregations: Sequence[str] | None = None
     rank_by: str | None = None
@@ -57,6 +76,7 @@ class AuditConfig:
     self_check: float | None = None
     checkpoints: Sequence[str] | None = None
     allow_new_weights: bool = False
+    max_disk: int | str = MOST_DISK
 
     def __post_init__(self) -> None:
         if self.task not in TASKS:
@@ -71,47 +91,57 @@ class AuditConfig:
             raise InputError("methods: expected at least one")
         if self.checkpoints and self.self_check is None:
             raise InputError("checkpoints: the self-check compares them; give self_check too")
+        parse_memory(self.max_disk)
 
     @classmethod
-    def from_options(cls, model: str, train: str, queries: str, options: Mapping[str, Any]) -> AuditConfig:
+    def from_options(
+        cls, model: str, train: str | list[str], queries: str | list[str] | None, options: Mapping[str, Any]
+    ) -> AuditConfig:
         """From the flat names of ``inf.audit``, of the command line and of ``config.json``."""
-        own = {one.name for one in dataclasses.fields(cls)} - {"model", "train", "queries", "columns", "build"}
-        known = [*own, *_COLUMNS, *_BUILD]
+        inner = {"model", "train", "queries", "data", "build", "auto_projection"}
+        own = {one.name for one in dataclasses.fields(cls)} - inner
+        known = {*own, *OPTIONS, *_BUILD}
         unknown = [name for name in options if name not in known]
         if unknown:
             raise InputError(f"audit: no setting is called {unknown[0]!r}; there are {', '.join(sorted(known))}")
         # Before anything reads them: a text is true where a flag is asked for, and a list of letters where names are.
-        columns, building, mine = (get_type_hints(kind) for kind in (Columns, BuildSettings, cls))
+        reading, building, mine = (get_type_hints(kind) for kind in (DataSettings, BuildSettings, cls))
         check_types(
             {"model": model, "train": train, "queries": queries, **options},
             {
-                **{name: columns[part] for name, part in _COLUMNS.items()},
+                **{option: reading[name] for option, name in OPTIONS.items()},
                 **{name: building[name] for name in _BUILD if name != "projection"},
                 **{name: mine[name] for name in (*own, "model", "train", "queries")},
                 "projection": str | Projection,
             },
         )
         build = {name: options[name] for name in _BUILD if name in options}
-        build["projection"] = Projection.parse(build.get("projection", "identity"))
+        projection = build.get("projection", AUTO)
+        build["projection"] = Projection.parse("identity" if projection == AUTO else projection)
         return cls(
             model,
             train,
             queries,
-            columns=Columns(**{_COLUMNS[name]: options[name] for name in _COLUMNS if name in options}),
+            data=DataSettings.from_options(options),
             build=BuildSettings(**build),
+            auto_projection=projection == AUTO,
             **{name: options[name] for name in own if name in options},
         )
 
     def document(self) -> dict[str, Any]:
         """The flat form of :meth:`from_options`, with model and data."""
         out: dict[str, Any] = {"model": self.model, "train": self.train, "queries": self.queries}
-        out |= {name: getattr(self.columns, part) for name, part in _COLUMNS.items()}
-        out |= {"task": self.task, "layers": self.layers, "projection": str(self.build.projection)}
+        out |= {name: value for name, value in self.data.options().items() if name != "truncate"}
+        projection = AUTO if self.auto_projection else str(self.build.projection)
+        out |= {"task": self.task, "layers": self.layers, "projection": projection}
         out |= {name: _listed(getattr(self, name)) for name in ("methods", "aggregations", "rank_by", "fraction")}
         out |= {name: getattr(self.build, name) for name in _BUILD if name != "projection"}
         out |= {name: _listed(getattr(self, name)) for name in ("seed", "self_check", "checkpoints")}
-        # As documents were before there was this setting.
-        return out | ({"allow_new_weights": True} if self.allow_new_weights else {})
+        # As documents were before there were these settings.
+        later = {"loss": described(self.loss), "beta": self.beta, "reference": self.reference}
+        later |= {"allow_new_weights": self.allow_new_weights, "max_disk": self.max_disk}
+        defaults = {one.name: one.default for one in dataclasses.fields(self)}
+        return out | {name: value for name, value in later.items() if value != defaults[name]}
 
 
 @dataclass(frozen=True)
@@ -130,6 +160,34 @@ class RankingPlan:
     groups: Mapping[str, Sequence[str]]
     main: RankingKey
     fraction: float
+
+
+@dataclass(frozen=True)
+class AuditPlan:
+    """What an audit works on, all of it decided.
+
+    Attributes:
+        config: the settings, with what was left open decided.
+        model: the network.
+        samples, trusted: the training samples and the queries.
+        task: what the model does.
+        layers: names of the layers whose gradients are taken.
+        ranking: which rankings are made.
+        build: how gradients are taken.
+        tokenizer: what made texts tokens, if anything did.
+        held_out: what stands for queries where none were given, in a sentence; empty otherwise.
+    """
+
+    config: AuditConfig
+    model: nn.Module
+    samples: Samples
+    trusted: Samples
+    task: str
+    layers: list[str]
+    ranking: RankingPlan
+    build: BuildSettings
+    tokenizer: Any = None
+    held_out: str = ""
 
 
 def _listed(value: Any) -> Any:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
-import re
 import tempfile
 import time
 from collections import Counter
@@ -22,23 +22,30 @@ from influence_fast.attribution.influence_matrix import InfluenceMatrix
 from influence_fast.attribution.method_inputs import AuditInputs, MethodInputs
 from influence_fast.attribution.model_passes import ModelPasses
 from influence_fast.attribution.registry import NEEDS, PROBE_FOLDS, get_method
-from influence_fast.auditing.config import AuditConfig, RankingPlan
+from influence_fast.auditing.config import SELF_CHECK_ROWS, AuditConfig, AuditPlan, RankingPlan
+from influence_fast.auditing.disk import check_disk
+from influence_fast.auditing.held_out import hold_out
 from influence_fast.auditing.report.page import write_report
 from influence_fast.auditing.report.table import scores_csv
 from influence_fast.auditing.result import AuditResult
-from influence_fast.auditing.self_check import ROWS, plant, self_check
-from influence_fast.data.batching import checked_rows
-from influence_fast.data.loading import read_table
+from influence_fast.auditing.self_check import plant, self_check
+from influence_fast.data.batching import Loss, checked_rows
+from influence_fast.data.loading import describe, read_table
 from influence_fast.data.models import load_model
 from influence_fast.data.samples import Samples, prepare, task_of
 from influence_fast.errors import InputError
 from influence_fast.evaluation.comparison import RankingKey
 from influence_fast.evaluation.rankings import aggregated, baselines
 from influence_fast.gradients.build import build_from
-from influence_fast.gradients.layers import block_of, layer_groups, named_layers, select_layers, trained_layers
+from influence_fast.gradients.default_projection import default_projection
+from influence_fast.gradients.layers import block_of, layer_groups, named_layers, select_layers
+from influence_fast.gradients.layers import default_layers as default_layers
+from influence_fast.gradients.own_loss import find_loss
 from influence_fast.gradients.settings import BuildSettings
 from influence_fast.gradients.store import GradientStore
+from influence_fast.ops.projections import Projection
 
+_log = logging.getLogger("influence_fast")
 _MOST_BLOCKS = 48
 # Hidden states of the training set that an audit holds unless asked to: 200,000 samples of a MiniLM, 50,000 of a BERT-base.
 _POOL_BYTES = 4 << 30
@@ -46,8 +53,8 @@ _POOL_BYTES = 4 << 30
 
 def audit(
     model: str | nn.Module,
-    train: str | Sequence[Mapping[str, Any]],
-    queries: str | Sequence[Mapping[str, Any]],
+    train: Any,
+    queries: Any = None,
     *,
     out: str | Path | None = None,
     tokenizer: Any = None,
@@ -59,39 +66,78 @@ def audit(
     Args:
         model: a folder of a model or of a PEFT adapter, a hub name, or a loaded model (then give its ``tokenizer``
             unless rows hold ``input_ids``).
-        train, queries: a JSONL, CSV or Parquet file, a folder of a saved ``datasets.Dataset``, a hub name, or rows in
-            memory. Rows with ``input_ids`` and ``labels`` are used as they are.
+        train, queries: a file (JSON lines, JSON, CSV, TSV, Parquet, also compressed), a glob, a folder, several of these, a
+            hub name; or in memory dicts, a ``datasets`` data set, a pandas frame. Rows with ``input_ids`` and ``labels`` are
+            used as they are. Without queries, rows of the training set are held out in their place and not ranked.
         out: folder for ``scores.csv``, ``report.html``, ``config.json`` and the gradient stores, kept so that the same
             audit goes on where it stopped; without it nothing is kept.
         settings: as of the command line, with underscores: ``text_column``, ``label_column``, ``answer_column``,
-            ``noise_column``, ``task``, ``layers``, ``projection``, ``methods``, ``aggregations``, ``rank_by``, ``fraction``,
-            ``dtype``, ``precision``, ``batch_tokens``, ``truncate``, ``allow_new_weights``, ``seed``, ``self_check``,
-            ``checkpoints``.
+            ``noise_column``, ``label_names``, ``chat_template``, ``as_chat``, ``block_size``, ``split``, ``limit``,
+            ``skip_bad``, ``task``, ``loss`` (also a callable), ``beta``, ``reference``, ``layers``, ``projection``,
+            ``methods``, ``aggregations``, ``rank_by``, ``fraction``, ``dtype``, ``precision``, ``batch_tokens``,
+            ``truncate``, ``allow_new_weights``, ``seed``, ``self_check``, ``checkpoints``, ``max_disk``.
 
     Raises:
-        InputError: anything wrong with settings or data, found before the first gradient is taken.
+        InputError: anything wrong with settings or data, found before the first gradient is taken; stores that would not fit
+            on the disk, or take more than ``max_disk``.
     """
-    config = AuditConfig.from_options(_named(model), _named(train), _named(queries), settings)
     if out is not None:
-        _check_out(out)
+        check_out(out)
+    plan = plan_audit(model, train, queries, tokenizer, settings)
+    check_disk(plan, out)
+    return run_plan(plan, out, progress)
+
+
+def plan_audit(
+    model: str | nn.Module, train: Any, queries: Any, tokenizer: Any, settings: Mapping[str, Any]
+) -> AuditPlan:
+    """Read model and data, decide what was left open and check all of it."""
+    config = AuditConfig.from_options(
+        _named(model), describe(train), None if queries is None else describe(queries), settings
+    )
     if isinstance(model, nn.Module):
         network = model
     else:
         network, tokenizer = load_model(model, config.task, config.allow_new_weights)
-    rows = {name: _rows(name, value) for name, value in (("train", train), ("queries", queries))}
-    task = task_of(config.task, network, rows["train"])
-    samples = prepare("train", rows["train"], config.columns, task, network, tokenizer)
-    trusted = prepare("queries", rows["queries"], replace(config.columns, noise=None), task, network, tokenizer)
-    _check(config, network, task, samples, trusted)
-    methods = config.methods or _default_methods(network, task, samples)
-    config = replace(config, methods=methods)
+    data = config.data
+    rows = read_table("train", train, data.split, data.limit, data.skip_bad)
+    task = task_of(config.task, network, rows, data.label)
+    samples = prepare("train", rows, data, task, network, tokenizer)
+    held_out = ""
+    if queries is None:
+        samples, trusted, held_out = hold_out(network, samples, task, config.seed, config.build.batch_tokens)
+    else:
+        # The name of a split is that of the training set alone.
+        given = read_table("queries", queries, skip_bad=data.skip_bad)
+        trusted = prepare("queries", given, replace(data, noise=None, limit=None), task, network, tokenizer)
+    for argument, part in (("train", samples), ("queries", trusted)):
+        if part.skipped:
+            _log.warning("%s: left out %s", argument, "; ".join(map(str, part.skipped)))
+    reference = None if config.reference is None else load_model(config.reference, task, config.allow_new_weights)[0]
+    loss = find_loss(config.loss, task, config.beta, reference)
     layers = select_layers(network, config.layers or default_layers(network))
-    plan = _plan(config, methods, groups_of(network, layers), classification=task == "classification")
+    methods = config.methods or _default_methods(network, task, samples)
+    build = replace(config.build, layers=layers, loss=loss)
+    if config.auto_projection:
+        whole = any("whole gradients" in get_method(name).needs for name in methods)
+        chosen = Projection("identity") if whole else default_projection(network, layers)
+        build = replace(build, projection=chosen)
+    config = replace(
+        config, methods=methods, auto_projection=False, build=replace(config.build, projection=build.projection)
+    )
+    _check(config, network, task, loss, samples, trusted)
+    ranking = _plan(config, methods, groups_of(network, layers), classification=task == "classification")
     for path in config.checkpoints or []:
         lacking = set(layers) - set(named_layers(load_model(path, config.task, config.allow_new_weights)[0]))
         if lacking:
             raise InputError(f"checkpoints: {path} lacks layer {min(lacking)!r} of the model")
-    build = replace(config.build, layers=layers, loss=task)
+    return AuditPlan(config, network, samples, trusted, task, layers, ranking, build, tokenizer, held_out)
+
+
+def run_plan(audit: AuditPlan, out: str | Path | None, progress: bool = True) -> AuditResult:
+    """Take the gradients of a plan, score, and write what there is to read."""
+    config, network, samples, trusted, task = audit.config, audit.model, audit.samples, audit.trusted, audit.task
+    plan, build, methods = audit.ranking, audit.build, list(audit.config.methods or [])
     with _folder(out, config) as folder:
         times: dict[str, float] = {}
         stores = {}
@@ -99,7 +145,7 @@ def audit(
             with _timed(times, f"gradients of {name}"):
                 at = folder / "stores" / name
                 stores[name] = build_from(
-                    at, network, part.rows, build, ids=part.ids, progress=progress, tokenizer=tokenizer
+                    at, network, part.rows, build, ids=part.ids, progress=progress, tokenizer=audit.tokenizer
                 )
                 # Verified on the training rows; every other store of this audit is captured in the same way.
                 taken = stores[name].meta["settings"]
@@ -113,6 +159,12 @@ def audit(
         result = _score(inputs, stores["train"], config, plan, times)
         result.texts, result.labels, result.noise = samples.texts, samples.labels, samples.noise
         result.facts["task"] = task
+        result.facts["form"] = samples.form
+        if audit.held_out:
+            result.facts["held_out"] = audit.held_out
+        skipped = [*samples.skipped, *(trusted.skipped if not audit.held_out else [])]
+        if skipped:
+            result.facts["skipped"] = [str(problem) for problem in skipped]
         if config.self_check is not None:
             with _timed(times, "self-check"):
                 result.facts["self_check"] = self_check(
@@ -143,10 +195,10 @@ def method_inputs(
     progress: bool = True,
 ) -> MethodInputs:
     """What the methods are computed from; the passes are told beforehand what all of them need."""
-    task = str(build.loss)
+    task = samples.task or str(build.loss)
 
     def rows(part: Samples) -> Any:
-        return checked_rows(model, part.rows, task, part.ids, build.truncate)[0]
+        return checked_rows(model, part.rows, build.loss, part.ids, build.truncate)[0]
 
     needs = set().union(*(get_method(name).needs for name in methods))
     passes = ModelPasses(model, rows, needs, build.batch_tokens, progress)
@@ -154,14 +206,16 @@ def method_inputs(
     return MethodInputs(train, queries, audit=audit)
 
 
-def _check(config: AuditConfig, model: nn.Module, task: str, samples: Samples, trusted: Samples) -> None:
+def _check(
+    config: AuditConfig, model: nn.Module, task: str, loss: str | Loss, samples: Samples, trusted: Samples
+) -> None:
     """Raise InputError for what can be wrong before the first gradient."""
     if task == "classification" and len({row["labels"] for row in samples.rows}) < 2:
         raise InputError(f"train: all {len(samples.rows)} samples have one class; influence needs at least two")
     for part in (samples, trusted):
-        checked_rows(model, part.rows, task, part.ids, config.build.truncate)
+        checked_rows(model, part.rows, loss, part.ids, config.build.truncate)
     if config.self_check is not None:
-        plant(samples.rows[:ROWS], config.self_check, config.seed)
+        plant(samples.rows[:SELF_CHECK_ROWS], config.self_check, config.seed, task)
     for method in map(get_method, config.methods or ()):
         if "classes" in method.needs and task != "classification":
             raise InputError(f"methods: {method.name} needs {NEEDS['classes']}, and this model has none")
@@ -186,6 +240,29 @@ def _plan(
             f"{', '.join(choices[2])}, got {config.rank_by!r}"
         )
     return RankingPlan(methods, aggregations, groups, RankingKey(*parts), config.fraction)
+
+
+def groups_of(model: nn.Module, layers: list[str]) -> dict[str, list[str]]:
+    """Layer groups, and each block by itself where there are not too many."""
+    groups = layer_groups(model, layers)
+    blocks: dict[str, list[str]] = {}
+    for name in layers:
+        if (block := block_of(name)) is not None:
+            blocks.setdefault(f"block {block}", []).append(name)
+    return groups if not 1 < len(blocks) <= _MOST_BLOCKS else {**groups, **blocks}
+
+
+def _default_methods(model: nn.Module, task: str, samples: Samples) -> list[str]:
+    """The paper's, and the pool, which ranks best, of classifiers whose hidden states fit in memory, no class rare."""
+    methods, config = ["dot", "cosine", "datainf"], getattr(model, "config", None)
+    if task != "classification" or not hasattr(config, "output_hidden_states"):
+        return methods
+    width, blocks = (getattr(config, name, 1) for name in ("hidden_size", "num_hidden_layers"))
+    # Held twice: by block, and side by side for the probe.
+    if 2 * 4 * len(samples.rows) * width * (blocks + 1) > _POOL_BYTES:
+        return methods
+    rarest = min(Counter(row["labels"] for row in samples.rows).values())
+    return [*methods, "pool"] if rarest >= PROBE_FOLDS else methods
 
 
 def _score(
@@ -223,45 +300,6 @@ def _score(
     return AuditResult(list(train.ids), None, None, None, groups, rankings, plan.main, config.document(), facts)
 
 
-def groups_of(model: nn.Module, layers: list[str]) -> dict[str, list[str]]:
-    """Layer groups, and each block by itself where there are not too many."""
-    groups = layer_groups(model, layers)
-    blocks: dict[str, list[str]] = {}
-    for name in layers:
-        if (block := block_of(name)) is not None:
-            blocks.setdefault(f"block {block}", []).append(name)
-    return groups if not 1 < len(blocks) <= _MOST_BLOCKS else {**groups, **blocks}
-
-
-def default_layers(model: nn.Module) -> str | list[str]:
-    """What training changed: everything with ``requires_grad`` where some parameters are frozen, else all but embeddings."""
-    trained = trained_layers(model)
-    if trained and not all(parameter.requires_grad for parameter in model.parameters()):
-        return trained
-    adapters = [name for name in named_layers(model) if re.search(r"\.lora_[AB]\.|\.modules_to_save\.", name)]
-    return adapters or "attention,mlp,head"
-
-
-def _default_methods(model: nn.Module, task: str, samples: Samples) -> list[str]:
-    """The paper's, and the pool, which ranks best, of classifiers whose hidden states fit in memory, no class rare."""
-    methods, config = ["dot", "cosine", "datainf"], getattr(model, "config", None)
-    if task != "classification" or not hasattr(config, "output_hidden_states"):
-        return methods
-    width, blocks = (getattr(config, name, 1) for name in ("hidden_size", "num_hidden_layers"))
-    # Held twice: by block, and side by side for the probe.
-    if 2 * 4 * len(samples.rows) * width * (blocks + 1) > _POOL_BYTES:
-        return methods
-    rarest = min(Counter(row["labels"] for row in samples.rows).values())
-    return [*methods, "pool"] if rarest >= PROBE_FOLDS else methods
-
-
-def _rows(argument: str, value: str | Path | Sequence[Mapping[str, Any]]) -> Any:
-    rows = read_table(argument, str(value)) if isinstance(value, str | Path) else value
-    if len(rows) == 0:
-        raise InputError(f"{argument}: {_named(value)} has no rows")
-    return rows
-
-
 @contextmanager
 def _folder(out: str | Path | None, config: AuditConfig) -> Iterator[Path]:
     if out is None:
@@ -280,7 +318,7 @@ def _folder(out: str | Path | None, config: AuditConfig) -> Iterator[Path]:
         yield folder
 
 
-def _check_out(out: str | Path) -> None:
+def check_out(out: str | Path) -> None:
     """Raise InputError where no audit can write: before a model is loaded."""
     folder = Path(out)
     if _contents(folder) and not (folder / "config.json").exists():

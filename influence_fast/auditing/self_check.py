@@ -20,7 +20,7 @@ from influence_fast.attribution.exact_influence import METHODS, exact_influence,
 from influence_fast.attribution.influence_matrix import Matrix, inner_products
 from influence_fast.attribution.method_inputs import AuditInputs, MethodInputs
 from influence_fast.attribution.registry import get_method
-from influence_fast.auditing.config import RankingPlan
+from influence_fast.auditing.config import SELF_CHECK_ROWS, RankingPlan
 from influence_fast.data import label_noise
 from influence_fast.data.models import load_model
 from influence_fast.data.samples import Samples
@@ -36,16 +36,18 @@ from influence_fast.search.influence_index import InfluenceIndex
 
 FRACTIONS = (0.1, 0.2, 0.3)
 DROP = 0.3
-ROWS = 4096
 _EXACT_ROWS, _EXACT_QUERIES, _LEAST_EXACT, _LEAST_QUERIES = 256, 64, 32, 4
 # Inputs and output gradients of the queries that are held while exact scores are taken; gradients that are indexed.
 _HELD_BYTES, _INDEXED_BYTES = 1 << 30, 1 << 30
 _REPEATS = 5
 
 
-def plant(rows: Sequence[Mapping[str, Any]], share: float, seed: int) -> tuple[list[dict[str, Any]], Tensor]:
-    """A copy of tokenised rows with known noise: another class, or for causal models the targets of another sample (shuffled
-    targets where there is no prompt to tell them by).
+def plant(
+    rows: Sequence[Mapping[str, Any]], share: float, seed: int, task: str = ""
+) -> tuple[list[dict[str, Any]], Tensor]:
+    """A copy of tokenised rows with known noise, by ``task``: another class, other classes of a word or a row, the number of
+    another sample, the answers of a pair swapped; of a language model the targets of another sample (shuffled targets where
+    there is no prompt to tell them by).
 
     Raises:
         InputError: a share that leaves fewer than 4 planted samples or as few others.
@@ -57,7 +59,7 @@ def plant(rows: Sequence[Mapping[str, Any]], share: float, seed: int) -> tuple[l
             f"self_check: {share!r} of {len(rows)} samples plants {count}; expected a share that plants at least 4 "
             "and leaves as many"
         )
-    if not isinstance(rows[0]["labels"], list):
+    if not isinstance(rows[0]["labels"], list) and task != "regression":
         labels = [row["labels"] for row in rows]
         planted, mask = label_noise.uniform(labels, share, max(2, max(labels) + 1), seed)
         for row, label in zip(out, planted, strict=True):
@@ -66,15 +68,28 @@ def plant(rows: Sequence[Mapping[str, Any]], share: float, seed: int) -> tuple[l
     random = torch.Generator().manual_seed(seed)
     mask = torch.zeros(len(rows), dtype=torch.bool)
     mask[torch.randperm(len(rows), generator=random)[:count]] = True
+    classes = 1 + max((max(row["labels"]) for row in rows), default=0) if task == "token-classification" else 0
     for i in mask.nonzero()[:, 0].tolist():
-        prompt, targets = _halves(rows[i])
-        if prompt:
-            other = int(torch.randint(len(rows) - 1, (), generator=random))
-            targets = _halves(rows[other + (other >= i)])[1]
+        other = int(torch.randint(len(rows) - 1, (), generator=random))
+        other += other >= i
+        if task in ("regression", "seq2seq"):
+            out[i]["labels"] = rows[other]["labels"]
+        elif task == "preference":
+            out[i] |= {name: rows[i][name][::-1] for name in ("input_ids", "labels")}
+        elif task == "multi-label":
+            turned = int(torch.randint(len(rows[i]["labels"]), (), generator=random))
+            out[i]["labels"] = [1 - v if place == turned else v for place, v in enumerate(rows[i]["labels"])]
+        elif task == "token-classification":
+            step = 1 + int(torch.randint(max(1, classes - 1), (), generator=random))
+            out[i]["labels"] = [v if v == IGNORED else (v + step) % max(2, classes) for v in rows[i]["labels"]]
         else:
-            targets = [targets[j] for j in torch.randperm(len(targets), generator=random).tolist()]
-        ids = (prompt + targets)[: len(rows[i]["input_ids"])] if prompt else targets
-        out[i] = {"input_ids": ids, "labels": [IGNORED] * len(prompt) + ids[len(prompt) :]}
+            prompt, targets = _halves(rows[i])
+            if prompt:
+                targets = _halves(rows[other])[1]
+            else:
+                targets = [targets[j] for j in torch.randperm(len(targets), generator=random).tolist()]
+            ids = (prompt + targets)[: len(rows[i]["input_ids"])] if prompt else targets
+            out[i] = {"input_ids": ids, "labels": [IGNORED] * len(prompt) + ids[len(prompt) :]}
     return out, mask
 
 
@@ -94,8 +109,8 @@ def self_check(
     """
     random = torch.Generator().manual_seed(seed)
     n = len(inputs.samples.rows)
-    chosen = torch.randperm(n, generator=random)[:ROWS].sort().values.tolist()
-    copy, mask = plant([inputs.samples.rows[i] for i in chosen], share, seed)
+    chosen = torch.randperm(n, generator=random)[:SELF_CHECK_ROWS].sort().values.tolist()
+    copy, mask = plant([inputs.samples.rows[i] for i in chosen], share, seed, inputs.task)
     labels = [row["labels"] for row in copy] if inputs.task == "classification" else None
     samples = Samples(copy, None, labels, None, None)
     if inputs.task == "classification":
@@ -214,7 +229,7 @@ def fidelity(inputs: MethodInputs, rows: Sequence[Mapping[str, Any]], seed: int,
     layers = list(settings.layers)
     some, queries = list(rows[:count]), [dict(row) for row in inputs.trusted.rows[: min(_EXACT_QUERIES, count)]]
     while len(queries) >= _LEAST_QUERIES:
-        longest = max(len(row["input_ids"]) for row in queries)
+        longest = max(_tokens(row) for row in queries)
         if factor_bytes(given.model, layers, longest * len(queries)) <= _HELD_BYTES:
             break
         queries = queries[: len(queries) // 2]
@@ -227,7 +242,7 @@ def fidelity(inputs: MethodInputs, rows: Sequence[Mapping[str, Any]], seed: int,
             queries,
             layers,
             METHODS,
-            loss=given.task,
+            loss=settings.loss,
             progress=given.progress,
             truncate=settings.truncate,
         )
@@ -342,6 +357,11 @@ def _halves(row: Mapping[str, Any]) -> tuple[list[int], list[int]]:
     """A causal row's prompt (which may be empty) and its targets."""
     begin = next(i for i, label in enumerate(row["labels"]) if label != IGNORED)
     return list(row["input_ids"][:begin]), list(row["input_ids"][begin:])
+
+
+def _tokens(row: Mapping[str, Any]) -> int:
+    ids = row["input_ids"]
+    return sum(map(len, ids)) if ids and isinstance(ids[0], list) else len(ids)
 
 
 def _build(

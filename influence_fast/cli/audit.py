@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
 import click
 
-from influence_fast.attribution.registry import method_names
 from influence_fast.cli.options import (
+    DATA,
+    Command,
     example,
     json_option,
+    methods_help,
     model_options,
     names,
     print_document,
@@ -28,7 +31,7 @@ _SOURCES = ("model", "train", "queries")
 @click.command(epilog=example("influence-fast demo --out demo"))
 @click.option("--out", default="influence-fast-demo", type=click.Path(path_type=Path), help="Folder of the report.")
 @click.option("--samples", default=1200, help="Training samples.")
-@click.option("--seed", default=0, help="Of the reviews, the flips and the model's initial weights.")
+@click.option("--seed", default=0, help="Seed of the reviews, the flips and the model's initial weights.")
 @json_option
 def demo(out: Path, samples: int, seed: int, as_json: bool) -> None:
     """Train a small transformer on labels of which 20 % are flipped, and find them. Offline, about a minute."""
@@ -39,49 +42,112 @@ def demo(out: Path, samples: int, seed: int, as_json: bool) -> None:
 
 
 @click.command(
+    cls=Command,
+    replayed=("model", "train"),
     epilog=example(
         "influence-fast audit --model my-model --train train.jsonl --queries trusted.jsonl \\\n"
         "  --text-column sentence --label-column label --out audit"
-    )
+    ),
 )
 @click.option("--model", help="Folder of a model or a PEFT adapter, or a hub name.")
-@click.option("--train", help="JSONL, CSV or Parquet file, saved data set, or hub name.")
-@click.option("--queries", help="A small trusted set, in any of these forms.")
+@click.option("--train", multiple=True, help=DATA)
+@click.option(
+    "--queries",
+    multiple=True,
+    help="A small trusted set, in any of these forms. Without it rows of --train are held out in its place.",
+)
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder for scores, report and stores.")
-@click.option("--noise-column", help="If known: true for samples with a wrong label. Only used to measure.")
+@click.option(
+    "--noise-column", help="Column that is true for samples known to have a wrong label; used to measure alone."
+)
 @model_options
 @click.option(
     "--methods",
-    help=f"Of {', '.join(method_names())}.  [default: dot,cosine,datainf, and pool for classifiers]",
+    help=f"{methods_help()}  [default: dot,cosine,datainf, and pool for classifiers]",
 )
-@click.option("--aggregations", help="Such as mean,rank-c,vote-c (the default where predictions are known).")
+@click.option("--aggregations", help="Such as mean,rank-c,vote-c, the default where predictions are known.")
 @click.option("--rank-by", help="METHOD:GROUP:AGGREGATION that orders scores.csv.")
 @click.option("--fraction", default=0.2, help="Share of the samples that a vote goes against.")
-@click.option("--seed", default=0, help="Of the random baseline and of planted flips.")
+@click.option("--seed", default=0, help="Seed of the random baseline, of planted flips and of held-out rows.")
 @click.option(
     "--self-check", type=float, help="Plant flips in this share of a copy (such as 0.05): how far to trust the ranking."
 )
-@click.option("--checkpoints", help="For --self-check: folders of the model at other times of its training.")
+@click.option("--checkpoints", help="Folders of the model at other times of its training, for --self-check.")
+@click.option("--max-disk", default="20GB", help="Most that the audit may write; beyond it a terminal is asked.")
+@click.option("--dry-run", is_flag=True, help="Say what the audit would take in time and disk; write nothing.")
 @click.option("--config", type=click.Path(path_type=Path), help="Replay this config.json; other options are ignored.")
 @verify_option
 @json_option
-def audit(out: Path, config: Path | None, as_json: bool, **options: Any) -> None:
+def audit(out: Path, config: Path | None, dry_run: bool, as_json: bool, **options: Any) -> None:
     """Rank training samples from most harmful to most helpful, with a report on how far to trust it."""
-    from influence_fast.auditing.run import audit as run
-
     if config is not None:
         options = _replayed(config)
     else:
-        missing = [f"--{name}" for name in _SOURCES if not options[name]]
-        if missing:
-            raise click.UsageError(f"Missing option {missing[0]!r} (or --config).")
-        options["methods"] = names(options["methods"])
-        options["aggregations"] = names(options["aggregations"])
-        options["checkpoints"] = names(options["checkpoints"])
+        for name in ("methods", "aggregations", "checkpoints", "label_names"):
+            options[name] = names(options[name])
         options["batch_tokens"] = token_count(options["batch_tokens"])
-    _print_audit(
-        run(options.pop("model"), options.pop("train"), options.pop("queries"), out=out, **options), out, as_json
-    )
+        options["queries"] = options["queries"] or None
+    _run_audit(out, dry_run, as_json, options)
+
+
+def _run_audit(out: Path, dry_run: bool, as_json: bool, options: dict[str, Any]) -> None:
+    from influence_fast.auditing.disk import TooLarge, check_disk
+    from influence_fast.auditing.run import check_out, plan_audit, run_plan
+
+    if not dry_run:
+        check_out(out)
+    model, train, queries = (options.pop(name, None) for name in ("model", "train", "queries"))
+    plan = plan_audit(model, train, queries, None, options)
+    if dry_run:
+        _show_plan(plan, out, as_json)
+        return
+    try:
+        check_disk(plan, out)
+    except TooLarge as error:
+        if not (sys.stdin.isatty() and sys.stderr.isatty()):
+            raise
+        if not click.confirm(f"{str(error).removeprefix('out: ')}.\nWrite it?", err=True):
+            raise
+    _print_audit(run_plan(plan, out), out, as_json)
+
+
+def _show_plan(plan: Any, out: Path, as_json: bool) -> None:
+    """What an audit would take, from a few of its batches."""
+    from influence_fast.auditing.disk import as_text, free_disk, stored_bytes
+    from influence_fast.gradients.estimate import estimate_of
+
+    found = estimate_of(plan.model, plan.samples.rows, plan.build, ids=plan.samples.ids)
+    size, free = stored_bytes(plan), free_disk(out)
+    seconds = found.seconds * (1 + len(plan.trusted) / len(plan.samples))
+    document = {
+        "samples": len(plan.samples),
+        "queries": len(plan.trusted),
+        "recognised": plan.samples.form,
+        "task": plan.task,
+        "methods": list(plan.config.methods),
+        "layers": plan.layers,
+        "projection": str(plan.build.projection),
+        "disk_bytes": size,
+        "free_bytes": free,
+        "seconds": seconds,
+        "memory_bytes": found.memory_bytes,
+        "held_out": plan.held_out,
+    }
+    rows = [
+        ["rows", f"{len(plan.samples):,} and {len(plan.trusted):,} queries ({plan.samples.form})"],
+        ["layers", f"{len(plan.layers)}, projection {plan.build.projection}"],
+        ["methods", ", ".join(plan.config.methods)],
+        ["time for gradients", f"{seconds:,.0f} s"],
+        ["disk", f"{as_text(size)} of {as_text(free)} free"],
+        ["memory", f"{found.memory_bytes / 2**20:,.0f} MiB"],
+    ]
+
+    def show() -> None:
+        print_table(["what", "estimate"], rows)
+        if plan.held_out:
+            say(f"- {plan.held_out}.")
+
+    print_document(document, as_json, show)
 
 
 def _replayed(path: Path) -> dict[str, Any]:
@@ -90,12 +156,12 @@ def _replayed(path: Path) -> dict[str, Any]:
     from influence_fast.auditing.config import AuditConfig
 
     options = read_object(path, "config")
-    missing = [name for name in _SOURCES if name not in options]
+    missing = [name for name in _SOURCES if name != "queries" and name not in options]
     if missing:
         raise InputError(f"config: {path}: {missing[0]!r} is missing")
     try:
         settings = {name: value for name, value in options.items() if name not in _SOURCES}
-        AuditConfig.from_options(options["model"], options["train"], options["queries"], settings)
+        AuditConfig.from_options(options["model"], options["train"], options.get("queries"), settings)
     except InputError as error:
         raise InputError(f"config: {path}: {error}") from None
     return options

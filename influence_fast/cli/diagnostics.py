@@ -6,23 +6,32 @@ from typing import Any
 
 import click
 
-from influence_fast.cli.options import example, json_option, model_options, print_document, print_table, say
+from influence_fast.cli.options import (
+    chosen_loss,
+    example,
+    json_option,
+    model_options,
+    print_document,
+    print_table,
+    read_samples,
+    say,
+)
 from influence_fast.errors import InputError
 
 
 @click.command(epilog=example("influence-fast doctor --model my-model --data train.jsonl --text-column sentence"))
 @click.option("--model", help="Also verify capture on this model: a folder of a model or an adapter, or a hub name.")
-@click.option("--data", help="With --model: rows to verify on, a file, a saved data set, or a hub name.")
+@click.option("--data", multiple=True, help="With --model, rows to verify on: a file, a glob, a folder, or a hub name.")
 @model_options
 @json_option
-def doctor(model: str | None, data: str | None, as_json: bool, **options: Any) -> None:
+def doctor(model: str | None, data: tuple[str, ...], as_json: bool, **options: Any) -> None:
     """Say what hardware and libraries there are, and which backend each operation takes and why.
 
     With --model and --data it compares captured gradients of a few rows with the literal ones, layer by layer.
     """
-    if (model is None) != (data is None):
+    if (model is None) != (not data):
         raise click.UsageError("--model and --data go together.")
-    if model is not None and data is not None:
+    if model is not None:
         _verify(model, data, as_json, options)
         return
     from influence_fast.diagnostics.doctor import examine
@@ -44,22 +53,20 @@ def doctor(model: str | None, data: str | None, as_json: bool, **options: Any) -
     print_document(found, as_json, show)
 
 
-def _verify(model: str, data: str, as_json: bool, options: dict[str, Any]) -> None:
+def _verify(model: str, data: tuple[str, ...], as_json: bool, options: dict[str, Any]) -> None:
     """Print how each layer of a model is captured, and how close to the literal gradient."""
     import dataclasses
 
-    from influence_fast.auditing.run import default_layers
-    from influence_fast.data.loading import read_table
-    from influence_fast.data.models import load_model
-    from influence_fast.data.samples import Columns, prepare, task_of
+    from influence_fast.gradients.default_projection import default_projection
+    from influence_fast.gradients.layers import default_layers, select_layers
     from influence_fast.gradients.verify import verify_capture
 
-    network, tokenizer = load_model(model, options["task"])
-    rows = read_table("data", data)
-    columns = Columns(options["text_column"], options["label_column"], options["answer_column"])
-    samples = prepare("data", rows, columns, task_of(options["task"], network, rows), network, tokenizer)
-    layers = options["layers"] or default_layers(network)
-    report = verify_capture(network, samples.rows, layers=layers, projection=options["projection"])
+    network, samples, _, _ = read_samples("data", data, model, options)
+    layers = select_layers(network, options["layers"] or default_layers(network))
+    projection = default_projection(network, layers) if options["projection"] == "auto" else options["projection"]
+    report = verify_capture(
+        network, samples.rows, chosen_loss(options, samples.task), layers=layers, projection=projection
+    )
     ways = [
         [name, "autograd" if name in set(report.exact) else "hooks", f"{e:.1e}"] for name, e in report.errors.items()
     ]

@@ -7,10 +7,12 @@ from typing import Any
 
 import click
 
-from influence_fast.attribution.registry import NEEDS, method_names
 from influence_fast.cli.options import (
+    Command,
+    check_methods,
     example,
     json_option,
+    methods_help,
     names,
     print_document,
     print_table,
@@ -20,16 +22,14 @@ from influence_fast.cli.options import (
 from influence_fast.cli.tables import show_evaluation, show_wins
 from influence_fast.errors import InputError
 
-# Methods that two stores are enough for.
-FROM_STORES = method_names(without=NEEDS)
-
 
 @click.command(
-    epilog=example("influence-fast score --train store --queries query-store --method cosine --out scores.csv")
+    cls=Command,
+    epilog=example("influence-fast score --train store --queries query-store --method cosine --out scores.csv"),
 )
 @click.option("--train", required=True, type=click.Path(path_type=Path), help="A store of training gradients.")
 @click.option("--queries", required=True, type=click.Path(path_type=Path), help="A store of query gradients.")
-@click.option("--method", default="cosine", help=f"Of {', '.join(FROM_STORES)}.")
+@click.option("--method", default="cosine", help=methods_help())
 @click.option(
     "--aggregation", default="rank", help="mean, rank, vote, min, median or trimmed; -c: correct queries only."
 )
@@ -60,6 +60,7 @@ def score(
     from influence_fast.evaluation.metrics import order
     from influence_fast.gradients.store import GradientStore
 
+    check_methods([method])
     store = GradientStore.open(train)
     matrix = influence(store, GradientStore.open(queries), method, names(layers), memory=memory)
     # Votes tie often; ranks, which break the ties, cost nothing more in the same pass.
@@ -76,10 +77,11 @@ def score(
 
 
 @click.command(
+    cls=Command,
     epilog=example(
         "influence-fast evaluate audit/scores.csv --noise-column noise --at 0.3\n"
         "influence-fast evaluate audit/scores.csv --train audit/stores/train --queries audit/stores/queries"
-    )
+    ),
 )
 @click.argument("scores", type=click.Path(path_type=Path))
 @click.option("--score-column", default="score", help="Lowest = most harmful.")
@@ -89,7 +91,7 @@ def score(
     "--train", type=click.Path(path_type=Path), help="Store of the samples, in the file's order: whole table."
 )
 @click.option("--queries", type=click.Path(path_type=Path), help="Store of the queries, for the whole table.")
-@click.option("--methods", default="dot,cosine,datainf", help=f"For the whole table: of {', '.join(FROM_STORES)}.")
+@click.option("--methods", default="dot,cosine,datainf", help=f"For the whole table. {methods_help()}")
 @click.option("--aggregations", help="For the whole table; such as mean,rank-c,vote-c.")
 @click.option("--fraction", default=0.2, help="Share of the samples that a vote goes against.")
 @verify_option
@@ -117,6 +119,7 @@ def evaluate(
     if (train is None) != (queries is None):
         raise click.UsageError("--train and --queries go together.")
     if train is not None and queries is not None:
+        check_methods(names(methods) or [])
         (noise,) = _numbers(scores, [noise_column])
         stores = GradientStore.open(train), GradientStore.open(queries)
         found = whole_table(
@@ -167,13 +170,15 @@ def _numbers(path: Path, columns: list[str]) -> list[Any]:
 
     from influence_fast.data.loading import read_table
 
-    table = read_table("scores", str(path))
+    table = read_table("scores", path)
     for column in columns:
-        if column not in table.column_names:
-            raise InputError(f"scores: has no column {column!r}; there are {', '.join(table.column_names)}")
+        if column not in table.columns:
+            raise InputError(f"scores: has no column {column!r}; there are {', '.join(table.columns)}")
     try:
         return [
-            torch.tensor([float({"true": 1, "false": 0}.get(str(v).lower(), v)) for v in table[c]], dtype=torch.float64)
+            torch.tensor(
+                [float({"true": 1, "false": 0}.get(str(v).lower(), v)) for v in table.column(c)], dtype=torch.float64
+            )
             for c in columns
         ]
     except (TypeError, ValueError) as error:

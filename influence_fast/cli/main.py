@@ -11,6 +11,7 @@ import errno
 import importlib
 import logging
 import os
+import shutil
 import warnings
 from typing import Any
 
@@ -25,6 +26,7 @@ from influence_fast.errors import InfluenceError
 COMMANDS = {
     "demo": "audit",
     "audit": "audit",
+    "inspect": "inspect",
     "build": "stores",
     "index": "stores",
     "search": "stores",
@@ -34,6 +36,14 @@ COMMANDS = {
     "evaluate": "evaluate",
     "doctor": "diagnostics",
     "bench": "diagnostics",
+}
+
+
+_CONTEXT = {
+    "help_option_names": ["-h", "--help"],
+    "show_default": True,
+    # As wide as the terminal, and no wider than a page for who has none.
+    "max_content_width": shutil.get_terminal_size((100, 24)).columns,
 }
 
 
@@ -73,7 +83,7 @@ def _of_system(error: OSError) -> str:
     return f"{' -> '.join(where)}: {reason}" if where else f"{type(error).__name__}: {reason}"
 
 
-@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
+@click.group(cls=_Group, context_settings=_CONTEXT)
 @click.version_option(__version__, prog_name="influence-fast")
 def main() -> None:
     """Find which training samples help or harm a language model."""

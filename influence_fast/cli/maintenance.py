@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from influence_fast.cli.options import example, json_option, print_document
+from influence_fast.cli.options import example, json_option, print_document, say
 from influence_fast.errors import InputError, StoreError
 
 
@@ -30,9 +30,9 @@ def verify(context: click.Context, path: tuple[Path, ...], as_json: bool) -> Non
 
     def show() -> None:
         for entry in document:
-            click.echo(f"{entry['path']}: {entry['kind']}, {'damaged' if entry['damage'] else 'whole'}")
+            say(f"{entry['path']}: {entry['kind']}, {'damaged' if entry['damage'] else 'whole'}")
             for damage in entry["damage"]:
-                click.echo(f"  {damage}")
+                say(f"  {damage}")
 
     print_document(document, as_json, show)
     context.exit(any(entry["damage"] for entry in document))
@@ -52,9 +52,7 @@ def upgrade(path: tuple[Path, ...], as_json: bool) -> None:
     for place in path:
         store = upgrade_store(place)
         document.append({"path": str(place), "rows": None if store is None else len(store)})
-    print_document(
-        document, as_json, lambda: click.echo("\n".join(f"{entry['path']}: rewritten" for entry in document))
-    )
+    print_document(document, as_json, lambda: say("\n".join(f"{entry['path']}: rewritten" for entry in document)))
 
 
 def _within(path: Path) -> Iterator[tuple[str, Path]]:

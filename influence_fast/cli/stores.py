@@ -10,12 +10,16 @@ from typing import Any
 import click
 
 from influence_fast.cli.options import (
+    DATA,
+    Command,
+    chosen_loss,
     example,
     json_option,
     model_options,
     names,
     print_document,
     print_table,
+    read_samples,
     say,
     token_count,
     verify_option,
@@ -24,38 +28,36 @@ from influence_fast.errors import InputError
 
 
 @click.command(
-    epilog=example("influence-fast build --model my-model --data train.jsonl --projection rademacher:16x16 --out store")
+    cls=Command,
+    epilog=example(
+        "influence-fast build --model my-model --data train.jsonl --projection rademacher:16x16 --out store"
+    ),
 )
 @click.option("--model", required=True, help="Folder of a model or a PEFT adapter, or a hub name.")
-@click.option("--data", required=True, help="JSONL, CSV or Parquet file, saved data set, or hub name.")
+@click.option("--data", required=True, multiple=True, help=DATA)
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder of the store.")
 @model_options
-@click.option("--loss", default="auto", help="auto (the model's own), or a name such as masked-lm or causal-lm-sum.")
 @click.option("--strict", is_flag=True, help="Refuse where a layer needs a slower way to be captured rightly.")
 @click.option("--dry-run", is_flag=True, help="Run a few batches and say what the build would take; write nothing.")
 @verify_option
 @json_option
-def build(model: str, data: str, out: Path, dry_run: bool, as_json: bool, **options: Any) -> None:
+def build(model: str, data: tuple[str, ...], out: Path, dry_run: bool, as_json: bool, **options: Any) -> None:
     """Write per-sample gradients of a data set to a store; goes on where it stopped.
 
     Runs on the GPU if there is one. Several processes share the work, on folders that all of them see:
     torchrun --nproc-per-node 2 -m influence_fast build ...
     """
     from influence_fast import _distributed as processes
-    from influence_fast.auditing.run import default_layers
-    from influence_fast.data.loading import read_table
-    from influence_fast.data.models import load_model
-    from influence_fast.data.samples import Columns, prepare, task_of
     from influence_fast.gradients.build import build_store
+    from influence_fast.gradients.default_projection import default_projection
     from influence_fast.gradients.estimate import estimate_build
+    from influence_fast.gradients.layers import default_layers, select_layers
 
-    columns = Columns(options.pop("text_column"), options.pop("label_column"), options.pop("answer_column"))
-    network, tokenizer = load_model(model, options["task"], options.pop("allow_new_weights"))
-    rows = read_table("data", data)
-    if len(rows) == 0:
-        raise InputError(f"data: {data} has no rows")
-    samples = prepare("data", rows, columns, task_of(options.pop("task"), network, rows), network, tokenizer)
-    options["layers"] = options["layers"] or default_layers(network)
+    network, samples, settings, tokenizer = read_samples("data", data, model, options)
+    options |= {"truncate": settings.truncate, "loss": chosen_loss(options, samples.task)}
+    options["layers"] = select_layers(network, options["layers"] or default_layers(network))
+    if options["projection"] == "auto":
+        options["projection"] = default_projection(network, options["layers"])
     options["batch_tokens"] = token_count(options["batch_tokens"])
     with processes.joined() as device:
         rank, world = processes.here()
@@ -86,7 +88,7 @@ def _show_estimate(found: Any, world: int) -> None:
     print_table(["what", "estimate"], rows)
 
 
-@click.command(epilog=example("influence-fast index store --metric cosine --out store.index"))
+@click.command(cls=Command, epilog=example("influence-fast index store --metric cosine --out store.index"))
 @click.argument("store", type=click.Path(path_type=Path))
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder of the index.")
 @click.option("--factory", default="auto", help="Flat (exact), auto, or a FAISS factory string such as IVF256,SQ8.")
@@ -134,7 +136,7 @@ def index(
     print_document(document, as_json, lambda: say(f"{built}\n{size / 2**20:.1f} MiB in {out}"))
 
 
-@click.command(epilog=example("influence-fast search store.index --queries query-store -k 5 --harmful"))
+@click.command(cls=Command, epilog=example("influence-fast search store.index --queries query-store -k 5 --harmful"))
 @click.argument("index", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--queries", type=click.Path(path_type=Path), help="A store of query gradients.")
 @click.option("--model", help="With --text: the model of the store.")
@@ -230,7 +232,8 @@ def _rows_where(index: Any, where: str) -> Any:
 def _text_gradient(index: Any, model: str, text: str, label: str | None, answer: str | None) -> Any:
     """Gradients of one text in the index's layers and projection."""
     from influence_fast.data.models import load_model
-    from influence_fast.data.samples import Columns, prepare, task_of
+    from influence_fast.data.samples import prepare, task_of
+    from influence_fast.data.settings import DataSettings
     from influence_fast.errors import StoreError
     from influence_fast.gradients.build import gradients_of
     from influence_fast.gradients.model_state import fingerprint
@@ -243,6 +246,6 @@ def _text_gradient(index: Any, model: str, text: str, label: str | None, answer:
         row["label"] = int(label) if label.lstrip("-").isdigit() else label
     if answer is not None:
         row["answer"] = answer
-    columns = Columns("text", "label", None if answer is None else "answer")
-    samples = prepare("text", [row], columns, task_of("auto", network, [row]), network, tokenizer)
+    given = DataSettings(answer=None if answer is None else "answer")
+    samples = prepare("text", [row], given, task_of("auto", network, [row]), network, tokenizer)
     return gradients_of(network, samples.rows, index.layers, index.meta["projection"])

@@ -24,6 +24,8 @@ from influence_fast.data.tasks import (
     device_of,
     head_of,
     inputs_of,
+    is_packed,
+    longest_row,
     loss_of,
 )
 from influence_fast.errors import InputError
@@ -53,7 +55,9 @@ def checked_rows(
     """
     if isinstance(dataset, Rows) and dataset.kind:
         return dataset, dataset.kind
-    rows = Rows(dataset, ids, _max_length(model) if truncate else None, inputs_of(model))
+    # A loss of one's own may name columns that it reads beside what the forward takes.
+    inputs = inputs_of(model) | set(getattr(loss, "columns", ()))
+    rows = Rows(dataset, ids, longest_row(model) if truncate else None, inputs, head_of(model) == "multiple-choice")
     kind = _loss_kind(loss, model, rows)
     rows.kind = kind
     _check(rows, model, kind)
@@ -75,6 +79,7 @@ class Rows:
         side: where pads go, ``right`` or ``left``.
         together: which rows may share a batch, ``PADDED``, ``EQUAL_LENGTHS`` or ``ONE_ROW``.
         ignored: columns that the model does not take.
+        several: whether a list of lists of token ids is one of choices, even where there is one.
     """
 
     def __init__(
@@ -83,9 +88,10 @@ class Rows:
         ids: Sequence[int | str] | None,
         cut: int | None = None,
         inputs: frozenset[str] = frozenset(_TOKEN_COLUMNS),
+        several: bool = True,
     ) -> None:
         self.dataset = dataset
-        self.cut = cut
+        self.cut, self.several = cut, several
         if len(dataset) == 0:
             raise InputError("dataset: expected at least one row, got none")
         self.ids: Sequence[int | str] = range(len(dataset)) if ids is None else ids
@@ -131,7 +137,12 @@ class Rows:
         given = self.dataset[index]
         row = {name: value for name, value in given.items() if name in self._taken and value is not None}
         listed = (*_TOKEN_COLUMNS, *TARGETS, "attention_mask")
-        return {name: _listed(value) if name in listed else torch.as_tensor(value) for name, value in row.items()}
+        row = {name: _listed(value) if name in listed else torch.as_tensor(value) for name, value in row.items()}
+        ids = row.get("input_ids")
+        if not self.several and isinstance(ids, list) and len(ids) == 1 and isinstance(ids[0], list):
+            # A tokenizer's return_tensors makes a batch of one of each row.
+            row = {name: value[0] if _length(value) == 1 else value for name, value in row.items()}
+        return row
 
     def _columns_per_token(self) -> frozenset[str]:
         """Columns, beyond the usual, that have one entry a token in each of some rows."""
@@ -148,7 +159,7 @@ class Rows:
 
     def _is_per_token(self, name: str) -> bool:
         known = name == "labels" and self.kind not in ("", "custom")
-        return self.kind in TOKEN_LOSSES if known else name in self._per_token
+        return self.kind in (*TOKEN_LOSSES, "preference") if known else name in self._per_token
 
     def _cut_pads(self, index: int, row: dict[str, Any], mask: list[int] | None) -> None:
         """Take the pads off both ends of the columns with one entry a token, and what is behind the cut."""
@@ -179,12 +190,10 @@ class Rows:
 
     def _with_choices(self, index: int, row: dict[str, Any], mask: Any) -> dict[str, Any]:
         name, count = self.ids[index], len(row["input_ids"])
-        if self.kind not in ("multiple-choice", "custom", ""):
-            raise InputError(
-                f"dataset: 'input_ids' of row {name!r} is a list of lists; expected one list of token ids "
-                "(a tokenizer's return_tensors makes a batch of each row)"
-            )
-        columns = [column for column in _TOKEN_COLUMNS if column in row]
+        if self.kind not in ("multiple-choice", "preference", "custom", ""):
+            raise InputError(f"dataset: 'input_ids' of row {name!r} is a list of lists; expected one list of token ids")
+        of_choices = (*_TOKEN_COLUMNS, "labels") if self.kind == "preference" else _TOKEN_COLUMNS
+        columns = [column for column in of_choices if column in row]
         if any(len(row[column]) != count for column in columns) or (mask is not None and len(mask) != count):
             raise InputError(f"dataset: row {name!r} should have as many lists in each column as choices, {count}")
         choices = [{column: row[column][choice] for column in columns} for choice in range(count)]
@@ -247,7 +256,7 @@ def _length(value: Any) -> int | None:
 
 def _loss_kind(loss: str | Loss, model: nn.Module, rows: Rows) -> str:
     if callable(loss):
-        return "custom"
+        return getattr(loss, "kind", "custom")
     if loss not in LOSSES:
         raise InputError(f"loss: expected a callable or one of {', '.join(LOSSES)}, got {loss!r}")
     first = rows[0]
@@ -257,6 +266,8 @@ def _loss_kind(loss: str | Loss, model: nn.Module, rows: Rows) -> str:
     fits = isinstance(labels, list)
     if loss in CLASS_LOSSES:
         fits = not fits
+    elif loss == "preference":
+        fits = fits and isinstance(labels, list) and list(map(type, labels)) == [list, list]
     elif loss == "regression":
         fits = labels is not None
     elif loss == "question-answering":
@@ -269,7 +280,7 @@ def _loss_kind(loss: str | Loss, model: nn.Module, rows: Rows) -> str:
 
 def _check(rows: Rows, model: nn.Module, kind: str) -> None:
     """Everything that can be wrong with a row, before the first forward; and a token id for pads."""
-    longest, vocabulary = _max_length(model), _vocabulary(model)
+    longest, vocabulary = longest_row(model), _vocabulary(model)
     # Any other head need not have as many outputs as the config says.
     counted = kind == "classification" or head_of(model) in ("classification", "token-classification")
     outputs = getattr(config_of(model), "num_labels", None) if counted else None
@@ -309,6 +320,14 @@ def _check_targets(
     name: int | str, row: dict[str, Any], kind: str, outputs: int | None, vocabulary: int | None
 ) -> None:
     labels = row.get("labels")
+    if kind == "preference":
+        if len(row.get("choices", [])) != 2:
+            raise InputError(
+                f"dataset: 'input_ids' of row {name!r} should be two lists, of the chosen and the rejected answer"
+            )
+        for part in row["choices"]:
+            _check_targets(name, part, "causal-lm", outputs, vocabulary)
+        return
     if kind in CLASS_LOSSES:
         classes = len(row["choices"]) if "choices" in row else outputs if kind == "classification" else None
         if kind == "multiple-choice" and classes is None:
@@ -354,16 +373,6 @@ def _pad_id(model: nn.Module) -> int | None:
 def _vocabulary(model: nn.Module) -> int | None:
     find = getattr(model, "get_input_embeddings", None)
     return getattr(find() if callable(find) else None, "num_embeddings", None)
-
-
-def _max_length(model: nn.Module) -> int | None:
-    config = getattr(model, "config", None)
-    limits = [getattr(config, name, None) for name in ("max_position_embeddings", "n_positions")]
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Embedding) and module.padding_idx is not None and "position" in name.rsplit(".")[-1]:
-            # RoBERTa numbers positions from behind the padding index.
-            limits.append(module.num_embeddings - module.padding_idx - 1)
-    return min((limit for limit in limits if isinstance(limit, int) and limit > 0), default=None)
 
 
 def token_budget(batch_tokens: int | str, model: nn.Module) -> int:
@@ -444,16 +453,22 @@ def collate(
         # Pooling at the last token finds it by looking for pads: any id that no row uses will do.
         config.pad_token_id = fill
     batch = {}
+    # Of a pair of answers each has its own labels.
+    beside = [name for name in TARGETS if name not in parts[0] or len(parts) == len(samples)]
     for name in parts[0]:
-        if name not in (*TARGETS, "attention_mask"):
+        if name == "labels" and name not in beside:
+            batch[name] = _padded(parts, name, IGNORED, side, model)
+        elif name not in (*TARGETS, "attention_mask"):
             batch[name] = _padded(parts, name, (fill or 0) if name.endswith("input_ids") else 0, side, model)
     masked = [{**part, "attention_mask": part.get("attention_mask") or [1] * len(part["input_ids"])} for part in parts]
-    batch["attention_mask"] = _padded(masked, "attention_mask", 0, side, model)
+    if not any(map(is_packed, parts)):
+        # Texts of one row are told apart by positions that begin anew, which counts where there is no mask alone.
+        batch["attention_mask"] = _padded(masked, "attention_mask", 0, side, model)
     if len(parts) > len(samples):
         batch = {name: tensor.unflatten(0, (len(samples), -1)) for name, tensor in batch.items()}
         others = [name for name in samples[0] if name not in (*TARGETS, "choices", "attention_mask")]
         batch |= {name: _padded(samples, name, 0, "right", model) for name in others}
-    return batch | {name: _padded(samples, name, IGNORED, side, model) for name in TARGETS if name in samples[0]}
+    return batch | {name: _padded(samples, name, IGNORED, side, model) for name in beside if name in samples[0]}
 
 
 def _padded(parts: Sequence[Mapping[str, Any]], name: str, fill: int, side: str, model: nn.Module) -> Tensor:
@@ -483,6 +498,14 @@ def _padded(parts: Sequence[Mapping[str, Any]], name: str, fill: int, side: str,
 
 def _beside_tokens(parts: Sequence[Mapping[str, Any]], name: str) -> bool:
     return all(_length(part[name]) == _length(part.get("input_ids")) for part in parts)
+
+
+def mask_of(batch: Mapping[str, Tensor]) -> Tensor:
+    """The ``attention_mask (N, T)`` of a batch; without one (packed rows) the zeros that positions end in are pads."""
+    mask = batch.get("attention_mask")
+    if mask is not None:
+        return mask
+    return ((batch["position_ids"] != 0).flip(-1).cumsum(-1).flip(-1) > 0).long()
 
 
 def extent(mask: Tensor) -> Tensor:

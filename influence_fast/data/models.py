@@ -19,6 +19,7 @@ _AUTO = {
     "question-answering": "AutoModelForQuestionAnswering",
     "multiple-choice": "AutoModelForMultipleChoice",
     "seq2seq": "AutoModelForSeq2SeqLM",
+    "preference": "AutoModelForCausalLM",
 }
 # By the task types of PEFT.
 _ADAPTERS = {
@@ -111,6 +112,9 @@ def _load_adapter(folder: Path, adapter: dict[str, Any], task: str, allow_new_we
         heads = [shape[0] for name, shape in shapes.items() if name.endswith("weight") and ".lora_" not in name]
         settings = {"num_labels": min(heads)} if heads else {}
     network, unmatched = _load(base, kind, **settings)
+    own = (folder / "tokenizer_config.json").exists()
+    tokenizer = _load_tokenizer(str(folder) if own else base)
+    _add_tokens(str(folder), network, shapes, tokenizer, allow_new_weights)
     # Trainable, so that its parameters tell what training changed.
     model = PeftModel.from_pretrained(network, str(folder), is_trainable=True).eval()
     if shapes and not allow_new_weights:
@@ -129,8 +133,33 @@ def _load_adapter(folder: Path, adapter: dict[str, Any], task: str, allow_new_we
                 "unexpected": sorted(set(shapes) - needed - set(model.state_dict())),
             },
         )
-    own = (folder / "tokenizer_config.json").exists()
-    return model, _load_tokenizer(str(folder) if own else base)
+    return model, tokenizer
+
+
+def _add_tokens(
+    path: str, network: nn.Module, shapes: dict[str, list[int]], tokenizer: Any, allow_new_weights: bool
+) -> None:
+    """Give the base as many word vectors as the adapter has, which was trained with tokens that the base lacks."""
+    try:
+        words, head = network.get_input_embeddings(), network.get_output_embeddings()  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):
+        return
+    there = getattr(words, "num_embeddings", None)
+    if there is None:
+        return
+    names = [f"{name}.weight" for name, module in network.named_modules() if module is words or module is head]
+    tables = [shape[0] for given, shape in shapes.items() if any(given.endswith(name) for name in names)]
+    saved = max(tables, default=None)
+    if saved is not None and saved != there:
+        network.resize_token_embeddings(saved, mean_resizing=False)  # type: ignore[operator]
+    elif saved is None and tokenizer is not None and len(tokenizer) > there:
+        if not allow_new_weights:
+            raise InputError(
+                f"model: the tokenizer of {path!r} has {len(tokenizer)} tokens, its base {there} word vectors, and the "
+                "adapter brings none for the others; they would be drawn at random. Save it with its embeddings, or say "
+                "allow_new_weights (--allow-new-weights)"
+            )
+        network.resize_token_embeddings(len(tokenizer), mean_resizing=False)  # type: ignore[operator]
 
 
 def _architecture(config: Any, task: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,12 +25,13 @@ LOSSES = (
     "regression",
     "seq2seq",
     "multiple-choice",
+    "preference",
 )
 CLASS_LOSSES = ("classification", "multiple-choice")
 """Losses of logits ``(N, classes)`` and one class a row."""
 TOKEN_LOSSES = ("causal-lm", "causal-lm-sum", "masked-lm", "token-classification")
 """Losses with a label for each input token."""
-VOCABULARY_LOSSES = ("causal-lm", "causal-lm-sum", "masked-lm", "seq2seq")
+VOCABULARY_LOSSES = ("causal-lm", "causal-lm-sum", "masked-lm", "seq2seq", "preference")
 """Losses whose targets are token ids."""
 SPAN = ("start_positions", "end_positions")
 TARGETS = ("labels", *SPAN)
@@ -139,6 +140,8 @@ def loss_of(model: nn.Module, row: Mapping[str, Any]) -> str:
                 return "multi-label"
             raise _untold(model, labels)
         return head
+    if head == "causal-lm" and isinstance(labels, list) and labels and isinstance(labels[0], list) and len(labels) == 2:
+        return "preference"
     if head is not None:
         return head
     if isinstance(labels, float):
@@ -146,6 +149,28 @@ def loss_of(model: nn.Module, row: Mapping[str, Any]) -> str:
     if isinstance(labels, int):
         return "classification"
     raise _untold(model, labels)
+
+
+def begins(positions: Sequence[int]) -> list[int]:
+    """Where the texts of a block begin, by its ``position_ids``."""
+    return [place for place, position in enumerate(positions) if position == 0]
+
+
+def is_packed(row: Mapping[str, Any]) -> bool:
+    """Whether a row holds more than one text: its positions begin anew."""
+    positions = row.get("position_ids")
+    return isinstance(positions, list) and len(begins(positions)) > 1
+
+
+def longest_row(model: nn.Module) -> int | None:
+    """Tokens that a row may have at most; None where the model does not say."""
+    config = getattr(model, "config", None)
+    limits = [getattr(config, name, None) for name in ("max_position_embeddings", "n_positions")]
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding) and module.padding_idx is not None and "position" in name.rsplit(".")[-1]:
+            # RoBERTa numbers positions from behind the padding index.
+            limits.append(module.num_embeddings - module.padding_idx - 1)
+    return min((limit for limit in limits if isinstance(limit, int) and limit > 0), default=None)
 
 
 def _untold(model: nn.Module, labels: Any) -> InputError:

@@ -71,10 +71,21 @@ def estimate_build(
     Raises:
         InputError: as :func:`build_store`.
     """
-    begin = time.perf_counter()
     settings = BuildSettings(
         layers, Projection.parse(projection), loss, batch_tokens, dtype, shard_rows, truncate, bias, precision
     )
+    return estimate_of(model, dataset, settings, ids=ids)
+
+
+def estimate_of(
+    model: nn.Module,
+    dataset: Sequence[Mapping[str, Any]],
+    settings: BuildSettings,
+    *,
+    ids: Sequence[int | str] | None = None,
+) -> Estimate:
+    """:func:`estimate_build` with its settings as one object."""
+    begin = time.perf_counter()
     settings, _ = verified_settings(model, dataset, settings, ids)
     job = prepare_job(model, dataset, settings, ids)
     fingerprint(model)
@@ -109,10 +120,10 @@ def estimate_build(
     # Writing goes on beside computing, but on a CPU it takes cores from it.
     seconds = checked + (max(seconds, written) if device.type == "cuda" else seconds + written)
     dims = job.capture.dims
-    width = DTYPES[dtype].itemsize
+    width = DTYPES[settings.dtype].itemsize
     header = sum(150 + 2 * len(name) for name in dims) + 200
     shards = -(-rows // size)
-    row_bytes = sum(dim * width + 8 + (4 if dtype == "int8" else 0) for dim in dims.values()) + columns
+    row_bytes = sum(dim * width + 8 + (4 if settings.dtype == "int8" else 0) for dim in dims.values()) + columns
     held = min(size, rows) * (4 * sum(dims.values()) * min(2, shards) + row_bytes + 8 * max(dims.values()))
     return Estimate(
         rows=rows,

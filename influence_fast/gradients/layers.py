@@ -96,6 +96,24 @@ def trained_layers(model: nn.Module) -> list[str]:
     return trained + [name for name, parameter in parameters.items() if parameter.requires_grad]
 
 
+def is_partly_trained(model: nn.Module) -> bool:
+    """Whether training left some parameters as they were: an adapter, a head alone."""
+    flags = [parameter.requires_grad for parameter in model.parameters()]
+    return (any(flags) and not all(flags)) or bool(_adapters(model))
+
+
+def default_layers(model: nn.Module) -> str | list[str]:
+    """What training changed: everything with ``requires_grad`` where some parameters are frozen, else all but embeddings."""
+    trained = trained_layers(model)
+    if trained and not all(parameter.requires_grad for parameter in model.parameters()):
+        return trained
+    return _adapters(model) or "attention,mlp,head"
+
+
+def _adapters(model: nn.Module) -> list[str]:
+    return [name for name in named_layers(model) if re.search(r"\.lora_[AB]\.|\.modules_to_save\.", name)]
+
+
 def block_of(name: str) -> int | None:
     """Index of the transformer block that a layer's name lies in, or None outside the blocks."""
     match = _BLOCK.search(name)

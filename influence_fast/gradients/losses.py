@@ -7,6 +7,7 @@ chunk's gradient is taken on the spot.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -14,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from influence_fast.data.batching import Loss, extent
-from influence_fast.data.tasks import CLASS_LOSSES, IGNORED, SPAN, TARGETS, takes_mask
+from influence_fast.data.batching import Loss, extent, mask_of
+from influence_fast.data.tasks import CLASS_LOSSES, IGNORED, SPAN, TARGETS, device_of, takes_mask
 from influence_fast.errors import InputError
 from influence_fast.gradients.layers import layer_shape
-from influence_fast.gradients.model_state import is_sharded
+from influence_fast.gradients.model_state import before_fine_tuning, fingerprint, is_adapted, is_sharded
 
 _CHUNK_ENTRIES = 1 << 25
 # Context of one chunk, told the samples [begin, end) and the batch size.
@@ -33,7 +34,12 @@ def named(kind: str, part: Part = _no_part, chunked: bool = True) -> Loss:
     """The loss of one of ``LOSSES``; see :class:`TokenLoss` for the arguments."""
     if kind in CLASS_LOSSES:
         return classification
-    others = {"question-answering": question_answering, "multi-label": multi_label, "regression": regression}
+    others: dict[str, Loss] = {
+        "question-answering": question_answering,
+        "multi-label": multi_label,
+        "regression": regression,
+        "preference": PreferenceLoss(),
+    }
     if kind in others:
         return others[kind]
     return TokenLoss(
@@ -126,7 +132,7 @@ def question_answering(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     )
     if any(found is None for found in pair):
         raise InputError(f"loss: {type(model).__name__} returns no start_logits and end_logits for question-answering")
-    inside = extent(batch["attention_mask"])
+    inside = extent(mask_of(batch))
     first = inside.to(torch.uint8).argmax(1)
     each = []
     for found, name in zip(pair, SPAN, strict=True):
@@ -134,6 +140,67 @@ def question_answering(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         found = widened(found).masked_fill(~inside.to(found.device), float("-inf"))
         each.append(cross_entropy(found, (batch[name] + first).to(found.device)))
     return (each[0] + each[1]) / 2
+
+
+class PreferenceLoss:
+    """DPO's loss of a pair of answers (Rafailov et al. 2023, eq. 7): one value, so one gradient, a pair.
+
+    ``-log sigmoid(beta ((log p(chosen) - log q(chosen)) - (log p(rejected) - log q(rejected))))``, where ``p`` is the model,
+    ``q`` the reference, and each is summed over an answer's target tokens.
+
+    Args:
+        beta: how much a difference to the reference counts.
+        reference: the model before preference training; by default this one with its adapter switched off.
+
+    Raises:
+        InputError: a beta that is not positive; when called, a model without an adapter and no reference.
+    """
+
+    kind = "preference"
+
+    def __init__(self, beta: float = 0.1, reference: nn.Module | None = None) -> None:
+        if isinstance(beta, bool) or not isinstance(beta, int | float) or not 0 < beta < math.inf:
+            raise InputError(f"beta: expected a positive number, got {beta!r}")
+        self.beta, self.reference = float(beta), reference
+        # What tells this loss from another in a store's manifest.
+        self.__qualname__ = "preference" + ("" if beta == 0.1 else f" beta={beta:g}")
+        if reference is not None:
+            self.__qualname__ += f" reference={fingerprint(reference)[:16]}"
+
+    def __call__(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        # First, because switching an adapter off and on touches flags that a graph depends on.
+        expected = self._of_reference(model, batch)
+        margin = self._margin(model, batch)
+        return -nn.functional.logsigmoid(self.beta * (margin - expected.to(margin)))
+
+    def _of_reference(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        if self.reference is None and not is_adapted(model):
+            raise InputError(
+                f"loss: preferences compare with a reference, and {type(model).__name__} has no adapter to switch off; give "
+                "the model before preference training (--reference DIR)"
+            )
+        with torch.no_grad():
+            if self.reference is not None:
+                return self._margin(self.reference.to(device_of(model)).eval(), batch)
+            flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+            try:
+                with before_fine_tuning(model):
+                    return self._margin(model, batch)
+            finally:
+                for parameter, flag in flags:
+                    parameter.requires_grad_(flag)
+
+    def _margin(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        """``log p(chosen) - log p(rejected)``, a forward for each: a gradient's two uses of a weight add up by sample."""
+        chosen, rejected = (self._log_probability(model, batch, which) for which in (0, 1))
+        return chosen - rejected
+
+    @staticmethod
+    def _log_probability(model: nn.Module, batch: dict[str, Tensor], which: int) -> Tensor:
+        answer = {name: tensor[:, which] for name, tensor in batch.items()}
+        labels = answer["labels"]
+        found = logits(model, answer)
+        return -cross_entropy(found[:, :-1], labels[:, 1:].to(found.device)).sum(1)
 
 
 class TokenLoss:

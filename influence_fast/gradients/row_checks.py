@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any
 
@@ -48,6 +49,12 @@ def settle_batches(model: nn.Module, rows: Rows, loss: Loss, tokens: int, precis
                 raise InputError(
                     f"loss: that of row {rows.ids[probe.shortest]!r} differs from one forward of {probe.name} to the "
                     "next; a random part must be off in eval mode"
+                )
+            if rows.kind == "custom" and probe.model_is_separate():
+                raise InputError(
+                    f"loss: that of row {rows.ids[probe.shortest]!r} changes with the other rows of its batch, though what "
+                    f"{probe.name} gives for it does not; a loss (model, batch) -> (N,) should make its value i of row i "
+                    "alone (no mean over the batch, no division by its size, no comparison of rows)"
                 )
             rows.together = ONE_ROW
             _log.warning("the loss of a row of %s depends on the other rows: one row a batch", probe.name)
@@ -116,6 +123,20 @@ class _Probe:
             ) from error
         return each.detach().flatten()[0].double().cpu()
 
+    def model_is_separate(self) -> bool:
+        """Whether the model's output for the row is the same beside another row."""
+        found = []
+        for samples in ([self.row], [self.row, self.mate()]):
+            with self._eagerly(), autocast(self.model, self._precision), torch.no_grad():
+                output = losses.outputs(self.model, self._batch(samples, "right"))
+            first = next(iter(output.values())) if isinstance(output, Mapping) else output
+            first = first[0] if isinstance(first, tuple) else first
+            found.append(first[:1].double().cpu() if isinstance(first, Tensor) else None)
+        alone, beside = found
+        if alone is None or beside is None or alone.shape != beside.shape:
+            return False
+        return bool(((alone - beside).abs() <= self._tolerance * (1 + alone.abs().max())).all())
+
     def own_loss(self) -> Tensor | None:
         """What the model itself returns as its loss of the row alone, if it returns any."""
         inner = unwrapped(self.model)
@@ -124,7 +145,7 @@ class _Probe:
         if not all(name in parameters for name in TARGETS if name in batch) or not hasattr(inner, "config"):
             return None
         if not takes_mask(inner):
-            del batch["attention_mask"]
+            batch.pop("attention_mask", None)
         config: Any = inner.config
         problem = getattr(config, "problem_type", None)
         try:

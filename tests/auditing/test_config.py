@@ -39,7 +39,7 @@ def test_a_document_of_version_0_1_comes_back() -> None:
     assert config.document() == DOCUMENT
     assert list(config.document()) == list(DOCUMENT)
     assert config.build.projection == inf.Projection("rademacher", (4, 4), 2)
-    assert (config.columns.text, config.build.batch_tokens, config.build.dtype) == ("sentence", 512, "int8")
+    assert (config.data.text, config.build.batch_tokens, config.build.dtype) == ("sentence", 512, "int8")
 
 
 @pytest.mark.parametrize(

@@ -40,11 +40,14 @@ def bad(folder: Path, tmp_path: Path, what: str) -> tuple[list[object], str]:
         "one class": (data([{**row, "label": 1} for row in rows]), "all 20 samples have one class"),
         "label out of range": (
             data([*rows, {**rows[0], "label": 7}]),
-            "row 20 has label 7, expected an int from 0 to 2",
+            r"row 20 \(\d.jsonl, line 21\) has label 7, expected an int from 0 to 2",
         ),
         "label unknown": (data([{**row, "label": "good"} for row in rows]), "label 'good', the model knows LABEL_0"),
-        "too long": (data([*rows, {**rows[0], "text": "w1 " * 50}]), "row 20 has 50 tokens, the model takes 40"),
-        "no text": (data([*rows, {**rows[0], "text": None}]), "row 20 has no text"),
+        "too long": (
+            data([*rows, {**rows[0], "text": "w1 " * 50}]),
+            r"row 20 \(.*\) has 50 tokens, the model takes 40",
+        ),
+        "no text": (data([*rows, {**rows[0], "text": None}]), r"row 20 \(.*\) has no text"),
         "broken json": (options(folder, train=_broken(tmp_path)), "cannot read"),
         "layer": ([*options(folder), "--layers", "nope"], "'nope' is neither a kind"),
         "method": ([*options(folder), "--methods", "dot,tracin"], "methods: expected some of dot, cosine, datainf"),

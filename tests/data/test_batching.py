@@ -103,7 +103,7 @@ LONG = {"input_ids": [5] * 41, "labels": 0}
         ([*models.rows(), {"input_ids": [3], "labels": 0.5}], r"row 5 has label 0\.5"),
         ([*models.rows(), LONG], "row 5 has 41 tokens, the model takes 40; truncate"),
         ([{"input_ids": [3, 4], "labels": [1, 0]}], "'auto' cannot tell the loss of a BertForSequenceClassification"),
-        ([{"input_ids": torch.ones(1, 6).long(), "labels": 0}], "'input_ids' of row 0 is a list of lists"),
+        ([{"input_ids": torch.ones(2, 6).long(), "labels": 0}], "'input_ids' of row 0 is a list of lists"),
         ([{"input_ids": [3], "labels": 0, "attention_mask": [1, 1]}], "'attention_mask' of row 0 should be a list"),
         ([{**models.rows()[0], "token_type_ids": [0] * 4}, models.rows()[1]], "'token_type_ids' of row 0 should be"),
         (

@@ -40,6 +40,12 @@ def write_report(path: str | Path, result: AuditResult) -> None:
 def findings(result: AuditResult, evaluation: list[dict[str, Any]]) -> list[str]:
     """How far to trust the ranking, in plain sentences."""
     facts, out = result.facts, []
+    if "held_out" in facts:
+        out.append(f"{facts['held_out']}.")
+    if "skipped" in facts:
+        problems = facts["skipped"]
+        more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
+        out.append(f"{len(problems)} rows were left out: {'; '.join(problems[:5])}{more}.")
     if "queries_correct" in facts:
         right, queries = facts["queries_correct"], facts["queries"]
         out.append(f"The model predicts {right} of {queries} queries correctly ({right / queries:.1%}).")

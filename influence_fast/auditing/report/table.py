@@ -24,9 +24,12 @@ def scores_csv(result: AuditResult) -> str:
         "score": lambda i: float(main[i]),
         "rank": lambda i: int(place[i]),
     }
-    for name, values in (("label", result.labels), ("noise", result.noise)):
-        if values is not None:
-            columns[name] = lambda i, values=values: int(values[i])  # type: ignore[misc]
+    if result.labels is not None:
+        labels = result.labels
+        columns["label"] = lambda i: labels[i]
+    if result.noise is not None:
+        noise = result.noise
+        columns["noise"] = lambda i: int(noise[i])
     baselines = result.baselines
     columns["loss"] = lambda i: float(-baselines["loss"][i])
     columns["self_influence"] = lambda i: float(-baselines["self-influence"][i])

@@ -1,0 +1,218 @@
+"""Conversations become tokens by the tokenizer's chat template, with the assistant's turns as targets.
+
+Where the template marks what the assistant generates (``{% generation %}``) its mask says which tokens those are. Where not,
+a turn begins where the conversation before it ends, asked for an answer, and ends where the conversation with it ends.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from influence_fast.errors import InputError
+
+ASSISTANT = "assistant"
+_ROLES = {
+    "human": "user",
+    "prompter": "user",
+    "gpt": ASSISTANT,
+    "bot": ASSISTANT,
+    "model": ASSISTANT,
+    "chatgpt": ASSISTANT,
+    "function_call": ASSISTANT,
+    "observation": "tool",
+    "function": "tool",
+    "tool_response": "tool",
+}
+_GENERATION = re.compile(r"\{%-?\+?\s*generation\b")
+Message = dict[str, Any]
+
+
+class RowError(InputError):
+    """What is wrong with one row, as the end of a sentence that begins with the row.
+
+    ``empty``: whether there is nothing where a text, an answer or a label should be.
+    """
+
+    def __init__(self, reason: str, empty: bool = False) -> None:
+        super().__init__(reason)
+        self.empty = empty
+
+
+def messages_of(value: Any) -> list[Message]:
+    """A conversation with ``role`` and ``content``, whatever dialect it is written in.
+
+    Raises:
+        RowError: no list of messages; content that is no text, such as images.
+    """
+    if not isinstance(value, Sequence) or isinstance(value, str) or not value:
+        raise RowError("has no conversation, a list of messages")
+    return [_message(place, message) for place, message in enumerate(value)]
+
+
+def _message(place: int, message: Any) -> Message:
+    if not isinstance(message, Mapping):
+        raise RowError(f"has a message {place} that is a {type(message).__name__}, expected role and content")
+    role = message.get("role", message.get("from"))
+    if not isinstance(role, str):
+        raise RowError(f"has a message {place} without a role")
+    content = message.get("content", message.get("value"))
+    # What else a message holds (tool calls, a name, reasoning) is the template's; absent values are none.
+    extra = {k: v for k, v in message.items() if k not in ("role", "from", "content", "value") and v is not None}
+    if content is None and not extra:
+        raise RowError(f"has a message {place} ({role}) without content")
+    return {"role": _ROLES.get(role.lower(), role.lower()), "content": _text(place, content), **extra}
+
+
+def _text(place: int, content: Any) -> str:
+    if content is None:
+        return ""
+    if isinstance(content, str):
+        return content
+    if isinstance(content, Sequence):
+        parts = []
+        for part in content:
+            text = part if isinstance(part, str) else part.get("text") if isinstance(part, Mapping) else None
+            if not isinstance(text, str):
+                kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+                raise RowError(f"has a message {place} with a part of type {kind!r}; parts that are text can be read")
+            parts.append(text)
+        return "".join(parts)
+    raise RowError(f"has a message {place} whose content is a {type(content).__name__}, expected text")
+
+
+@dataclass
+class ChatEncoder:
+    """Conversations to ``(input_ids, is_target)``.
+
+    Args:
+        tokenizer: its template is used unless ``template``, the text of another, is given.
+
+    Raises:
+        InputError: neither has a template.
+    """
+
+    tokenizer: Any
+    template: str | None = None
+    _marks: bool = field(init=False, default=False)
+
+    def __post_init__(self) -> None:
+        if self.template is None and not getattr(self.tokenizer, "chat_template", None):
+            raise InputError(
+                "chat_template: the tokenizer has none, so conversations cannot become tokens; give the file of the one "
+                "that the model was trained with (--chat-template FILE)"
+            )
+        own = self.tokenizer.chat_template
+        text = self.template or (own if isinstance(own, str) else own.get("default", "") if own else "")
+        self._marks = bool(_GENERATION.search(text))
+
+    def __call__(
+        self, messages: list[Message], tools: Any = None, last_only: bool = False
+    ) -> tuple[list[int], list[bool]]:
+        """Tokens of a conversation, and which of them an assistant wrote; with ``last_only`` those of its last message.
+
+        Raises:
+            RowError: no turn of the assistant; a template that refuses the conversation, or writes a turn in another way
+                once more follow.
+        """
+        # A weight of 0 is how some files say that a turn is context alone.
+        spoken = [place for place, message in enumerate(messages) if message["role"] == ASSISTANT]
+        turns = [place for place in spoken if messages[place].get("weight", 1)]
+        if last_only:
+            turns = [place for place in turns if place == len(messages) - 1]
+        if not turns:
+            raise RowError("has no turn of the assistant, so nothing to learn from")
+        if self._marks and turns == spoken:
+            return self._by_mask(messages, tools)
+        text = self._render(messages, tools)
+        spans = [self._span(text, messages, turn, tools) for turn in turns]
+        return self._tokens(text, spans)
+
+    def _by_mask(self, messages: list[Message], tools: Any) -> tuple[list[int], list[bool]]:
+        options = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
+        found = self._apply(messages, tools, **options)
+        ids, mask = list(found["input_ids"]), [bool(value) for value in found["assistant_masks"]]
+        if not any(mask):
+            raise RowError("has no token that the chat template marks as generated")
+        return ids, mask
+
+    def _render(self, messages: list[Message], tools: Any, ask: bool = False) -> str:
+        return self._apply(messages, tools, tokenize=False, add_generation_prompt=ask)
+
+    def _apply(self, messages: list[Message], tools: Any, **options: Any) -> Any:
+        import jinja2
+
+        given = {"chat_template": self.template} if self.template is not None else {}
+        try:
+            return self.tokenizer.apply_chat_template(messages, tools=tools or None, **given, **options)
+        except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
+            raise RowError(f"is refused by the chat template ({str(error).strip().splitlines()[0]})") from None
+
+    def _span(self, whole: str, messages: list[Message], turn: int, tools: Any) -> tuple[int, int]:
+        """Where a turn stands in the text of the whole conversation."""
+        content = messages[turn]["content"].strip()
+        asked = self._render(messages[:turn], tools, ask=True) if turn else ""
+        told = self._render(messages[: turn + 1], tools)
+        begin, end = (_common(whole, prefix) for prefix in (asked, told))
+        before = len(self._render(messages[:turn], tools)) if turn else 0
+        # What asks for an answer may hold more than stands in the history (an opened thought), never less than the history.
+        if begin >= before and content in whole[begin:end] and begin < end:
+            return begin, end
+        return self._span_of_content(whole, messages, turn, tools)
+
+    def _span_of_content(self, whole: str, messages: list[Message], turn: int, tools: Any) -> tuple[int, int]:
+        """The content alone with the token that ends it: for templates that write a turn in another way once more follow."""
+        mark = "\u2063influence\u2063"
+        other = self._render([*messages[:turn], {**messages[turn], "content": mark}, *messages[turn + 1 :]], tools)
+        begin = other.find(mark)
+        after = other[begin + len(mark) :]
+        if begin < 0 or other.count(mark) != 1 or whole[:begin] != other[:begin] or not whole.endswith(after):
+            raise RowError(
+                f"has a turn {turn} that cannot be found in the text of the chat template; mark what the assistant writes "
+                "with {% generation %} in a template of your own (--chat-template FILE)"
+            )
+        end = len(whole) - len(after)
+        closing = next((token for token in self._special() if token and whole.startswith(token, end)), "")
+        return begin, end + len(closing)
+
+    def _special(self) -> list[str]:
+        return sorted(map(str, self.tokenizer.get_added_vocab()), key=len, reverse=True)
+
+    def _tokens(self, text: str, spans: Sequence[tuple[int, int]]) -> tuple[list[int], list[bool]]:
+        if getattr(self.tokenizer, "is_fast", False):
+            found = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+            # A token belongs to the turn that its first character is in.
+            starts = [begin for begin, _ in found["offset_mapping"]]
+            return found["input_ids"], [any(b <= start < e for b, e in spans) for start in starts]
+        ids: list[int] = []
+        mask: list[bool] = []
+        edges = [0, *(edge for span in spans for edge in span), len(text)]
+        for number, (begin, end) in enumerate(itertools.pairwise(edges)):
+            part = self.tokenizer(text[begin:end], add_special_tokens=False, verbose=False)["input_ids"]
+            ids, mask = ids + part, mask + [number % 2 == 1] * len(part)
+        return ids, mask
+
+
+def _common(one: str, other: str) -> int:
+    """How many characters both texts begin with."""
+    if one.startswith(other):
+        return len(other)
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+
+
+def read_template(path: str | None) -> str | None:
+    """Text of a file with a chat template.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    if path is None:
+        return None
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"chat_template: cannot read {path!r} ({error})") from None
