@@ -137,14 +137,17 @@ class _Probe:
         return found.double().cpu() if isinstance(found, Tensor) and found.dim() == 0 else None
 
     def mate(self) -> dict[str, Any]:
-        """Another row of the same lengths, or this one with its tokens in reverse."""
+        """Another row of the same lengths, or this one in reverse with tokens of another."""
         shapes = self.rows.shapes
         for other in range(len(self.rows)):
             if other != self.shortest and shapes[other] == shapes[self.shortest]:
                 return self.rows[other]
+        other = max(range(len(self.rows)), key=lambda row: (row != self.shortest, self.rows.lengths[row]))
+        theirs = [part["input_ids"] for part in self.rows[other].get("choices", [self.rows[other]])]
+        tokens = [token for ids in theirs for token in ids]
         if "choices" in self.row:
-            return {**self.row, "choices": [_reversed(choice) for choice in self.row["choices"]]}
-        return _reversed(self.row)
+            return {**self.row, "choices": [_changed(choice, tokens) for choice in self.row["choices"]]}
+        return _changed(self.row, tokens)
 
     def longer(self, tokens: int) -> dict[str, Any] | None:
         """A row that this one is padded beside, much longer if there is one, in a batch of ``tokens``."""
@@ -166,5 +169,9 @@ class _Probe:
         return nullcontext() if self.rows.kind == "custom" else torch.no_grad()
 
 
-def _reversed(row: dict[str, Any]) -> dict[str, Any]:
-    return {**row, "input_ids": row["input_ids"][::-1]}
+def _changed(row: dict[str, Any], theirs: list[int]) -> dict[str, Any]:
+    """The row in reverse, with tokens of another in place of those that the other lacks: of a mean over the batch, the same
+    tokens would tell nothing. What both have stays, as separators and the like do."""
+    own = row["input_ids"]
+    others = iter([token for token in theirs if token not in own])
+    return {**row, "input_ids": [token if token in theirs else next(others, token) for token in own[::-1]]}
