@@ -11,7 +11,7 @@ import torch
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from torch import nn
 
-from .cases import SQUARE, task_rows
+from .cases import SQUARE, settled, task_rows
 from .check import Case
 from .configs import make_model, stir
 
@@ -87,6 +87,26 @@ _SETTINGS: dict[str, dict[str, Any]] = {
 _PROMPTS = ("cartridge", "cpt", "multitask_prompt_tuning", "p_tuning", "prefix_tuning", "prompt_tuning")
 _WITHOUT_TARGETS = (*_PROMPTS, "adaption_prompt", "ln_tuning", "trainable_tokens", "xlora")
 _EMBEDDINGS = {"llama": "embed_tokens", "gpt2": "wte", "bert": "word_embeddings"}
+# Tuners that refuse GPT-2's Conv1D, or adapt nothing there.
+_LINEAR_ALONE = (
+    *(
+        "adamss",
+        "beft",
+        "boft",
+        "c3a",
+        "delora",
+        "glora",
+        "hra",
+        "lily",
+        "loha",
+        "lokr",
+        "miss",
+        "oft",
+        "osf",
+        "peanut",
+    ),
+    *("poly", "psoft", "road", "shira", "supertuning"),
+)
 _WITH_TASKS = ("multitask_prompt_tuning", "poly")
 
 
@@ -102,15 +122,18 @@ TUNERS = _tuners()
 def bases_of(tuner: str) -> tuple[str, ...]:
     if tuner == "lora expert parameters":
         return ("mixtral",)
-    if tuner in ("adaption_prompt", "cpt", "cartridge", "lora layer_replication", "shadow"):
+    if tuner in ("adaption_prompt", "cpt", "cartridge", "lora layer_replication", "shadow", "xlora"):
         return ("llama",)
+    if tuner in _LINEAR_ALONE:
+        return ("llama", "bert")
     return ("llama", "gpt2", "bert")
 
 
 def adapter_case(tuner: str, base: str) -> Case:
     """The base frozen, the adapter and what it trains beside stirred, so that no trained number is zero."""
     task, kind, targets = BASES[base]
-    model = make_model(base, task)
+    # Some tuners begin with a decomposition that they do in float32 alone.
+    model = make_model(base, task).float()
     settings: dict[str, Any] = dict(_SETTINGS.get(tuner, {}))
     config_class = PEFT_TYPE_TO_CONFIG_MAPPING[_type(tuner)]
     if tuner not in _WITHOUT_TARGETS:
@@ -121,6 +144,8 @@ def adapter_case(tuner: str, base: str) -> Case:
         settings["modules_to_save"] = [_EMBEDDINGS[base]]
     if tuner == "lora expert parameters":
         settings["target_parameters"] = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    if tuner == "ln_tuning" and base == "bert":
+        settings["target_modules"] = ["LayerNorm"]
     if tuner == "ia3":
         settings["feedforward_modules"] = [name for name in targets if name in ("down_proj", "c_fc")]
     if base == "gpt2" and "fan_in_fan_out" in config_class.__dataclass_fields__:
@@ -136,7 +161,7 @@ def adapter_case(tuner: str, base: str) -> Case:
     if tuner in _WITH_TASKS:
         for i, row in enumerate([*rows, *square]):
             row["task_ids"] = i % 2
-    return Case(adapted.double().eval(), rows, square=square, layers=("trained", "trained", "trained"))
+    return settled(Case(adapted.double().eval(), rows, square=square, layers=("trained",)))
 
 
 def _type(tuner: str) -> Any:

@@ -47,6 +47,9 @@ def task_rows(task: str, family: str = "", lengths: tuple[int, ...] = LENGTHS, s
             row |= {"start_positions": length // 3, "end_positions": length - 1 - i % 2}
         elif task == "seq2seq":
             row["labels"] = ids(2 + (i * 3) % 5)
+            if family == "fsmt":
+                # It makes its decoder's inputs of the encoder's.
+                row["decoder_input_ids"] = [END, *row["labels"][:-1]]
         elif task == "choice":
             row = {"input_ids": [row["input_ids"], ids(length)][:CHOICES], "labels": i % CHOICES}
         if family == "longformer" and task in ("answer", "choice"):
@@ -76,17 +79,20 @@ def all_families() -> list[str]:
 
 
 def family_case(family: str, task: str) -> Case:
-    """A family's model for a task; in float32 where its forward does not run in float64."""
+    """A family's model for a task."""
     model = make_model(family, task)
     # Models of sound or pictures are listed among the encoder-decoders, and continue the text as causal ones do.
-    decoder = getattr(model.config, "is_encoder_decoder", False) or family == "fsmt"
-    kind = task if task != "seq2seq" or decoder else "causal"
+    kind = task if task != "seq2seq" or getattr(model.config, "is_encoder_decoder", False) else "causal"
     lengths, square = _FIXED.get(family, (LENGTHS, SQUARE))
-    case = Case(model, task_rows(kind, family, lengths), square=task_rows(kind, family, square, seed=2))
+    return settled(Case(model, task_rows(kind, family, lengths), square=task_rows(kind, family, square, seed=2)))
+
+
+def settled(case: Case) -> Case:
+    """The case in float64, or in float32 where the model's forward does not run in float64."""
     try:
         _try(case)
     except (RuntimeError, FloatingPointError):
-        case.model, case.dtype = model.float(), "float32"
+        case.model, case.dtype = case.model.float(), "float32"
         _try(case)
     return case
 

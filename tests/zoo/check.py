@@ -30,6 +30,9 @@ TOLERANCE = {"float64": 1e-4, "float32": 1e-3, "bfloat16": 0.2, "float16": 0.2}
 # A layer's gradient below this share of the row's longest is noise; its error is measured against that share.
 SMALL = {"float64": 1e-6, "float32": 1e-3, "bfloat16": 2e-2, "float16": 2e-2}
 
+# Where a disk does not make every case wait.
+_MEMORY = "/dev/shm" if Path("/dev/shm").is_dir() else None
+
 Rows = Sequence[dict[str, Any]]
 RowLoss = Callable[[nn.Module, dict[str, Tensor]], Tensor]
 
@@ -160,7 +163,7 @@ def _dtype(model: nn.Module) -> str:
 
 def _build(case: Case, rows: Rows, projection: str, layers: str) -> Captured:
     before = {name: parameter.detach().clone() for name, parameter in case.model.named_parameters()}
-    with tempfile.TemporaryDirectory() as folder, _quiet():
+    with tempfile.TemporaryDirectory(dir=_MEMORY) as folder, _quiet():
         store = inf.build_store(
             Path(folder) / "store",
             case.model,
