@@ -120,14 +120,12 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "local_attn_chunk_length": 4,
         "feed_forward_size": 48,
     },
-    "xlstm": {"num_heads": HEADS, "mode": "train_with_padding", "return_last_states": False},
+    "xlstm": {"num_heads": HEADS, "mode": "inference"},
     "xmod": {"default_language": "en_XX"},
     "zamba": {"num_hidden_layers": 4, "attn_layer_period": 1, "attn_layer_offset": 0, "use_mamba_kernels": False},
     "zamba2": {"layers_block_type": ["mamba", "hybrid"], "adapter_rank": 4},
     "zaya": {"num_experts_per_tok": 1},
 }
-# Families of which the installed transformers has no model that takes text alone, or none that can be made: why.
-LEFT_OUT: dict[str, str] = {}
 # A family's uninitialised or flat weights say nothing: every parameter gets noise of this size.
 _NOISE = 0.1
 
