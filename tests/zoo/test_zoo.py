@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
@@ -13,19 +14,19 @@ from zoo.check import Case, check
 from zoo.page import page, silent_errors
 
 ROOT = Path(__file__).parents[2]
-FAMILIES = ["bert/choice", "gpt2/causal", "llama/causal", "roberta/masked", "distilbert/answer", "xlnet/sequence"]
+FAMILIES = ["bert/choice", "gpt2/causal", "llama/token", "roberta/masked", "distilbert/answer"]
 SITUATIONS = ["hook_that_scales", "lstm", "packed_by_hand", "shared_weight", "sorted_inside", "two_views"]
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_family(name: str) -> None:
-    outcome = check(family_case(*name.split("/")))
+    outcome = check(family_case(*name.split("/")), ("identity", "sjlt:24"))
     assert outcome.outcome == "right", outcome
 
 
 @pytest.mark.parametrize("name", SITUATIONS)
 def test_situation(name: str) -> None:
-    outcome = check(situations.situation_case(name))
+    outcome = check(situations.situation_case(name), ("rademacher:3x4", "identity"))
     assert outcome.outcome in ("right", "refused"), outcome
 
 
@@ -36,7 +37,7 @@ def test_a_wrong_gradient_is_seen() -> None:
         return 1.001 * situations.one_loss(model, batch)
 
     case = situations.small(situations.Base(), truth=other)
-    outcome = check(case)
+    outcome = check(case, ("identity",))
     assert outcome.outcome == "wrong"
     assert outcome.error == pytest.approx(1e-3, rel=1e-2)
 
@@ -46,7 +47,7 @@ def test_outcomes_of_processes_that_fail_or_hang(monkeypatch: pytest.MonkeyPatch
         if part == "ends":
             raise SystemExit(3)
         if part == "hangs":
-            torch.randn(1), __import__("time").sleep(60)
+            time.sleep(60)
         if part == "fails":
             raise ValueError("no such model")
         return Case(situations.Base().double(), task_rows("sequence"), truth=situations.one_loss)
@@ -54,7 +55,7 @@ def test_outcomes_of_processes_that_fail_or_hang(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setitem(run.MAKERS, "family", make)
     parts = ("right", "hangs", "fails", "ends", "right")
     groups = [run.Group("family", "x", (part,)) for part in parts]
-    found = {part: outcome for _, part, outcome in run.outcomes(groups, 2, 5)}
+    found = {part: outcome for _, part, outcome in run.outcomes(groups, 2, 2)}
     assert {part: outcome["outcome"] for part, outcome in found.items()} == {
         "right": "right",
         "hangs": "not finished",
