@@ -25,6 +25,7 @@ from .page import page, silent_errors, summary
 @click.option("--only", multiple=True, metavar="NAME", help="A family, tuner or situation; may be given several times.")
 @click.option("--kind", "kinds", multiple=True, type=click.Choice(list(run.MAKERS)), help="Cases of this kind alone.")
 @click.option("--outcome", "outcomes", multiple=True, help="Cases that had this outcome before, again.")
+@click.option("--missing", is_flag=True, help="Cases without any result, also of other code.")
 @click.option("--again", is_flag=True, help="Run cases that have a result of this code already.")
 @click.option("--jobs", default=1, show_default=True, help="Processes at a time.")
 @click.option("--results", type=click.Path(path_type=Path), default=run.RESULTS, help="Where outcomes are kept.")
@@ -34,6 +35,7 @@ def main(
     only: tuple[str, ...],
     kinds: tuple[str, ...],
     outcomes: tuple[str, ...],
+    missing: bool,
     again: bool,
     jobs: int,
     results: Path,
@@ -45,7 +47,7 @@ def main(
     everything = run.groups()
     known = {f"{group.kind}/{group.name}/{part}" for group in everything for part in group.parts}
     kept["cases"] = {key: case for key, case in kept["cases"].items() if key in known}
-    chosen = run.unfinished(run.groups(only, kinds or tuple(run.MAKERS)), kept, again, outcomes)
+    chosen = run.unfinished(run.groups(only, kinds or tuple(run.MAKERS)), kept, again, missing, outcomes)
     total = sum(len(group.parts) for group in chosen)
     for done, (group, part, outcome) in enumerate(run.outcomes(chosen, jobs, seconds), 1):
         kept["cases"][f"{group.kind}/{group.name}/{part}"] = outcome | {"code": run.code_digest()}

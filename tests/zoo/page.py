@@ -6,6 +6,8 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
+from .check import TOLERANCE
+
 OUTCOMES = ("right", "refused", "wrong", "crash", "not finished", "not built")
 _TASKS = {
     "causal": "causal LM",
@@ -31,9 +33,9 @@ confused. The *error* is the largest over rows, layers and the three, as a share
 `python -m tests.zoo --write docs/models.md` makes this page, and goes on where it was stopped.
 
 *Fast* layers are captured by hooks, *exact* ones by autograd itself ([capture.md](capture.md)); *rows* says which may
-share a batch. A case is **right** with an error below 1e-4 in float64 (2e-2 in float32, 0.2 in bfloat16 and float16),
-**refused** where a sentence came instead of numbers, and a **silent error** where numbers came that are not the
-gradients and nothing said so.
+share a batch. A case is **right** with an error below {tolerances}, **refused**
+where a sentence came instead of numbers, and a **silent error** where numbers came that are not the gradients and
+nothing said so.
 """
 
 
@@ -71,7 +73,15 @@ def _is(key: str, case: dict[str, Any], kind: str, *outcomes: str) -> bool:
 def page(results: dict[str, Any], texts: dict[str, str]) -> str:
     """The page; ``texts`` says what each situation is."""
     versions = ", ".join(f"{name} {version}" for name, version in sorted(results["versions"].items()))
-    parts = [_INTRO, f"With {versions}:\n", summary(results), ""]
+    codes = Counter(case.get("code") for case in results["cases"].values())
+    of = "one state of the code" if len(codes) == 1 else f"{len(codes)} states of the code, as it was mended"
+    tolerances = ", ".join(f"{share:g} in {kind}" for kind, share in TOLERANCE.items())
+    parts = [
+        _INTRO.format(tolerances=tolerances),
+        f"With {versions}; {len(results['cases'])} cases, run on {of}:\n",
+        summary(results),
+        "",
+    ]
     for kind, (title, first, second) in _TITLES.items():
         rows = [(key, case) for key, case in sorted(results["cases"].items()) if key.startswith(f"{kind}/")]
         made = [(key, case) for key, case in rows if case["outcome"] != "not built"]
@@ -92,8 +102,9 @@ def _table(first: str, second: str, rows: Iterable[tuple[str, dict[str, Any]]], 
     for key, case in rows:
         _, name, part = key.split("/")
         cells = [texts.get(name, name), *([_TASKS.get(part, part)] if second else [])]
-        cells += [str(case.get("fast", "")), str(case.get("exact", "")), case.get("batches", "")]
         error = case.get("error")
+        ways = "" if error is None else f"{case['fast']} {case['exact']}"
+        cells += [*(ways.split() or ["", ""]), case.get("batches", "")]
         kind = "" if case.get("dtype", "float64") == "float64" else f" ({case['dtype']})"
         said = _cell(case.get("sentence", ""))
         if case["outcome"] in ("wrong", "crash", "not finished"):

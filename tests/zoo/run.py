@@ -124,14 +124,21 @@ def versions() -> dict[str, str]:
 
 
 def unfinished(
-    chosen: Sequence[Group], results: dict[str, Any], again: bool = False, outcomes: Sequence[str] = ()
+    chosen: Sequence[Group],
+    results: dict[str, Any],
+    again: bool = False,
+    missing: bool = False,
+    outcomes: Sequence[str] = (),
 ) -> list[Group]:
-    """The groups with the cases that have no result of this code; with ``outcomes`` those that ended so before."""
+    """The groups with the cases that have no result of this code; with ``missing`` those that have none at all, with
+    ``outcomes`` those that ended so before."""
 
     def wanted(key: str) -> bool:
         case = results["cases"].get(key, {})
         if outcomes:
             return case.get("outcome") in outcomes
+        if missing:
+            return not case
         return again or case.get("code") != code_digest()
 
     found = []
