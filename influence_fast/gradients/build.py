@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from influence_fast.data.batching import Loss, checked_rows, token_budget
 from influence_fast.errors import InputError
 from influence_fast.gradients.job import prepare_job, write_store
-from influence_fast.gradients.layers import select_layers
+from influence_fast.gradients.layers import quantised_layers, select_layers
 from influence_fast.gradients.model_state import as_evaluated
 from influence_fast.gradients.settings import BuildSettings
 from influence_fast.gradients.store import GradientStore
@@ -149,6 +149,8 @@ def verified_settings(
     """The settings with the way that verification found, and what is worth knowing of it."""
     # Layers that were named one by one are meant, whatever training changed.
     named = not isinstance(settings.layers, str)
+    if not named and (quantised := quantised_layers(model)):
+        _log.warning("quantised and frozen, so without a gradient: %s", _some(quantised))
     settings = replace(settings, layers=select_layers(model, settings.layers))
     report = None
     if can_be_verified(model):
@@ -156,7 +158,13 @@ def verified_settings(
         tokens = token_budget(settings.batch_tokens, model)
         report = plan_capture(model, rows, kind, settings, most_tokens=tokens, strict=settings.strict)
         say(report, list(settings.layers))
-        settings = replace(settings, exact=report.exact, one_row=report.one_row)
+        settings = replace(
+            settings,
+            exact=report.exact,
+            one_row=report.one_row,
+            followed=report.followed,
+            layouts=report.layouts,
+        )
     return settings, _facts(model, settings, report, named)
 
 

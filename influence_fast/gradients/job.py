@@ -42,6 +42,8 @@ _SHARD_BYTES = 32 << 20
 _SHARD_ROWS = 1 << 16
 
 _log = logging.getLogger("influence_fast")
+# Gradients and columns of some rows.
+_Results = tuple[dict[str, Tensor], dict[str, Tensor]]
 
 
 def write_store(path: str | PathLike[str], job: Job, resume: bool = True, progress: bool = True) -> GradientStore:
@@ -130,6 +132,8 @@ class Job:
     shard_rows: int
     settings: BuildSettings
     facts: dict[str, Any]
+    whole_loss: Loss
+    """The loss by operations that ``torch.func`` can follow, for layers that autograd differentiates."""
     tokenizer: Any = None
 
     def store_settings(self) -> dict[str, Any]:
@@ -148,7 +152,8 @@ class Job:
                 # Stores of rows that may be padded, as nearly all may, are as they were before anything else was known.
                 **({} if self.rows.batching == "padded" else {"batching": self.rows.batching}),
                 # Absent where the fast way is right, as in stores of version 0.1.
-                **({"exact": list(self.capture.exact), "one_row": True} if self.budget.one_row else {}),
+                **({"exact": list(self.capture.exact)} if self.capture.exact or self.budget.one_row else {}),
+                **({"one_row": True} if self.budget.one_row else {}),
             },
             "layers": self.capture.shapes,
             "dims": self.capture.dims,
@@ -192,20 +197,23 @@ class Job:
         with as_evaluated(self.model), self.capture:
             for number in numbers:
                 alone = Budget(self.budget.tokens, one_row=True)
-                step = run(self.model, self.capture, self.loss, self.rows, [number], alone, self.settings.precision)
-                found += [results for _, results in step]
+                found += [results for _, results in self._run([number], alone)]
         names = list(self.capture.dims)
         gradients = {name: torch.cat([gradient[name].cpu() for gradient, _ in found]) for name in names}
         return probe_of(numbers, names, gradients, torch.cat([columns["loss"].cpu() for _, columns in found]))
 
-    def step(self, chosen: list[int]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        return _step(self.model, self.capture, self.loss, self.rows, chosen, self.settings.precision)
+    def _run(self, span: Iterable[int], budget: Budget) -> Iterator[tuple[list[int], _Results]]:
+        precision = self.settings.precision
+        return run(self.model, self.capture, self.loss, self.rows, span, budget, precision, self.whole_loss)
+
+    def step(self, chosen: list[int]) -> _Results:
+        return _step(self.model, self.capture, self.loss, self.rows, chosen, self.settings.precision, self.whole_loss)
 
     def compute(self, span: range | list[int], advance: Callable[[int], None] = lambda count: None) -> _Shard:
         """Gradients and columns of some rows, in their order."""
         shard = _Shard(self.rows, span, self.capture.dims)
         copies = _Copies(device_of(self.model))
-        results = run(self.model, self.capture, self.loss, self.rows, span, self.budget, self.settings.precision)
+        results = self._run(span, self.budget)
         for arrived in copies.behind(results):
             shard.put(*arrived)
             advance(len(arrived[0]))
@@ -236,18 +244,19 @@ def prepare_job(
     settings = replace(settings, layers=select_layers(model, settings.layers))
     earlier = earlier_tokens if settings.batch_tokens == "auto" else None
     tokens = processes.agree(lambda: earlier or token_budget(settings.batch_tokens, model))
-    capture = GradientCapture(model, settings.layers, settings.projection, bias=settings.bias, exact=settings.exact)
+    capture = GradientCapture(model, **settings.of_capture)
     shard_rows = settings.shard_rows
     if not isinstance(shard_rows, int):
         shard_rows = max(1, min(_SHARD_ROWS, _SHARD_BYTES // (4 * sum(capture.dims.values()))))
     loss = settings.loss if callable(settings.loss) else losses.named(kind, capture.part)
+    whole_loss = settings.loss if callable(settings.loss) else losses.named(kind, chunked=False)
     if rows.ignored:
         _log.warning("dataset: %s does not take %s", type(model).__name__, ", ".join(map(repr, rows.ignored)))
     if settings.loss == "auto":
         check_own_loss(model, rows, loss, settings.precision)
     settle_batches(model, rows, loss, tokens, settings.precision)
-    budget = Budget(tokens, settings.one_row or bool(capture.exact))
-    return Job(model, rows, capture, loss, kind, budget, shard_rows, settings, facts or {}, tokenizer)
+    budget = Budget(tokens, settings.one_row)
+    return Job(model, rows, capture, loss, kind, budget, shard_rows, settings, facts or {}, whole_loss, tokenizer)
 
 
 # How far a row that was rounded to a store's dtype may be from itself.
@@ -262,9 +271,6 @@ def _stored_probe(path: str | PathLike[str], numbers: Sequence[int], names: Sequ
         return [], 0.0
     gradients = {name: store.read(name, numbers) for name in names}
     return probe_of(numbers, names, gradients, store.column("loss")[numbers]), _ROUNDED.get(store.meta["dtype"], 0.0)
-
-
-_Results = tuple[dict[str, Tensor], dict[str, Tensor]]
 
 
 class _Shard:
@@ -342,6 +348,7 @@ def run(
     span: Iterable[int],
     budget: Budget,
     precision: str | None = None,
+    whole_loss: Loss | None = None,
 ) -> Iterator[tuple[list[int], _Results]]:
     """Gradients and columns of every batch of a shard; what does not fit in memory halves the budget of all that is
     left."""
@@ -350,7 +357,7 @@ def run(
         chosen = waiting.pop()
         results = None
         try:
-            results = _step(model, capture, loss, rows, chosen, precision)
+            results = _step(model, capture, loss, rows, chosen, precision, whole_loss)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
@@ -375,7 +382,13 @@ def run(
 
 
 def _step(
-    model: nn.Module, capture: GradientCapture, loss: Loss, rows: Rows, chosen: list[int], precision: str | None
+    model: nn.Module,
+    capture: GradientCapture,
+    loss: Loss,
+    rows: Rows,
+    chosen: list[int],
+    precision: str | None,
+    whole_loss: Loss | None,
 ) -> _Results:
     device = device_of(model)
     batch = rows.batch(chosen, model)
@@ -394,5 +407,7 @@ def _step(
             each = losses.one_per_sample(loss(model, batch), len(chosen))
     if each.requires_grad:
         each.sum().backward()
+    with autocast(model, precision):
+        capture.differentiate(whole_loss or loss, batch)
     columns["loss"] = each.detach().float()
     return capture.pop(), columns
