@@ -1,7 +1,7 @@
 """Which projection a model that was trained as a whole gets by default: rankings of projected gradients beside exact ones.
 
-Fine-tunes all of an encoder's weights on labels of which a fifth are flipped, takes the exact influence of the samples on the
-queries from whole gradients that are never formed, and the same from stores of several projections::
+Fine-tunes all of an encoder's weights on labels of which a fifth are flipped, takes the exact influence of the samples on
+the queries from whole gradients that are never formed, and the same from stores of several projections::
 
     python -m benchmarks.default_projection --model MODEL_DIR --train sst2/train.jsonl --queries sst2/validation.jsonl
 
@@ -86,7 +86,7 @@ def main(
         tempfile.TemporaryDirectory() as folder,
     ):
         network, rows, trusted, noise = trained(
-            model, train, queries, samples, query_samples, epochs, flip, seed, progress
+            model, (train, samples), (queries, query_samples), epochs, flip, seed, progress
         )
         layers = inf.select_layers(network, default_layers(network))
         with progress.step("exact influence"):
@@ -109,16 +109,17 @@ def main(
 
 def trained(
     folder: str,
-    train: str,
-    queries: str,
-    samples: int,
-    query_samples: int,
+    train: tuple[str, int],
+    queries: tuple[str, int],
     epochs: int,
     flip: float,
     seed: int,
     progress: protocol.Progress,
 ) -> tuple[nn.Module, Samples, Samples, Tensor]:
-    """The encoder with all its weights trained on flipped labels, its samples and queries, and which were flipped."""
+    """The encoder with all its weights trained on flipped labels, its samples and queries, and which were flipped.
+
+    ``train`` and ``queries`` are files and how many of their rows are drawn.
+    """
     from transformers import AutoModelForSequenceClassification, AutoTokenizer, logging
 
     logging.set_verbosity_error()
@@ -127,7 +128,7 @@ def trained(
     tokenizer = AutoTokenizer.from_pretrained(folder)
     random = torch.Generator().manual_seed(seed)
     parts = []
-    for argument, source, count in (("train", train, samples), ("queries", queries, query_samples)):
+    for argument, (source, count) in (("train", train), ("queries", queries)):
         table = read_table(argument, source)
         drawn = [table.rows[i] for i in torch.randperm(len(table), generator=random)[:count].tolist()]
         parts.append(prepare(argument, drawn, DataSettings(truncate=True), "classification", network, tokenizer))
@@ -171,7 +172,7 @@ def measured(
     seconds = time.perf_counter() - begin
     out: dict[str, Any] = {"bytes": 4 * sum(stores[0].dims.values()) * ROWS, "seconds": seconds}
     for method in METHODS:
-        out[method] = of(inf.aggregate(inf.influence(*stores, method), "rank"), truth[method], noise)
+        out[method] = of(inf.aggregate(inf.influence(stores[0], stores[1], method), "rank"), truth[method], noise)
     return out
 
 
@@ -187,10 +188,8 @@ def of(scores: Tensor, truth: Tensor, noise: Tensor) -> dict[str, float]:
 
 def show(document: dict[str, Any]) -> None:
     click.echo(f"{document['samples']} samples, {document['queries']} queries, {document['layers']} layers")
-    click.echo(
-        f"{'projection':<18}{f'{ROWS:,} rows':>12}"
-        + "".join(f"{m + ' rho':>13}{'overlap':>9}{'AUC':>7}" for m in METHODS)
-    )
+    head = "".join(f"{f'{method} rho':>13}{'overlap':>9}{'AUC':>7}" for method in METHODS)
+    click.echo(f"{'projection':<18}{f'{ROWS:,} rows':>12}{head}")
     for name, row in document["projections"].items():
         cells = "".join(
             f"{row[m]['spearman']:>13.3f}{row[m]['overlap']:>9.3f}{row[m]['auc_ndr']:>7.3f}" for m in METHODS
