@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -56,7 +56,7 @@ def checked_rows(
     if isinstance(dataset, Rows) and dataset.kind:
         return dataset, dataset.kind
     if hasattr(dataset, "iterrows"):
-        dataset = dataset.to_dict("records")
+        dataset = cast(Any, dataset).to_dict("records")
     elif not hasattr(dataset, "__len__"):
         # A stream of unknown length is read to its end.
         dataset = list(dataset)
