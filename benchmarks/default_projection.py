@@ -36,8 +36,9 @@ PROJECTIONS = (
     "rademacher:8x8",
     "rademacher:16x16",
     "rademacher:32x32",
+    "sjlt:16",
+    "sjlt:64",
     "sjlt:256",
-    "sjlt:1024",
     "sjlt:4096",
 )
 METHODS = ("dot", "cosine")
@@ -77,7 +78,7 @@ def main(
     torch.set_num_threads(threads)
     header = protocol.header("default_projection")
     header |= {"model": Path(model).name, "samples": samples, "queries": query_samples, "epochs": epochs, "seed": seed}
-    file = protocol.result_file(out, protocol.dated_name(header, "default-projection"))
+    file = protocol.result_file(out, protocol.dated_name(header, "default-projection", f"seed{seed}"))
     protocol.previous(file, "default_projection")
     chosen = projections.split(",")
     with (
