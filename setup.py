@@ -2,7 +2,8 @@
 
 ``INFLUENCE_FAST_CUDA``: ``1`` demands the CUDA module, ``0`` skips it, unset builds it where ``nvcc`` is found and says
 so loudly where that fails. ``INFLUENCE_FAST_CUDA_ARCHS`` (default ``80;86;89;90``) lists its targets; the last one is
-also kept as PTX for newer cards.
+also kept as PTX for newer cards. ``INFLUENCE_FAST_SANITIZE`` names sanitizers to build the CPU module with, such as
+``address,undefined`` (csrc/tests/sanitize.sh).
 """
 
 from __future__ import annotations
@@ -101,7 +102,9 @@ class BuildExt(build_ext):
                 raise SystemExit(f"influence_fast: no {command[0]} found; install g++ or clang, or set CXX") from None
 
     def build_cpu(self, extension: Extension) -> None:
-        flags = [*CXX_FLAGS, *(flag for flag in WANTED_FLAGS if self.knows(flag)), self.version_flag()]
+        sanitizers = os.environ.get("INFLUENCE_FAST_SANITIZE")
+        checked = [f"-fsanitize={sanitizers}", "-O1", "-g", "-fno-omit-frame-pointer"] if sanitizers else []
+        flags = [*CXX_FLAGS, *checked, *(flag for flag in WANTED_FLAGS if self.knows(flag)), self.version_flag()]
         isas = {isa: isa_flags for isa, isa_flags in ISA_FLAGS.items() if self.knows(*isa_flags)}
         left_out = {f"csrc/cpu/isa/{isa}.cpp" for isa in ISA_FLAGS.keys() - isas}
         if left_out:
@@ -125,7 +128,7 @@ class BuildExt(build_ext):
         with ThreadPoolExecutor(CORES) as pool:
             objects = list(pool.map(compiled, [source for source in extension.sources if source not in left_out]))
         target = self.get_ext_fullpath(extension.name)
-        libraries = ["-pthread", *(["-ldl"] if sys.platform == "linux" else [])]
+        libraries = [*checked[:1], "-pthread", *(["-ldl"] if sys.platform == "linux" else [])]
         self.compiler.link_shared_object(objects, target, extra_postargs=libraries, target_lang="c++")
 
     def build_cuda(self, extension: Extension) -> None:

@@ -212,8 +212,8 @@ def _option(option: click.Option) -> list[str]:
 
 
 def store() -> str:
-    """The bytes of a gradient store, as the docstring of the module that reads them says."""
-    module = importlib.import_module("influence_fast.gradients.store")
+    """The bytes of a gradient store, as a docstring says that the reader and the writer follow."""
+    module = importlib.import_module("influence_fast.gradients.store_format")
     return f"# Gradient stores\n{_note()}\n{markdown(inspect.getdoc(module) or '')}\n"
 
 

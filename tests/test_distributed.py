@@ -4,73 +4,65 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import datasets
+import integers
 import models
 import pytest
 import torch
 from click.testing import CliRunner
+from ranks import run_ranks
+from torch.distributed.fsdp import fully_shard
 
-import influence_fast as inf
-from influence_fast.cli import main
-from influence_fast.gradients.model_state import fingerprint
-
-_BUILD = """
-import os, signal, sys
-import torch
-import integers
 import influence_fast as inf
 from influence_fast import _distributed as processes
+from influence_fast.cli import main
+from influence_fast.gradients.model_state import fingerprint
 from influence_fast.gradients.store_writer import StoreWriter
 
-torch.set_num_threads(1)
-path, kind = sys.argv[1:3]
-if kind == "sharded":
-    import models
-    model, rows, layers = models.make("llama", "causal"), models.rows("causal", count=23), "attention[1:],head"
-    loss = "auto"
-elif kind == "bad":
-    import models
-    model, rows, layers, loss = models.make("bert"), models.rows(count=23), "head", "auto"
-    rows[4]["labels"] = 7
-else:
+
+def build(path: Path, kind: str) -> None:
+    """A store by every rank that runs this."""
     model, rows, layers, loss = integers.IntegerModel(), integers.integer_rows(23), "all", integers.integer_loss
-with processes.joined():
-    if kind == "killed" and processes.here()[0] == 1:
-        write, left = StoreWriter.write, [2]
-        def dying(*args):
-            left[0] -= 1
-            if left[0] == 0:
-                os.kill(os.getpid(), signal.SIGKILL)
-            write(*args)
-        StoreWriter.write = dying
-    if kind == "sharded" and processes.here()[1] > 1:
-        from torch.distributed.fsdp import fully_shard
-        for block in model.model.layers:
-            fully_shard(block)
-        fully_shard(model)
-        assert all(hasattr(parameter, "full_tensor") for parameter in model.parameters())
-    store = inf.build_store(
-        path, model, rows, layers, "rademacher:4x4", loss, batch_tokens=24, shard_rows=3, progress=False
-    )
-    store.verify()
-"""
+    if kind == "sharded":
+        model, rows, layers, loss = (
+            models.make("llama", "causal"),
+            models.rows("causal", count=23),
+            "attention[1:],head",
+            "auto",
+        )
+    elif kind == "bad":
+        model, rows, layers, loss = models.make("bert"), models.rows(count=23), "head", "auto"
+        rows[4]["labels"] = 7
+    with processes.joined():
+        rank, ranks = processes.here()
+        if kind == "killed" and rank == 1:
+            _die_at_write(2)
+        if kind == "sharded" and ranks > 1:
+            for block in model.model.layers:
+                fully_shard(block)
+            fully_shard(model)
+            assert all(hasattr(parameter, "full_tensor") for parameter in model.parameters())
+        store = inf.build_store(
+            path, model, rows, layers, "rademacher:4x4", loss, batch_tokens=24, shard_rows=3, progress=False
+        )
+        store.verify()
 
 
-def build(path: Path, kind: str, processes: int) -> subprocess.CompletedProcess:
-    script = path.parent / "job.py"
-    script.write_text(_BUILD)
-    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
-    return subprocess.run(
-        [sys.executable, *launch, str(script), str(path), kind],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+def _die_at_write(number: int) -> None:
+    write, left = StoreWriter.write, [number]
+
+    def dying(*args: object) -> None:
+        left[0] -= 1
+        if left[0] == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        write(*args)
+
+    StoreWriter.write = dying
 
 
 def files(path: Path) -> dict[str, bytes]:
@@ -82,66 +74,57 @@ def files(path: Path) -> dict[str, bytes]:
 def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     """The store of integers that one process writes."""
     path = tmp_path_factory.mktemp("alone") / "store"
-    done = build(path, "plain", 1)
-    assert done.returncode == 0, done.stderr
+    log = path.with_name("log")
+    assert run_ranks(build, path, "plain", log=log, ranks=1) == 0, log.read_text()
     return files(path)
 
 
 def test_two_ranks_write_the_bytes_of_one(tmp_path: Path, alone: dict[str, bytes]) -> None:
-    done = build(tmp_path / "store", "plain", 2)
-    assert done.returncode == 0, done.stderr
+    log = tmp_path / "log"
+    assert run_ranks(build, tmp_path / "store", "plain", log=log) == 0, log.read_text()
     assert files(tmp_path / "store") == alone
 
 
 def test_a_lost_rank_is_made_up_for(tmp_path: Path, alone: dict[str, bytes]) -> None:
-    path = tmp_path / "store"
-    assert build(path, "killed", 2).returncode != 0
+    path, log = tmp_path / "store", tmp_path / "log"
+    assert run_ranks(build, path, "killed", log=log) == -signal.SIGKILL, log.read_text()
     with pytest.raises(inf.StoreError, match="unfinished"):
         inf.GradientStore.open(path)
     before = {name: (path / name).stat().st_mtime_ns for name in files(path) if name in alone and "shard" in name}
     assert before
-    assert build(path, "plain", 2).returncode == 0
+    assert run_ranks(build, path, "plain", log=log) == 0, log.read_text()
     assert files(path) == alone
     named = [name for name in before if (path / name).stat().st_mtime_ns == before[name]]
     assert named, "shards that were whole must not be computed again"
 
 
 def test_every_rank_says_what_is_wrong(tmp_path: Path) -> None:
-    done = build(tmp_path / "store", "bad", 2)
-    assert done.returncode != 0
-    assert "row 4 has label 7" in done.stderr
+    log = tmp_path / "log"
+    assert run_ranks(build, tmp_path / "store", "bad", log=log) != 0
+    assert "row 4 has label 7" in log.read_text()
     assert not (tmp_path / "store").exists()
 
 
-_AGREE = """
-from influence_fast import _distributed as processes
-from influence_fast.errors import StoreError
+def fail() -> None:
+    raise inf.StoreError("no such store")
 
-def fail():
-    raise StoreError("no such store")
 
-with processes.joined():
-    rank = processes.here()[0]
-    assert processes.agree(lambda: [rank, "a", None]) == [0, "a", None]
-    try:
-        processes.agree(fail)
-    except StoreError as error:
-        assert str(error) == "no such store"
-    else:
-        raise SystemExit(f"rank {rank} heard of no error")
-"""
+def agree() -> None:
+    with processes.joined():
+        rank = processes.here()[0]
+        assert processes.agree(lambda: [rank, "a", None]) == [0, "a", None]
+        with pytest.raises(inf.StoreError, match=r"^no such store$"):
+            processes.agree(fail)
 
 
 def test_what_rank_0_makes_or_raises_is_everyones(tmp_path: Path) -> None:
-    (tmp_path / "job.py").write_text(_AGREE)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = subprocess.run([*command, str(tmp_path / "job.py")], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+    log = tmp_path / "log"
+    assert run_ranks(agree, log=log) == 0, log.read_text()
 
 
 def test_a_model_sharded_over_two_ranks(tmp_path: Path) -> None:
-    done = build(tmp_path / "store", "sharded", 2)
-    assert done.returncode == 0, done.stderr[-3000:]
+    log = tmp_path / "log"
+    assert run_ranks(build, tmp_path / "store", "sharded", log=log) == 0, log.read_text()
     store = inf.GradientStore.open(tmp_path / "store")
     model, rows = models.make("llama", "causal"), models.rows("causal", count=23)
     assert store.meta["model"] == fingerprint(model)

@@ -59,7 +59,7 @@ def test_a_full_disk_is_a_sentence(tmp_path: Path, number: int) -> None:
         atomic_path(tmp_path / "a"),
     ):
         raise OSError(number, "full")
-    with pytest.raises(PermissionError), atomic_path(tmp_path / "a"):
+    with pytest.raises(InfluenceError, match=r"a: cannot be written \(no\)"), atomic_path(tmp_path / "a"):
         raise PermissionError(errno.EACCES, "no")
 
 

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from ranks import run_script
+
 README = (Path(__file__).parent.parent / "README.md").read_text()
 
 
@@ -19,7 +21,8 @@ def python(code: str, cwd: Path) -> str:
 def test_the_example_runs_as_printed(tmp_path: Path) -> None:
     (code,) = re.findall(r"```python\n(.*?)```", README, re.S)
     assert len(code.strip().splitlines()) <= 15
-    printed = python(code, tmp_path)
+    (tmp_path / "example.py").write_text(code)
+    printed = run_script(tmp_path / "example.py", tmp_path)
     assert re.search(r"^most harmful: \[\d+(, \d+){4}\]$", printed, re.M)
     assert re.search(r"^most helpful to the first query: \[\d+(, \d+){2}\]$", printed, re.M)
 

@@ -265,7 +265,8 @@ py::tuple search(const std::vector<Segment>& segments, const std::vector<RowPart
                          static_cast<int64_t>(parts.size()), stored.view, asked,
                          reinterpret_cast<const uint8_t*>(allowed), k, best, best_rows, threads);
   }
-  return py::make_tuple(stats.rows_scanned, stats.rows_rescored, stats.bad_row);
+  return py::make_tuple(stats.rows_scanned, stats.bad_row,
+                        py::array_t<int64_t>(static_cast<py::ssize_t>(stats.scored.size()), stats.scored.data()));
 }
 
 void score_rows(const Stored& stored, const Matrix& queries, const Table<double>& weights, bool cosine, Address rows,

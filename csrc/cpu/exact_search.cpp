@@ -13,6 +13,7 @@
 #include <cmath>
 #include <limits>
 #include <memory>
+#include <mutex>
 #include <vector>
 
 #include "kernels.h"
@@ -79,16 +80,19 @@ class Reader {
     const StoreShard* shard = std::upper_bound(source_.shards, source_.shards + source_.shard_count, row,
                                               [](int64_t r, const StoreShard& s) { return r < s.first; }) - 1;
     const int64_t dim = source_.dims[layer], at = (row - shard->first) * dim;
+    const float* scales = reinterpret_cast<const float*>(shard->scale[layer]);
+    const float scale = scales == nullptr ? 1.0f : scales[row - shard->first];
     switch (source_.dtype) {
       case Dtype::float32: return reinterpret_cast<const float*>(shard->data[layer]) + at;
       case Dtype::int8: {
         const int8_t* codes = reinterpret_cast<const int8_t*>(shard->data[layer]) + at;
-        const float scale = reinterpret_cast<const float*>(shard->scale[layer])[row - shard->first];
         for (int64_t i = 0; i < dim; ++i) room_[i] = static_cast<float>(codes[i]) * scale;
         return room_.data();
       }
       default:
         kernels_.widen(reinterpret_cast<const uint16_t*>(shard->data[layer]) + at, source_.dtype, dim, room_.data());
+        if (scales != nullptr)
+          for (int64_t i = 0; i < dim; ++i) room_[i] *= scale;
         return room_.data();
     }
   }
@@ -332,7 +336,9 @@ SearchStats exact_search(const SearchKernels& kernels, const Segment* segments, 
     scanned.fetch_add(read);
   });
 
-  std::atomic<int64_t> rescored{0}, bad{-1};
+  std::atomic<int64_t> bad{-1};
+  std::vector<int64_t> scored;
+  std::mutex adding;
   parallel(threads, queries.count, [&](int64_t query) {
     if (unit[query] == 0) return first_rows(segments, segment_count, allowed, k, scores + query * k, rows + query * k);
     std::vector<Candidate> kept;
@@ -356,12 +362,12 @@ SearchStats exact_search(const SearchKernels& kernels, const Segment* segments, 
     const auto above = [](const std::pair<double, int64_t>& a, const std::pair<double, int64_t>& b) {
       return better(a.first, a.second, b.first, b.second);
     };
-    int64_t count = 0;
+    std::vector<int64_t> mine;
     for (const Candidate& candidate : kept) {
       const bool whole = static_cast<int64_t>(heap.size()) == k;
       if (whole && static_cast<double>(candidate.high()) * by < heap.front().first) break;
       const double exact = scorer.score(candidate.row);
-      ++count;
+      mine.push_back(candidate.row);
       const double off = std::fabs(exact - static_cast<double>(candidate.score) * by);
       if (!(off <= static_cast<double>(candidate.slack) * by * (1 + 1e-6) + 1e-300)) {
         int64_t seen = bad.load();
@@ -382,9 +388,10 @@ SearchStats exact_search(const SearchKernels& kernels, const Segment* segments, 
       best[i] = heap[i].first;
       best_row[i] = heap[i].second;
     }
-    rescored.fetch_add(count);
+    const std::lock_guard<std::mutex> lock(adding);
+    scored.insert(scored.end(), mine.begin(), mine.end());
   });
-  return {scanned.load(), rescored.load(), bad.load()};
+  return {scanned.load(), bad.load(), std::move(scored)};
 }
 
 void exact_scores(const SearchKernels& kernels, const StoredRows& source, const Queries& queries, const int64_t* rows,

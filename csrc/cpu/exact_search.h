@@ -8,6 +8,7 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 #include "../types.h"
 
@@ -75,7 +76,7 @@ struct Segment {
 struct StoreShard {
   int64_t first, rows;
   const uintptr_t* data;   // by layer
-  const uintptr_t* scale;  // by layer, of int8 stores
+  const uintptr_t* scale;  // by layer: what each row is multiplied with; null for 1, never for int8
 };
 
 struct StoredRows {
@@ -96,7 +97,8 @@ struct Queries {
 };
 
 struct SearchStats {
-  int64_t rows_scanned, rows_rescored, bad_row;  // bad_row: a stored row whose score the bound does not allow, or -1
+  int64_t rows_scanned, bad_row;  // bad_row: a stored row whose score the bound does not allow, or -1
+  std::vector<int64_t> scored;    // stored rows that were read, those of one query after those of another
 };
 
 // The k best rows of each query among those with allowed[row] (or all): scores float64 (m, k), rows (m, k), best first, ties

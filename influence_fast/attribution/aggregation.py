@@ -28,11 +28,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
+from influence_fast import _records as records
 from influence_fast import ops
-from influence_fast._files import atomic_path
+from influence_fast._files import atomic_write, make_folder
 from influence_fast.attribution.influence_matrix import InfluenceMatrix, Matrix, as_matrix
 from influence_fast.errors import InputError, StoreError
 
@@ -165,7 +166,7 @@ def _sum_blocks(
         common = torch.stack(list(masks.values())).all(0)
         sets = [(kinds, common), *(([c], mask & ~common) for c, mask in masks.items())]
         values = some = read()
-        _check_finite(values, layer, rows)
+        _check_finite(values, layer, rows.start)
         for of, keep in sets:
             if not keep.any():
                 continue
@@ -218,25 +219,17 @@ class _Partial:
         if not isinstance(matrix, InfluenceMatrix):
             raise InputError("checkpoint: needs an InfluenceMatrix; influence in memory is summed at once")
         self.job = hashlib.sha256(json.dumps([matrix.digest, settings]).encode()).hexdigest()
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(self.path.parent)
         if self.path.exists():
             self._load()
 
     def _load(self) -> None:
         assert self.path is not None
-        try:
-            with safe_open(self.path, "pt") as file:
-                found = json.loads(file.metadata()["sums"])
-                if found["job"] != self.job:
-                    raise StoreError(f"{self.path}: partial sums of another job; choose another checkpoint folder")
-                tensors = {name: file.get_tensor(name) for name in self.sums}
-        except StoreError:
-            raise
-        except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
-            raise StoreError(f"{self.path}: damaged partial sums ({error}); remove them to begin again") from None
-        digest = _digest(tensors)
-        if digest != found["sha256"]:
-            raise StoreError(f"{self.path}: damaged partial sums; remove them to begin again")
+        found, tensors = read_partial(self.path)
+        if found["job"] != self.job:
+            raise StoreError(f"{self.path}: partial sums of another job; choose another checkpoint folder")
+        if {name: sums.shape for name, sums in self.sums.items()} != {n: t.shape for n, t in tensors.items()}:
+            raise StoreError(f"{self.path}: damaged partial sums, of other samples; remove them to begin again")
         for name, tensor in tensors.items():
             self.sums[name].copy_(tensor)
         self.done = found["done"]
@@ -263,8 +256,7 @@ class _Partial:
         if self.path is None or time.monotonic() - self.saved < _SAVE_SECONDS:
             return
         entry = {"job": self.job, "done": self.done, "sha256": _digest(self.sums)}
-        with atomic_path(self.path) as temporary:
-            save_file(self.sums, temporary, metadata={"sums": json.dumps(entry)})
+        atomic_write(self.path, save(self.sums, metadata={"sums": records.seal(entry).decode()}))
         self.saved = time.monotonic()
 
     def remove(self) -> None:
@@ -272,11 +264,48 @@ class _Partial:
             self.path.unlink(missing_ok=True)
 
 
+_ENTRY = records.record(
+    {
+        "job": records.text(records.SHA256, "64 hexadecimal digits"),
+        "done": records.items(records.items(lambda *_: None, 2)),
+        "sha256": records.text(records.SHA256, "64 hexadecimal digits"),
+    }
+)
+
+
+def read_partial(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What a file of partial sums says of itself, and the sums; StoreError where it is damaged."""
+    where = f"{path}: its header"
+    try:
+        with safe_open(path, "pt") as file:
+            sealed = (file.metadata() or {})["sums"]
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+        found = records.unseal(where, sealed.encode())
+        _ENTRY(where, "", found)
+        for name, stop in found["done"]:
+            records.text()(where, "done", name)
+            records.whole()(where, "done", stop)
+        if _digest(tensors) != found["sha256"]:
+            raise StoreError(f"{path}: the sums are not those that were written")
+    except (SafetensorError, OSError, KeyError, StoreError, RuntimeError, ValueError) as error:
+        raise StoreError(f"{path}: damaged partial sums ({error}); remove them to begin again") from None
+    return found, tensors
+
+
+def find_damage(path: Path) -> Iterator[StoreError]:
+    """What is wrong with a folder of partial sums."""
+    try:
+        read_partial(path / "partial.safetensors")
+    except StoreError as error:
+        yield error
+
+
 def _digest(tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name in sorted(tensors):
         digest.update(name.encode())
-        digest.update(tensors[name].numpy().data)
+        digest.update(str(tensors[name].dtype).encode())
+        digest.update(tensors[name].contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -294,7 +323,7 @@ def _by_columns(
             raise InputError(f"layers: weights have no meaning for {methods[0]!r} (group {group!r})")
     for train, values in matrix.columns():
         for layer, block in zip(matrix.layers, values, strict=True):
-            _check_finite(block, layer, slice(0, len(block)))
+            _check_finite(block, layer, 0, train.start)
         for group, members in weights.items():
             inside = torch.tensor([layer in members for layer in matrix.layers])
             for method in methods:
@@ -317,13 +346,17 @@ def _base(method: str) -> str:
     return method.removesuffix("-c")
 
 
-def _check_finite(values: Tensor, layer: str, rows: slice) -> None:
+def _check_finite(values: Tensor, layer: str, query: int, train: int = 0) -> None:
     # In one pass that writes nothing of the block's size.
     low, high = values.aminmax(dim=1)
     finite = low.isfinite() & high.isfinite()
     if not finite.all():
-        row = rows.start + int(finite.logical_not().nonzero()[0])
-        raise InputError(f"influence: layer {layer!r} has NaN or infinity for query {row}")
+        place = int(finite.logical_not().nonzero()[0])
+        bad = values[place].isfinite().logical_not().nonzero()
+        # A bad query spoils its whole row, a bad training row one place of each.
+        if len(bad) < values.shape[1]:
+            raise InputError(f"influence: layer {layer!r} has NaN or infinity for training row {train + int(bad[0])}")
+        raise InputError(f"influence: layer {layer!r} has NaN or infinity for query {query + place}")
 
 
 def _weights(layers: Layers, there: list[str]) -> dict[str, float]:

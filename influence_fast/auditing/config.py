@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_type_hints
 
 from torch import nn
 
+from influence_fast._json import check_types
 from influence_fast._memory import parse_memory
 from influence_fast.attribution.aggregation import METHODS as AGGREGATIONS
 from influence_fast.attribution.registry import method_names
@@ -64,7 +65,7 @@ class AuditConfig:
     loss: str | Loss = AUTO
     beta: float | None = None
     reference: str | None = None
-    layers: str | None = None
+    layers: str | Sequence[str] | None = None
     build: BuildSettings = field(default_factory=lambda: BuildSettings(projection=Projection("identity")))
     auto_projection: bool = False
     methods: Sequence[str] | None = None
@@ -103,6 +104,17 @@ class AuditConfig:
         unknown = [name for name in options if name not in known]
         if unknown:
             raise InputError(f"audit: no setting is called {unknown[0]!r}; there are {', '.join(sorted(known))}")
+        # Before anything reads them: a text is true where a flag is asked for, and a list of letters where names are.
+        reading, building, mine = (get_type_hints(kind) for kind in (DataSettings, BuildSettings, cls))
+        check_types(
+            {"model": model, "train": train, "queries": queries, **options},
+            {
+                **{option: reading[name] for option, name in OPTIONS.items()},
+                **{name: building[name] for name in _BUILD if name != "projection"},
+                **{name: mine[name] for name in (*own, "model", "train", "queries")},
+                "projection": str | Projection,
+            },
+        )
         build = {name: options[name] for name in _BUILD if name in options}
         projection = build.get("projection", AUTO)
         build["projection"] = Projection.parse("identity" if projection == AUTO else projection)
@@ -162,6 +174,7 @@ class AuditPlan:
         layers: names of the layers whose gradients are taken.
         ranking: which rankings are made.
         build: how gradients are taken.
+        tokenizer: what made texts tokens, if anything did.
         held_out: what stands for queries where none were given, in a sentence; empty otherwise.
     """
 
@@ -173,6 +186,7 @@ class AuditPlan:
     layers: list[str]
     ranking: RankingPlan
     build: BuildSettings
+    tokenizer: Any = None
     held_out: str = ""
 
 

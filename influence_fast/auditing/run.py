@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import tempfile
 import time
 from collections import Counter
@@ -15,7 +16,7 @@ from typing import Any
 
 from torch import nn
 
-from influence_fast._files import atomic_write
+from influence_fast._files import atomic_write, locked, remove_leftovers
 from influence_fast.attribution.influence_matrix import METHODS as INNER_PRODUCTS
 from influence_fast.attribution.influence_matrix import InfluenceMatrix
 from influence_fast.attribution.method_inputs import AuditInputs, MethodInputs
@@ -80,6 +81,8 @@ def audit(
         InputError: anything wrong with settings or data, found before the first gradient is taken; stores that would not fit
             on the disk, or take more than ``max_disk``.
     """
+    if out is not None:
+        check_out(out)
     plan = plan_audit(model, train, queries, tokenizer, settings)
     check_disk(plan, out)
     return run_plan(plan, out, progress)
@@ -128,7 +131,7 @@ def plan_audit(
         lacking = set(layers) - set(named_layers(load_model(path, config.task, config.allow_new_weights)[0]))
         if lacking:
             raise InputError(f"checkpoints: {path} lacks layer {min(lacking)!r} of the model")
-    return AuditPlan(config, network, samples, trusted, task, layers, ranking, build, held_out)
+    return AuditPlan(config, network, samples, trusted, task, layers, ranking, build, tokenizer, held_out)
 
 
 def run_plan(audit: AuditPlan, out: str | Path | None, progress: bool = True) -> AuditResult:
@@ -141,7 +144,9 @@ def run_plan(audit: AuditPlan, out: str | Path | None, progress: bool = True) ->
         for name, part in (("train", samples), ("queries", trusted)):
             with _timed(times, f"gradients of {name}"):
                 at = folder / "stores" / name
-                stores[name] = build_from(at, network, part.rows, build, ids=part.ids, progress=progress)
+                stores[name] = build_from(
+                    at, network, part.rows, build, ids=part.ids, progress=progress, tokenizer=audit.tokenizer
+                )
                 # Verified on the training rows; every other store of this audit is captured in the same way.
                 taken = stores[name].meta["settings"]
                 build = replace(build, verify=False, exact=taken.get("exact", ()), one_row=taken.get("one_row", False))
@@ -304,13 +309,33 @@ def _folder(out: str | Path | None, config: AuditConfig) -> Iterator[Path]:
     folder = Path(out)
     text = json.dumps(config.document(), indent=1) + "\n"
     earlier = folder / "config.json"
-    same = earlier.exists() and earlier.read_text(encoding="utf-8") == text
-    others = [file for file in folder.iterdir() if file.name != "config.json.part"] if folder.exists() else []
-    if others and not same:
+    if _contents(folder) and not (earlier.exists() and earlier.read_bytes() == text.encode()):
         raise InputError(f"out: {folder} holds something else than this very audit; choose a new folder")
     folder.mkdir(parents=True, exist_ok=True)
-    atomic_write(earlier, text)
-    yield folder
+    with locked(folder / ".lock"):
+        remove_leftovers(folder)
+        atomic_write(earlier, text)
+        yield folder
+
+
+def check_out(out: str | Path) -> None:
+    """Raise InputError where no audit can write: before a model is loaded."""
+    folder = Path(out)
+    if _contents(folder) and not (folder / "config.json").exists():
+        raise InputError(f"out: {folder} holds something else than an audit; choose a new folder")
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise InputError(f"out: {folder} cannot be written ({there} is no folder that this user may write to)")
+
+
+def _contents(folder: Path) -> list[Path]:
+    """What is in a folder, but for a lock and half-written files: what is left of an audit that was killed as it began."""
+    try:
+        if not folder.exists():
+            return []
+        return [file for file in folder.iterdir() if file.name != ".lock" and file.suffix != ".part"]
+    except OSError as error:
+        raise InputError(f"out: {folder} cannot be used ({os.strerror(error.errno or 0)})") from None
 
 
 @contextmanager

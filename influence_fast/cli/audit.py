@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
 import click
 
-from influence_fast.attribution.registry import method_names
 from influence_fast.cli.options import (
     DATA,
     Command,
     example,
     json_option,
+    methods_help,
     model_options,
     names,
     print_document,
     print_table,
+    say,
     token_count,
+    verify_option,
 )
 from influence_fast.cli.tables import show_evaluation
 from influence_fast.errors import InputError
+
+_SOURCES = ("model", "train", "queries")
 
 
 @click.command(epilog=example("influence-fast demo --out demo"))
@@ -60,7 +63,7 @@ def demo(out: Path, samples: int, seed: int, as_json: bool) -> None:
 @model_options
 @click.option(
     "--methods",
-    help=f"Of {', '.join(method_names())}.  [default: dot,cosine,datainf, and pool for classifiers]",
+    help=f"{methods_help()}  [default: dot,cosine,datainf, and pool for classifiers]",
 )
 @click.option("--aggregations", help="Such as mean,rank-c,vote-c, the default where predictions are known.")
 @click.option("--rank-by", help="METHOD:GROUP:AGGREGATION that orders scores.csv.")
@@ -73,14 +76,12 @@ def demo(out: Path, samples: int, seed: int, as_json: bool) -> None:
 @click.option("--max-disk", default="20GB", help="Most that the audit may write; beyond it a terminal is asked.")
 @click.option("--dry-run", is_flag=True, help="Say what the audit would take in time and disk; write nothing.")
 @click.option("--config", type=click.Path(path_type=Path), help="Replay this config.json; other options are ignored.")
+@verify_option
 @json_option
 def audit(out: Path, config: Path | None, dry_run: bool, as_json: bool, **options: Any) -> None:
     """Rank training samples from most harmful to most helpful, with a report on how far to trust it."""
     if config is not None:
-        try:
-            options = json.loads(config.read_text())
-        except (OSError, ValueError) as error:
-            raise InputError(f"config: cannot read {config} ({error})") from None
+        options = _replayed(config)
     else:
         for name in ("methods", "aggregations", "checkpoints", "label_names"):
             options[name] = names(options[name])
@@ -91,8 +92,10 @@ def audit(out: Path, config: Path | None, dry_run: bool, as_json: bool, **option
 
 def _run_audit(out: Path, dry_run: bool, as_json: bool, options: dict[str, Any]) -> None:
     from influence_fast.auditing.disk import TooLarge, check_disk
-    from influence_fast.auditing.run import plan_audit, run_plan
+    from influence_fast.auditing.run import check_out, plan_audit, run_plan
 
+    if not dry_run:
+        check_out(out)
     model, train, queries = (options.pop(name, None) for name in ("model", "train", "queries"))
     plan = plan_audit(model, train, queries, None, options)
     if dry_run:
@@ -142,9 +145,26 @@ def _show_plan(plan: Any, out: Path, as_json: bool) -> None:
     def show() -> None:
         print_table(["what", "estimate"], rows)
         if plan.held_out:
-            click.echo(f"- {plan.held_out}.")
+            say(f"- {plan.held_out}.")
 
     print_document(document, as_json, show)
+
+
+def _replayed(path: Path) -> dict[str, Any]:
+    """The settings that a ``config.json`` holds, checked, so that an error names the file."""
+    from influence_fast._json import read_object
+    from influence_fast.auditing.config import AuditConfig
+
+    options = read_object(path, "config")
+    missing = [name for name in _SOURCES if name != "queries" and name not in options]
+    if missing:
+        raise InputError(f"config: {path}: {missing[0]!r} is missing")
+    try:
+        settings = {name: value for name, value in options.items() if name not in _SOURCES}
+        AuditConfig.from_options(options["model"], options["train"], options.get("queries"), settings)
+    except InputError as error:
+        raise InputError(f"config: {path}: {error}") from None
+    return options
 
 
 def _print_audit(result: Any, out: Path, as_json: bool) -> None:
@@ -169,7 +189,7 @@ def _print_audit(result: Any, out: Path, as_json: bool) -> None:
             f"Most harmful by {label}",
         )
         for finding in findings(result, evaluation):
-            click.echo(f"- {finding}")
-        click.echo("\n" + "\n".join(f"wrote {file}" for file in files.values()))
+            say(f"- {finding}")
+        say("\n" + "\n".join(f"wrote {file}" for file in files.values()))
 
     print_document(document, as_json, show)

@@ -14,6 +14,7 @@ from influence_fast.cli.options import (
     print_document,
     print_table,
     read_samples,
+    say,
 )
 from influence_fast.errors import InputError
 
@@ -74,7 +75,7 @@ def _verify(model: str, data: tuple[str, ...], as_json: bool, options: dict[str,
     def show() -> None:
         print_table(["layer", "way", "largest relative error"], ways, title)
         for reason in report.reasons:
-            click.echo(f"- {reason}")
+            say(f"- {reason}")
 
     print_document({**dataclasses.asdict(report), "ok": report.ok}, as_json, show)
 
@@ -135,8 +136,8 @@ def bench_table(document: dict[str, Any]) -> None:
                 result["case"],
                 f"{times['p50'] * 1e3:.3f} ms",
                 f"{times['p20'] * 1e3:.3f} .. {times['p80'] * 1e3:.3f}",
-                "\n".join([*share, *([per_element] if per_element else [])]),
-                "\n".join(best),
+                [*share, *([per_element] if per_element else [])],
+                best,
             ]
         )
     title = f"{document['machine']['device']}, {document['dtype']}, {document['machine']['threads']} threads"

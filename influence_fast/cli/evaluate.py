@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from influence_fast.cli.options import (
     names,
     print_document,
     print_table,
+    say,
     verify_option,
 )
 from influence_fast.cli.tables import show_evaluation, show_wins
@@ -50,10 +50,10 @@ def score(
     out: Path,
     memory: str,
     checkpoint: Path | None,
-    verify: bool,
     as_json: bool,
 ) -> None:
     """One score per training sample from two stores, lowest = most harmful."""
+    from influence_fast._csv import write_rows
     from influence_fast._files import atomic_path
     from influence_fast.attribution.aggregation import aggregate_many
     from influence_fast.attribution.influence import influence
@@ -61,8 +61,8 @@ def score(
     from influence_fast.gradients.store import GradientStore
 
     check_methods([method])
-    store = GradientStore.open(train, verify)
-    matrix = influence(store, GradientStore.open(queries, verify), method, names(layers), memory=memory)
+    store = GradientStore.open(train)
+    matrix = influence(store, GradientStore.open(queries), method, names(layers), memory=memory)
     # Votes tie often; ranks, which break the ties, cost nothing more in the same pass.
     methods = [aggregation, *([aggregation.replace("vote", "rank")] if aggregation.startswith("vote") else [])]
     found = aggregate_many(matrix, methods, fraction=fraction, checkpoint=checkpoint)["all"]
@@ -70,11 +70,10 @@ def score(
     ranking = order(scores, tie).tolist()
     places = {row: place for place, row in enumerate(ranking)}
     with atomic_path(out) as part, open(part, "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["id", "score", "rank"])
-        writer.writerows([store.ids[row], repr(value), places[row]] for row, value in enumerate(scores.tolist()))
+        lines = ([store.ids[row], value, places[row]] for row, value in enumerate(scores.tolist()))
+        write_rows(file, ["id", "score", "rank"], lines)
     document = {"path": str(out), "rows": len(store), "most_harmful": [store.ids[row] for row in ranking[:10]]}
-    print_document(document, as_json, lambda: click.echo(f"wrote {out}; most harmful: {document['most_harmful']}"))
+    print_document(document, as_json, lambda: say(f"wrote {out}; most harmful: {document['most_harmful']}"))
 
 
 @click.command(
@@ -95,6 +94,7 @@ def score(
 @click.option("--methods", default="dot,cosine,datainf", help=f"For the whole table. {methods_help()}")
 @click.option("--aggregations", help="For the whole table; such as mean,rank-c,vote-c.")
 @click.option("--fraction", default=0.2, help="Share of the samples that a vote goes against.")
+@verify_option
 @json_option
 def evaluate(
     scores: Path,
@@ -143,7 +143,7 @@ def evaluate(
             show_evaluation(rows, at)
             show_wins(found)
             for warning in found.warnings:
-                click.echo(f"- {warning}")
+                say(f"- {warning}")
 
         print_document(document, as_json, show)
         return

@@ -14,6 +14,7 @@ from influence_fast.cli.options import (
     print_document,
     print_table,
     read_samples,
+    say,
 )
 from influence_fast.errors import InputError
 
@@ -43,16 +44,16 @@ def inspect(data: tuple[str, ...], model: str, shown: int, as_json: bool, **opti
     found = examined(samples, tokenizer, shown)
 
     def show() -> None:
-        click.echo(f"recognised: {found['recognised']} (task {found['task']})\n")
+        say(f"recognised: {found['recognised']} (task {found['task']})\n")
         for row in found["rows"]:
-            click.echo(f"row {row['row']}, {row['tokens']} tokens" + (f" ({row['where']})" if row["where"] else ""))
-            click.echo(f"{row['text']}\n")
+            say(f"row {row['row']}, {row['tokens']} tokens" + (f" ({row['where']})" if row["where"] else ""))
+            say(f"{row['text']}\n")
         print_table(["what", "count"], [[name, f"{value:,}"] for name, value in found["counts"].items()])
         if found["labels"]:
             print_table(["label", "rows"], [[name, f"{value:,}"] for name, value in found["labels"].items()])
         for problem in found["problems"][:_PROBLEMS]:
-            click.echo(f"- {problem}")
+            say(f"- {problem}")
         if len(found["problems"]) > _PROBLEMS:
-            click.echo(f"- and {len(found['problems']) - _PROBLEMS} more")
+            say(f"- and {len(found['problems']) - _PROBLEMS} more")
 
     print_document(found, as_json, show)

@@ -1,13 +1,16 @@
 """The command line: ``influence-fast COMMAND``.
 
 Results go to stdout (tables, or one JSON document with ``--json``), progress and notes to stderr. Exit code 1 for an
-error that the user can mend, with its message alone; 2 for wrong usage. A command's module is loaded when it is asked for.
+error that the user can mend, with its message alone; 2 for wrong usage; 128 and the number of a signal that asked to stop,
+with a sentence on how to go on. A command's module is loaded when it is asked for.
 """
 
 from __future__ import annotations
 
+import errno
 import importlib
 import logging
+import os
 import shutil
 import warnings
 from typing import Any
@@ -15,6 +18,8 @@ from typing import Any
 import click
 
 from influence_fast import __version__
+from influence_fast.cli.stopping import ending, stopping_by_signals
+from influence_fast.cli.text import PlainFormatter, escape_what_cannot_be_written, lines
 from influence_fast.errors import InfluenceError
 
 # Command -> its module beside this one.
@@ -25,6 +30,8 @@ COMMANDS = {
     "build": "stores",
     "index": "stores",
     "search": "stores",
+    "verify": "maintenance",
+    "upgrade": "maintenance",
     "score": "evaluate",
     "evaluate": "evaluate",
     "doctor": "diagnostics",
@@ -50,11 +57,30 @@ class _Group(click.Group):
         return getattr(importlib.import_module(f"influence_fast.cli.{COMMANDS[cmd_name]}"), cmd_name)
 
     def invoke(self, ctx: click.Context) -> Any:
+        escape_what_cannot_be_written()
         try:
-            return super().invoke(ctx)
+            with stopping_by_signals():
+                return super().invoke(ctx)
         except InfluenceError as error:
-            click.echo(f"error: {error}", err=True)
+            click.echo(lines(f"error: {error}"), err=True)
             ctx.exit(1)
+        except OSError as error:
+            if error.errno == errno.EPIPE:
+                # Whoever read the output has read enough; click ends quietly.
+                raise
+            click.echo(lines(f"error: {_of_system(error)}"), err=True)
+            ctx.exit(1)
+        except KeyboardInterrupt as error:
+            text, code = ending(error, ctx.invoked_subcommand)
+            click.echo(f"\n{text}", err=True)
+            ctx.exit(code)
+
+
+def _of_system(error: OSError) -> str:
+    """What the system refused, by file."""
+    reason = os.strerror(error.errno) if error.errno else str(error)
+    where = [os.fsdecode(name) for name in (error.filename, error.filename2) if isinstance(name, str | bytes)]
+    return f"{' -> '.join(where)}: {reason}" if where else f"{type(error).__name__}: {reason}"
 
 
 @click.group(cls=_Group, context_settings=_CONTEXT)
@@ -63,4 +89,6 @@ def main() -> None:
     """Find which training samples help or harm a language model."""
     # Libraries announce deprecations of their own inner calls; a user of this command can do nothing about them.
     warnings.filterwarnings("ignore", category=FutureWarning)
-    logging.getLogger("influence_fast").addHandler(logging.StreamHandler())
+    handler = logging.StreamHandler()
+    handler.setFormatter(PlainFormatter())
+    logging.getLogger("influence_fast").addHandler(handler)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from influence_fast.attribution.registry import NEEDS, get_method, method_names
+from influence_fast.cli.text import lines, visible
 from influence_fast.data.settings import OPTIONS, TASKS, DataSettings
 from influence_fast.errors import InputError
 
@@ -71,6 +72,25 @@ def data_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return functools.reduce(lambda decorated, option: option(decorated), reversed(options), command)
 
 
+def verify_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    """``--verify/--no-verify``, for every command that reads stores."""
+
+    def chosen(context: click.Context, parameter: click.Parameter, verify: bool) -> None:
+        if not verify:
+            from influence_fast.gradients.store import unverified
+
+            context.with_resource(unverified())
+
+    option = click.option(
+        "--verify/--no-verify",
+        default=True,
+        expose_value=False,
+        callback=chosen,
+        help="Check what is read of stores and indexes by their checksums.",
+    )
+    return option(command)
+
+
 def model_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Options of every command that takes gradients of a model over data."""
     options = [
@@ -123,7 +143,7 @@ def read_samples(
     task = task_of(task, network, table, settings.label)
     samples = prepare(argument, table, settings, task, network, tokenizer)
     for problem in () if quiet else samples.skipped:
-        click.echo(f"left out: {problem}", err=True)
+        say(f"left out: {problem}", err=True)
     return network, samples, settings, tokenizer
 
 
@@ -155,6 +175,9 @@ def check_methods(chosen: Iterable[str]) -> None:
             )
 
 
+_NOT_GIVEN = (None, click.core.ParameterSource.DEFAULT)
+
+
 class Command(click.Command):
     """A command that names all missing options at once.
 
@@ -181,15 +204,12 @@ class Command(click.Command):
         return left
 
     def _missing(self, ctx: click.Context) -> list[str]:
-        replayed = () if ctx.params.get("config") else self.replayed
+        replayed = () if ctx.get_parameter_source("config") not in _NOT_GIVEN else self.replayed
         return [
             p.opts[0] if isinstance(p, click.Option) else p.make_metavar(ctx)
             for p in self.params
-            if (p.required or p.name in replayed) and not ctx.params.get(p.name or "")
+            if (p.required or p.name in replayed) and ctx.get_parameter_source(p.name or "") in _NOT_GIVEN
         ]
-
-
-verify_option = click.option("--verify", is_flag=True, help="Hash every shard when it is first read.")
 
 
 def names(text: str | None) -> list[str] | None:
@@ -214,12 +234,25 @@ def print_document(document: Any, as_json: bool, show: Callable[[], None]) -> No
         show()
 
 
-def print_table(columns: list[str], rows: list[list[Any]], title: str | None = None) -> None:
-    """A table on standard output."""
+def print_table(columns: list[Any], rows: list[list[Any]], title: str | None = None) -> None:
+    """A table on standard output. A cell or column of several lines is a list; text is printed as it is, no markup in it."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table(*columns, title=title, title_justify="left")
+    def plain(value: Any) -> Text:
+        if isinstance(value, list):
+            return Text("\n").join(map(plain, value))
+        return Text(f"{value:.3f}" if isinstance(value, float) else visible(value))
+
+    table = Table(title=None if title is None else plain(title), title_justify="left")
+    for column in columns:
+        table.add_column(plain(column))
     for row in rows:
-        table.add_row(*(f"{value:.3f}" if isinstance(value, float) else str(value) for value in row))
+        table.add_row(*map(plain, row))
     Console(width=None if sys.stdout.isatty() else 120).print(table)
+
+
+def say(message: str, err: bool = False) -> None:
+    """A message of one or more lines, in which names and texts of the user may stand."""
+    click.echo(lines(message), err=err)

@@ -20,6 +20,7 @@ from influence_fast.cli.options import (
     print_document,
     print_table,
     read_samples,
+    say,
     token_count,
     verify_option,
 )
@@ -38,6 +39,7 @@ from influence_fast.errors import InputError
 @model_options
 @click.option("--strict", is_flag=True, help="Refuse where a layer needs a slower way to be captured rightly.")
 @click.option("--dry-run", is_flag=True, help="Run a few batches and say what the build would take; write nothing.")
+@verify_option
 @json_option
 def build(model: str, data: tuple[str, ...], out: Path, dry_run: bool, as_json: bool, **options: Any) -> None:
     """Write per-sample gradients of a data set to a store; goes on where it stopped.
@@ -51,7 +53,7 @@ def build(model: str, data: tuple[str, ...], out: Path, dry_run: bool, as_json: 
     from influence_fast.gradients.estimate import estimate_build
     from influence_fast.gradients.layers import default_layers, select_layers
 
-    network, samples, settings, _ = read_samples("data", data, model, options)
+    network, samples, settings, tokenizer = read_samples("data", data, model, options)
     options |= {"truncate": settings.truncate, "loss": chosen_loss(options, samples.task)}
     options["layers"] = select_layers(network, options["layers"] or default_layers(network))
     if options["projection"] == "auto":
@@ -66,11 +68,11 @@ def build(model: str, data: tuple[str, ...], out: Path, dry_run: bool, as_json: 
             if rank == 0:
                 print_document(dataclasses.asdict(found), as_json, lambda: _show_estimate(found, world))
             return
-        store = build_store(out, network, samples.rows, ids=samples.ids, **options)
+        store = build_store(out, network, samples.rows, ids=samples.ids, tokenizer=tokenizer, **options)
     if rank == 0:
         size = sum(shard["bytes"] for shard in store.meta["shards"])
         document = {"path": str(out), "rows": len(store), "layers": store.layers, "dims": store.dims, "bytes": size}
-        print_document(document, as_json, lambda: click.echo(f"{store}\n{size / 2**20:.1f} MiB in {out}"))
+        print_document(document, as_json, lambda: say(f"{store}\n{size / 2**20:.1f} MiB in {out}"))
 
 
 def _show_estimate(found: Any, world: int) -> None:
@@ -106,14 +108,13 @@ def index(
     recall: float,
     memory: str | None,
     rows: str | None,
-    verify: bool,
     as_json: bool,
 ) -> None:
     """Build an index over a store: exact, or by FAISS."""
     from influence_fast.gradients.store import GradientStore
     from influence_fast.search.influence_index import InfluenceIndex
 
-    opened = GradientStore.open(store, verify)
+    opened = GradientStore.open(store)
     share = None
     if rows is not None:
         ends = rows.split(":")
@@ -132,7 +133,7 @@ def index(
         "recall": built.recall,
         "bytes": size,
     }
-    print_document(document, as_json, lambda: click.echo(f"{built}\n{size / 2**20:.1f} MiB in {out}"))
+    print_document(document, as_json, lambda: say(f"{built}\n{size / 2**20:.1f} MiB in {out}"))
 
 
 @click.command(cls=Command, epilog=example("influence-fast search store.index --queries query-store -k 5 --harmful"))
@@ -159,7 +160,6 @@ def search(
     harmful: bool,
     layers: str | None,
     where: str | None,
-    verify: bool,
     as_json: bool,
 ) -> None:
     """Find the training samples with the most influence on each query.
@@ -174,9 +174,9 @@ def search(
     world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     if len(index) != world:
         raise click.UsageError(f"Give one index for each process: {len(index)} for {world}.")
-    loaded = InfluenceIndex.load(index[rank], verify=verify)
+    loaded = InfluenceIndex.load(index[rank])
     if queries is not None:
-        opened = GradientStore.open(queries, verify)
+        opened = GradientStore.open(queries)
         gradients, names = opened, list(opened.ids)
     else:
         gradients, names = _text_gradient(loaded, str(model), str(text), label, answer), [str(text)]

@@ -24,7 +24,7 @@ def show_evaluation(evaluation: list[dict[str, Any]], at: float = 0.3) -> None:
             [group, *(cells[method, group, a][metric] for a in aggregations for metric in ("ndr", "auc_ndr"))]
             for group in groups
         ]
-        print_table([method, *(f"{a}\n{metric}" for a in aggregations for metric in (level, "AUC_NDR"))], rows)
+        print_table([method, *([a, metric] for a in aggregations for metric in (level, "AUC_NDR"))], rows)
 
 
 def show_wins(found: Any, most: int = 8) -> None:

@@ -22,6 +22,7 @@ from influence_fast.data.tasks import (
     VOCABULARY_LOSSES,
     config_of,
     device_of,
+    head_config,
     head_of,
     inputs_of,
     is_packed,
@@ -288,7 +289,7 @@ def _check(rows: Rows, model: nn.Module, kind: str) -> None:
     longest, vocabulary = longest_row(model), _vocabulary(model)
     # Any other head need not have as many outputs as the config says.
     counted = kind == "classification" or head_of(model) in ("classification", "token-classification")
-    outputs = getattr(config_of(model), "num_labels", None) if counted else None
+    outputs = getattr(head_config(model), "num_labels", None) if counted else None
     if kind == "classification" and outputs == 1:
         raise InputError("model: its config has num_labels=1; cross entropy needs at least two classes")
     used: set[int] = set()
@@ -377,7 +378,12 @@ def _pad_id(model: nn.Module) -> int | None:
 
 def _vocabulary(model: nn.Module) -> int | None:
     find = getattr(model, "get_input_embeddings", None)
-    return getattr(find() if callable(find) else None, "num_embeddings", None)
+    try:
+        table = find() if callable(find) else None
+    except NotImplementedError:
+        # Models without one table of words, such as those of characters.
+        return None
+    return getattr(table, "num_embeddings", None)
 
 
 def token_budget(batch_tokens: int | str, model: nn.Module) -> int:

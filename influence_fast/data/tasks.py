@@ -46,8 +46,11 @@ _HEADS = {
     "WithLMHead": "masked-lm",
     "XLNetLMHead": "masked-lm",
     "ForCausalLM": "causal-lm",
+    "BertGenerationDecoder": "causal-lm",
     "LMHead": "causal-lm",
 }
+# Causal models whose own loss takes each label at its own place, not one token later: decoders of encoder-decoders.
+_UNSHIFTED = ("Bart", "Pegasus", "Blenderbot", "BlenderbotSmall", "Marian", "Mvp", "TrOCR", "Whisper", "CpmAnt")
 _PROBLEMS = {
     "regression": "regression",
     "single_label_classification": "classification",
@@ -85,6 +88,12 @@ def config_of(model: nn.Module) -> Any:
     return config if text is None else text
 
 
+def head_config(model: nn.Module) -> Any:
+    """The config that counts the head's labels: the model's own, not that of its text model; None without any."""
+    own = getattr(unwrapped(model), "config", None)
+    return config_of(model) if own is None else own
+
+
 def device_of(model: nn.Module) -> torch.device:
     """Where the model is."""
     return next((p.device for p in model.parameters()), torch.device("cpu"))
@@ -115,6 +124,8 @@ def head_of(model: nn.Module) -> str | None:
     name = type(inner).__name__
     if "ForConditionalGeneration" in name or name == "EncoderDecoderModel":
         return "seq2seq" if getattr(inner.config, "is_encoder_decoder", False) else "causal-lm"
+    if any(f"{part}ForCausalLM" in name for part in _UNSHIFTED):
+        return "masked-lm"
     return head_named(name)
 
 
@@ -129,7 +140,7 @@ def loss_of(model: nn.Module, row: Mapping[str, Any]) -> str:
     if labels is None and all(row.get(name) is not None for name in SPAN):
         return "question-answering"
     if head == "classification":
-        config = config_of(model)
+        config = head_config(model)
         given = getattr(config, "problem_type", None)
         if given is not None:
             return _PROBLEMS[given]

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from influence_fast.data.batching import Loss, checked_rows, token_budget
 from influence_fast.errors import InputError
 from influence_fast.gradients.job import prepare_job, write_store
-from influence_fast.gradients.layers import select_layers
+from influence_fast.gradients.layers import quantised_layers, select_layers
 from influence_fast.gradients.model_state import as_evaluated
 from influence_fast.gradients.settings import BuildSettings
 from influence_fast.gradients.store import GradientStore
@@ -47,6 +47,7 @@ def build_store(
     precision: str | None = None,
     verify: bool = True,
     strict: bool = False,
+    tokenizer: Any = None,
 ) -> GradientStore:
     """Per-sample gradients of ``model`` on every row of ``dataset``, kept in a folder.
 
@@ -81,6 +82,9 @@ def build_store(
         verify: first compare what is captured of a few rows with the literal gradients
             (:func:`~influence_fast.verify_capture`), and take a slower way where the fast one is not right.
         strict: refuse instead of taking a slower way.
+        tokenizer: what made the rows of texts, if anything did. The store keeps what tells it and its chat template apart,
+            as it does of the model's class, config and adapters and of a loss's code and bound arguments, beside the loss
+            and gradient of two rows. A build that goes on finds all of it again and refuses what differs.
 
     Returns:
         The finished store, with columns ``loss`` (float32) and, for classes and choices, ``correct`` and ``prediction``.
@@ -88,7 +92,8 @@ def build_store(
     Raises:
         InputError: an empty set, a missing column, labels out of range, token ids beyond the vocabulary, rows that are
             empty or longer than the model's context, non-finite losses or gradients (names layer and row).
-        StoreError: ``path`` holds a store of another model, projection or data set.
+        StoreError: ``path`` holds a store of another model, projection or data set, or of another computation; names
+            the first thing that differs.
     """
     settings = BuildSettings(
         layers,
@@ -103,7 +108,7 @@ def build_store(
         verify,
         strict,
     )
-    return build_from(path, model, dataset, settings, ids=ids, resume=resume, progress=progress)
+    return build_from(path, model, dataset, settings, ids=ids, resume=resume, progress=progress, tokenizer=tokenizer)
 
 
 def build_from(
@@ -115,12 +120,13 @@ def build_from(
     ids: Sequence[int | str] | None = None,
     resume: bool = True,
     progress: bool = True,
+    tokenizer: Any = None,
 ) -> GradientStore:
     """:func:`build_store` with its settings as one object."""
     facts: dict[str, Any] = {}
     if settings.verify:
         settings, facts = verified_settings(model, dataset, settings, ids)
-    job = prepare_job(model, dataset, settings, ids, recorded(path, "batch_tokens"), facts)
+    job = prepare_job(model, dataset, settings, ids, recorded(path, "batch_tokens"), facts, tokenizer)
     return write_store(path, job, resume, progress)
 
 
@@ -141,6 +147,10 @@ def verified_settings(
     ids: Sequence[int | str] | None = None,
 ) -> tuple[BuildSettings, dict[str, Any]]:
     """The settings with the way that verification found, and what is worth knowing of it."""
+    # Layers that were named one by one are meant, whatever training changed.
+    named = not isinstance(settings.layers, str)
+    if not named and (quantised := quantised_layers(model)):
+        _log.warning("quantised and frozen, so without a gradient: %s", _some(quantised))
     settings = replace(settings, layers=select_layers(model, settings.layers))
     report = None
     if can_be_verified(model):
@@ -148,14 +158,20 @@ def verified_settings(
         tokens = token_budget(settings.batch_tokens, model)
         report = plan_capture(model, rows, kind, settings, most_tokens=tokens, strict=settings.strict)
         say(report, list(settings.layers))
-        settings = replace(settings, exact=report.exact, one_row=report.one_row)
-    return settings, _facts(model, settings, report)
+        settings = replace(
+            settings,
+            exact=report.exact,
+            one_row=report.one_row,
+            followed=report.followed,
+            layouts=report.layouts,
+        )
+    return settings, _facts(model, settings, report, named)
 
 
-def _facts(model: nn.Module, settings: BuildSettings, report: CaptureReport | None) -> dict[str, Any]:
+def _facts(model: nn.Module, settings: BuildSettings, report: CaptureReport | None, named: bool) -> dict[str, Any]:
     """What is worth knowing of a store that another build of it need not share: what was verified, what is covered."""
     covered, trained, missing = covered_share(model, settings.layers)
-    if trained and not covered:
+    if trained and not covered and not named:
         raise InputError(
             f"layers: none of the {trained:,} trained numbers is in the selected layers (trained are {_some(missing)}); "
             "layers='trained' selects them"

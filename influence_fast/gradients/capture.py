@@ -9,152 +9,40 @@ autograd graph, so weights need no ``requires_grad``; where nothing below does, 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from influence_fast import ops
+from influence_fast.data.batching import Loss
 from influence_fast.errors import InputError
-from influence_fast.gradients.layers import (
-    is_conv1d,
-    is_expert,
-    layer_shape,
-    named_layers,
-    other_parameters,
-    select_layers,
-    uncompiled,
-)
+from influence_fast.gradients.captured_layer import CapturedLayer, GradientRecords, Places, Receiver, Uses
+from influence_fast.gradients.exact_layers import ExactLayers
+from influence_fast.gradients.experts import Routed, experts_forward
+from influence_fast.gradients.followed_uses import FollowedUses, Use
+from influence_fast.gradients.layers import is_expert, select_layers
 from influence_fast.gradients.model_state import is_sharded
-from influence_fast.ops import philox
-from influence_fast.ops.arguments import accumulator
-from influence_fast.ops.projections import Projection, Side
+from influence_fast.gradients.plain_layers import conv_gradients, is_matrix, plain_kind
+from influence_fast.gradients.sample_rows import (
+    Operand,
+    OutputHook,
+    SampleRows,
+    TokenIds,
+    UnseenUse,
+    batch_size,
+    exactly,
+    oriented,
+    promoted,
+)
+from influence_fast.gradients.token_gradients import tokens_gradient
+from influence_fast.ops.projections import Projection
 
 _log = logging.getLogger("influence_fast")
-
-# The unprojected gradient of an embedding is as large as its table, for every sample.
-_DENSE_EMBEDDING_BYTES = 4 << 30
-_TOKEN_ENTRIES = 1 << 20
-_GROUP_ENTRIES = 1 << 22
-
-
-class _OutputHook(torch.autograd.Function):
-    """Identity whose backward hands the output gradient to ``receive``; ``anchor`` makes it part of a graph."""
-
-    @staticmethod
-    def forward(ctx: Any, output: Tensor, anchor: Tensor, receive: Callable[[Tensor], None]) -> Tensor:
-        ctx.receive = receive
-        return output.detach()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None]:
-        ctx.receive(grad.detach())
-        return grad if ctx.needs_input_grad[0] else None, None, None
-
-
-@dataclass(frozen=True)
-class TokenIds:
-    """One-hot rows of width ``size``, kept as their ids ``(N, T)``: the inputs of an embedding."""
-
-    ids: Tensor
-    size: int
-
-
-@dataclass(frozen=True)
-class SampleRows:
-    """Whose tokens a layer sees: those of ``count`` samples, of one length, or as ``index (N, T)`` numbers ``tokens``."""
-
-    count: int
-    tokens: int = 0
-    index: Tensor | None = None
-
-    def unfold(self, x: Tensor, features: int, name: str) -> Tensor:
-        """``x`` as ``(N, T, features)``; tokens flattened into the batch are unfolded, packed ones padded with 0."""
-        tokens = x.numel() // features
-        if self.index is not None:
-            if tokens != self.tokens:
-                raise InputError(f"layer {name!r}: expected {self.tokens} packed tokens, got shape {tuple(x.shape)}")
-            return nn.functional.pad(x.reshape(tokens, features), (0, 0, 0, 1))[self.index.to(x.device)]
-        if self.count != 1 and x.shape[0] != self.count and (x.dim() != 2 or tokens % max(self.count, 1)):
-            raise InputError(
-                f"layer {name!r}: expected {self.count} samples in the first dimension, got shape {tuple(x.shape)}"
-            )
-        return x.reshape(self.count, tokens // self.count if self.count else 0, features)
-
-
-Operand = Tensor | TokenIds
-# The projected factors (N, T, k_in) and (N, T, k_out) of a gradient that is not formed yet.
-Factors = tuple[Tensor, Tensor]
-
-
-class _Operator(NamedTuple):
-    """A side, and the constant that what it projects gets as one more feature where it has one too few: 1 for a bias."""
-
-    side: Side
-    constant: float = 0.0
-
-
-@dataclass
-class CapturedLayer:
-    """One weight matrix: its gradient's shape ``(out, in)``, bias column included, and what projects it."""
-
-    name: str
-    shape: tuple[int, int]
-    dim: int
-    bias: bool
-    left: Side | None = None
-    right: Side | None = None
-    single: Side | None = None
-    turned: bool = False
-    """Whether the parameter is the gradient's ``(out, in)`` transposed: an embedding's table, a Conv1D's weight."""
-    vector: str = ""
-    """``bias`` or ``weight`` where this is a vector that is added to, or multiplied with, every token."""
-    operators: tuple[tuple[_Operator, _Operator], ...] = ()
-    """Of the input and of the output gradient of a use; then of a use with the weight transposed. None for one side."""
-
-    def __post_init__(self) -> None:
-        if self.left is not None and self.right is not None:
-            straight = _Operator(self.right, float(self.bias)), _Operator(self.left)
-            self.operators = straight, (straight[1], _Operator(self.right))
-
-    def projected(self, gradients: Tensor, matrices: ops.Matrices) -> Tensor:
-        """Whole gradients ``(N, out, in)`` as they are kept: ``(N, dim)``."""
-        if self.left is not None and self.right is not None:
-            right = matrices.project(gradients, (self.right,), (0.0,))[0]
-            return matrices.project(right.mT.contiguous(), (self.left,))[0].mT.flatten(1)
-        flat = gradients.flatten(1)
-        return flat if self.single is None else ops.sketch(flat, self.single)
-
-
-@dataclass
-class _SharedInput:
-    """One input of the layers called with it in a row (q, k, v; gate, up), projected for all of them at once.
-
-    ``projected`` has the ``(N, T, k)`` of each of ``operators`` once there are; ``users`` are those of the layers that came.
-    """
-
-    tensor: Tensor
-    rows: Tensor
-    version: int
-    operators: tuple[_Operator, ...] = ()
-    users: list[_Operator] = field(default_factory=list)
-    projected: tuple[Tensor, ...] = ()
-
-    def serves(self, x: Tensor, operator: _Operator) -> bool:
-        same = self.tensor is x and self.version == x._version and operator not in self.users
-        return same and (operator in self.operators or not self.projected)
-
-    def project(self, matrices: ops.Matrices) -> None:
-        if not self.projected:
-            if self.tensor._version != self.version:
-                layer = self.operators[0].side.identifier.rsplit("/", 1)[0]
-                raise InputError(f"layer {layer!r}: its input was changed in place after the layer saw it")
-            sides, constants = zip(*self.operators, strict=True)
-            self.projected = matrices.project(self.rows, sides, constants)
 
 
 class GradientCapture:
@@ -173,18 +61,28 @@ class GradientCapture:
         projection: a :class:`~influence_fast.Projection` or its text; identity keeps whole gradients.
         bias: give the gradient of a layer that has a bias one more input column, of the bias (off by default).
         exact: names of the layers that autograd itself differentiates, for uses of a weight that hooks do not see. They, and
-            parameters that are no layer's weight (norms, biases, ...), need a batch of one sample.
+            parameters that neither a hook nor their uses can give (recurrent cells, batch norms, ...), need a batch of one
+            sample.
+        followed: names of the layers that are captured at the operations which their parameter enters, not at their module:
+            embeddings that are scaled, weights that are also read beside their module. Routers always are.
+        layouts: where the samples of some layers are, if not in the first dimension of what they see: ``second``;
+            ``grouped`` for several rows a sample, one behind the other; ``parts`` for all samples in each of several
+            parts.
+        batched: :meth:`differentiate` gives the exact layers of batches of any size.
 
     The loss must be the **sum** of per-sample losses: with a mean every gradient is divided by the batch size. A weight
     that several modules share (tied embedding and head) has the sum over its uses, as autograd would give it, which
     takes the backward down to the lowest of them. Call :meth:`pop` after each backward. Modules that were compiled by
-    ``torch.compile`` run eagerly inside, because compiled code does not see hooks that come later.
+    ``torch.compile`` run eagerly inside, because compiled code does not see hooks that come later. Experts that share one
+    parameter run by steps of our own, the same as theirs.
 
     Raises:
         InputError: unknown layers; modules whose per-sample gradient cannot be told from their input and output;
             a second forward before the first batch's gradients were popped; inputs changed in place after a layer
             saw them; gradients whose rows are not samples.
     """
+
+    _kept_in = GradientRecords
 
     def __init__(
         self,
@@ -194,58 +92,59 @@ class GradientCapture:
         *,
         bias: bool = False,
         exact: Iterable[str] = (),
+        followed: Iterable[str] = (),
+        layouts: Mapping[str, str] | None = None,
+        batched: bool = False,
     ) -> None:
         self.model = model
         self.projection = Projection.parse(projection)
         self.layers = select_layers(model, layers)
-        modules, parameters = named_layers(model), other_parameters(model)
-        vectors = {
-            name: (module, leaf)
-            for name, (module, leaf) in vector_owners(model).items()
-            if name in parameters and name not in set(exact)
+        self._layouts, self._batched = dict(layouts or {}), batched
+        self._matrices = ops.Matrices()
+        self._records = self._kept_in(self._matrices, self._formed, ops.outer)
+        places = Places.of(model, self.layers, self.projection, bias, frozenset(exact), frozenset(followed))
+        self._layers, self._uses, self._experts = places.layers, places.uses, places.experts
+        self._followed = {id(parameter): layers for parameter, layers in places.followed}
+        self._follow = [parameter for parameter, _ in places.followed]
+        self._exact = ExactLayers(
+            model, {name: (partial(layer.as_kept, matrices=self._matrices), own) for name, layer, own in places.exact}
+        )
+        self._one_sample = {
+            module for module, uses in self._uses.items() if any(is_expert(use[0].name) for use in uses)
         }
-        self.exact = [
-            name for name in self.layers if name in set(exact) or (name in parameters and name not in vectors)
-        ]
-        self._layers = [
-            _layer(name, modules[name], self.projection, bias)
-            if name in modules
-            else _parameter_layer(name, parameters[name], self.projection)
-            for name in self.layers
-        ]
-        # Weight, then bias where the gradient has a column for it.
-        self._parameters: dict[str, list[nn.Parameter]] = {}
-        for layer in self._layers:
-            if layer.name in set(self.exact):
-                self._parameters[layer.name] = owned_parameters(layer, modules, parameters)
-        self._uses: dict[nn.Module, list[tuple[CapturedLayer, bool]]] = {}
-        for layer in self._layers:
-            if layer.name in self._parameters:
-                continue
-            if layer.name in vectors:
-                module, leaf = vectors[layer.name]
-                layer.vector = leaf
-                self._uses.setdefault(module, []).append((layer, False))
-                continue
-            owner = modules[layer.name]
-            for module in modules.values():
-                if module is owner or _weight(module) is _weight(owner):
-                    transposed = isinstance(module, nn.Embedding) != isinstance(owner, nn.Embedding)
-                    self._uses.setdefault(module, []).append((layer, transposed))
         self._plain: set[nn.Module] = set()
         self._handles: list[Any] = []
         self._stance = ExitStack()
-        self._matrices = ops.Matrices()
-        self._shared: _SharedInput | None = None
-        self._together: dict[_Operator, tuple[_Operator, ...]] = {}
+        self._mode: FollowedUses | None = None
         self._anchor = torch.zeros((), requires_grad=True)
         self._batch: int | None = None
-        self._part: tuple[int, int] | None = None
+        self._rows = 1
         self._packed: SampleRows | None = None
-        self._factors: dict[str, Factors] = {}
-        self._gradients: dict[str, Tensor] = {}
+        self._off = False
+        self._unseen: dict[str, UnseenUse] = {}
         self._warned: set[str] = set()
-        self._flags: list[tuple[nn.Parameter, bool, Tensor | None]] = []
+        self.says_unused = True
+        """Whether a layer that the loss does not depend on is logged."""
+        self.expanded: set[str] = set()
+        """Layers whose input came once for the whole batch and was repeated for each sample."""
+
+    def _formed(
+        self, layer: CapturedLayer, seen: Operand, dy: Tensor, transposed: bool = False, lengths: Tensor | None = None
+    ) -> Tensor:
+        """A layer's gradients ``(N, dim)`` of inputs and output gradients ``(N, T, features)``, or packed by ``lengths``."""
+        if isinstance(seen, TokenIds):
+            return tokens_gradient(layer.name, layer.single, seen, transposed, dy, self._matrices)
+        x, dy = oriented(seen, dy, transposed)
+        if layer.operators:
+            return ops.project_outer(x, dy, layer.right, layer.left, lengths).flatten(1)
+        if layer.single is not None:
+            return ops.sketch_outer(x, dy, layer.single, lengths)
+        return ops.outer(x, dy, lengths).flatten(1)
+
+    @property
+    def exact(self) -> list[str]:
+        """Names of the layers that autograd differentiates."""
+        return self._exact.names
 
     @property
     def dims(self) -> dict[str, int]:
@@ -260,28 +159,26 @@ class GradientCapture:
     @property
     def identifiers(self) -> dict[str, dict[str, str]]:
         """Identifier of each layer's random matrices by role (left, right, single); empty for identity."""
-        roles = ("left", "right", "single")
-        return {
-            layer.name: {role: side.identifier for role in roles if (side := getattr(layer, role)) is not None}
-            for layer in self._layers
-        }
+        return {layer.name: layer.identifiers for layer in self._layers}
 
     def clear(self) -> None:
         """Forget what has arrived since the last :meth:`pop`, such as part of a backward that failed."""
-        self._gradients, self._factors = {}, {}
-        self._shared = None
-        for parameter, _, _ in self._flags:
-            parameter.grad = None
+        self._unseen = {}
+        self._records.clear()
+        self._exact.clear()
+        if self._mode is not None:
+            self._mode.clear()
 
     @contextmanager
     def part(self, begin: int, end: int, total: int) -> Iterator[None]:
         """Within, layers see samples ``[begin, end)`` of ``total`` (all or some of their tokens), and what arrives is
         added to those rows: for a loss that runs the head, forward and backward, in chunks."""
-        self._batch, self._part = total, (begin, end)
+        self._batch = self._records.total = total
+        self._records.part = begin, end
         try:
             yield
         finally:
-            self._part = None
+            self._records.part = None
 
     @contextmanager
     def packed(self, lengths: Iterable[int]) -> Iterator[None]:
@@ -296,15 +193,7 @@ class GradientCapture:
         Raises:
             InputError: lengths that are not positive; a layer that sees another number of tokens.
         """
-        sizes = [int(length) for length in lengths]
-        if not sizes or min(sizes) < 1:
-            raise InputError(f"lengths: expected positive numbers of tokens, got {sizes[:8]}")
-        total, step = sum(sizes), torch.arange(max(sizes))
-        ends = torch.tensor(sizes).cumsum(0)
-        starts = ends - torch.tensor(sizes)
-        # The row behind the last token is zero.
-        index = torch.where(step < torch.tensor(sizes)[:, None], starts[:, None] + step, total)
-        self._packed = SampleRows(len(sizes), total, index)
+        self._packed = SampleRows.packed(lengths)
         try:
             yield
         finally:
@@ -316,25 +205,33 @@ class GradientCapture:
         if any(getattr(m, "_compiled_call_impl", None) or hasattr(m, "_orig_mod") for m in self.model.modules()):
             self._stance.enter_context(torch.compiler.set_stance("force_eager"))
         self._handles.append(self.model.register_forward_pre_hook(self._begin, with_kwargs=True))
-        for module in self._uses:
-            self._handles.append(module.register_forward_hook(self._see, with_kwargs=True))
+        for module, uses in self._uses.items():
+            conv, table = isinstance(module, nn.modules.conv._ConvNd), isinstance(module, nn.Embedding)
+            watch = self._watch_conv if conv else self._watch_table if table else self._watch
+            self._handles.append(module.register_forward_hook(partial(self._see, uses, watch), with_kwargs=True))
         self._handles.append(self.model.register_forward_hook(self._end))
-        for parameter in self._exact_parameters():
-            self._flags.append((parameter, parameter.requires_grad, parameter.grad))
-            parameter.grad = None
-            parameter.requires_grad_(True)
+        for module in self._experts:
+            # An instance's own forward goes before its class's.
+            own = module.__dict__.get("forward")
+            self._stance.callback(
+                partial(setattr, module, "forward", own) if own else partial(delattr, module, "forward")
+            )
+            cast(Any, module).forward = partial(self._see_experts, module, module.forward)
+        if self._follow:
+            self._mode = FollowedUses(self._follow, self._see_followed, self._lose)
+            self._stance.enter_context(self._mode)
+        if not self._batched:
+            self._exact.begin()
+            self._stance.callback(self._exact.end)
         return self
 
     def __exit__(self, *error: object) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        for parameter, flag, grad in self._flags:
-            parameter.requires_grad_(flag)
-            parameter.grad = grad
-        self._flags.clear()
         self._stance.close()
         self.clear()
+        self._mode = None
         self._batch = None
 
     def pop(self) -> dict[str, Tensor]:
@@ -342,451 +239,263 @@ class GradientCapture:
 
         A selected layer that the loss does not depend on has zeros; that is logged once.
         """
-        self._take_exact()
-        if not self._gradients and not self._factors:
-            raise InputError(
-                "capture: no gradient has arrived; run forward (with gradients enabled) and backward before pop()"
-            )
-        self._form()
-        sample = next(iter(self._gradients.values()))
-        rows = {name: len(gradient) for name, gradient in self._gradients.items()}
+        self._raise_unseen()
+        if not self._batched and self._exact:
+            if self._batch not in (None, 1) or self._packed is not None:
+                raise InputError(
+                    f"layer {self.exact[0]!r}: autograd gives the gradient of the whole batch, so it takes one sample a "
+                    f"batch, got {self._batch}"
+                )
+            self._records.add(self._exact.left_by_backward())
+        if not self._records.pending:
+            message = "capture: no gradient has arrived; run forward (with gradients enabled) and backward before pop()"
+            followed = {layer.name: "exact" for layers in self._followed.values() for layer in layers}
+            # A use inside a function of its own for autograd is not seen.
+            raise UnseenUse(followed, message) if followed else InputError(message)
+        self._records.form()
+        arrived = self._records.gradients
+        sample = next(iter(arrived.values()))
+        rows = {name: len(gradient) for name, gradient in arrived.items()}
         if len(set(rows.values())) > 1:
             raise InputError(f"capture: layers disagree on the number of samples: {rows}")
         out = {}
         for layer in self._layers:
-            if layer.name not in self._gradients and layer.name not in self._warned:
+            found = arrived.get(layer.name)
+            # An expert that no token goes to is no news.
+            if found is None and layer.number is None and self.says_unused and layer.name not in self._warned:
                 self._warned.add(layer.name)
                 _log.warning("the loss does not depend on layer %r: its gradients are zero", layer.name)
-            found = self._gradients.get(layer.name)
             out[layer.name] = sample.new_zeros(len(sample), layer.dim) if found is None else found
         self.clear()
         return out
 
-    def _take_exact(self) -> None:
-        """Gradients that autograd left on the parameters, of the one sample there was."""
-        if not self._flags:
-            return
-        if self._batch not in (None, 1) or self._packed is not None:
-            raise InputError(
-                f"layer {self.exact[0]!r}: autograd gives the gradient of the whole batch, so it takes one sample a batch, "
-                f"got {self._batch}"
-            )
-        for layer in self._layers:
-            owned = self._parameters.get(layer.name, [])
-            grads = [parameter.grad for parameter in owned]
-            if any(grad is not None for grad in grads):
-                self._gradients[layer.name] = self.as_kept(layer, owned, grads, self._matrices)
+    def differentiate(self, loss: Loss, batch: Mapping[str, Tensor]) -> None:
+        """Add the exact layers' gradients of a batch to what :meth:`pop` gives, by passes of their own.
 
-    def as_kept(
-        self, layer: CapturedLayer, owned: Sequence[Tensor], grads: Sequence[Tensor | None], matrices: ops.Matrices
-    ) -> Tensor:
-        """What autograd gives for a layer's weight (and bias) as it is kept of one sample: ``(1, dim)``."""
-        weight, *bias = [
-            (torch.zeros_like(parameter) if grad is None else grad).detach().to(accumulator(parameter.dtype))
-            for parameter, grad in zip(owned, grads, strict=True)
-        ]
-        matrix = weight.T if layer.turned else weight.flatten(1) if weight.dim() > 1 else weight[..., None]
-        if bias:
-            matrix = torch.cat([matrix, bias[0][:, None]], 1)
-        return layer.projected(matrix.reshape(1, *layer.shape), matrices)
+        ``loss(model, batch)`` is one number a row, by operations that ``torch.func`` can follow.
+        """
+        if not self._exact or not self._batched:
+            return
+        with self._unwatched():
+            self._records.add(self._exact.of_batch(loss, batch))
+
+    @property
+    def one_by_one(self) -> str:
+        """Why ``torch.func`` could not run some batch of :meth:`differentiate`; empty where it could."""
+        return self._exact.failure
+
+    @contextmanager
+    def _unwatched(self) -> Iterator[None]:
+        self._off = True
+        try:
+            yield
+        finally:
+            self._off = False
+
+    def _raise_unseen(self) -> None:
+        if self._unseen:
+            first = next(iter(self._unseen.values()))
+            unseen, self._unseen = self._unseen, {}
+            raise UnseenUse({name: error.remedies[name] for name, error in unseen.items()}, str(first))
 
     @property
     def captured_layers(self) -> list[CapturedLayer]:
         """The layers with their shapes and sides."""
         return list(self._layers)
 
-    def _exact_parameters(self) -> list[nn.Parameter]:
-        """Each of them once, also where two layers share one."""
-        return list({id(p): p for found in self._parameters.values() for p in found}.values())
-
-    def _form(self) -> None:
-        """Gradients from their factors: one call for all layers of one shape, as far as copying them together pays."""
-        groups: dict[Any, list[str]] = {}
-        for name, (x, dy) in self._factors.items():
-            key = (x.shape, dy.shape, x.dtype, x.device)
-            groups.setdefault(key, []).append(name)
-        for names in groups.values():
-            largest = max(factor.numel() for factor in self._factors[names[0]])
-            step = max(1, _GROUP_ENTRIES // max(1, largest))
-            for begin in range(0, len(names), step):
-                chosen = names[begin : begin + step]
-                xs, dys = zip(*(self._factors[name] for name in chosen), strict=True)
-                formed = _product(torch.cat(xs), torch.cat(dys)) if len(chosen) > 1 else _product(xs[0], dys[0])
-                self._gradients.update(zip(chosen, formed.chunk(len(chosen)), strict=True))
-        self._factors = {}
-
-    def _pending(self) -> bool:
-        """Whether gradients have arrived that nobody popped."""
-        return bool(self._gradients or self._factors)
-
     def _begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not torch.is_grad_enabled():
+        if self._off or not torch.is_grad_enabled():
             return
-        if self._pending():
+        if self._records.pending:
             raise InputError("capture: pop() the gradients of one batch before the forward of the next")
-        self._batch = _batch_size(args, kwargs)
+        self._batch = batch_size(args, kwargs)
+        self._rows = self._batch or 1
 
     def _end(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if self._shared is not None:
-            with _exactly(self._shared.rows):
-                self._flush()
+        shared = self._records.shared
+        if shared.last is not None:
+            with exactly(shared.last.rows):
+                shared.flush()
+        if not self._off:
+            self._raise_unseen()
 
-    def _see(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
-        if not torch.is_grad_enabled():
+    def _see(
+        self,
+        uses: Uses,
+        watch: Callable[..., Tensor],
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        output: Tensor,
+    ) -> Tensor | None:
+        if self._off or not torch.is_grad_enabled():
             return None
         x = args[0] if args else next(iter(kwargs.values()))
-        if module not in self._plain:
-            self._check_plain(module, x, output)
-        if self._batch != 1 and is_expert(self._uses[module][0][0].name):
-            raise InputError(
-                f"layer {self._uses[module][0][0].name!r}: one expert of a mixture sees routed tokens without their "
-                f"sample, so it takes one sample a batch, got {self._batch}"
-            )
-        name, samples = self._uses[module][0][0].name, self._samples(x)
-        seen: Operand
-        if isinstance(module, nn.Embedding):
-            if self._batch is not None and x.dim() == 2 and x.shape[0] == 1 < self._batch:
-                # Positions come once for the whole batch; only a copy for each sample has a gradient for each.
-                x, output = x.expand(self._batch, -1), output.expand(self._batch, -1, -1)
-            if x.dim() != 2 and self._batch != 1:
-                raise InputError(f"layer {name!r}: expected ids of shape (N, T), got {tuple(x.shape)}")
-            seen = TokenIds(samples.unfold(x[..., None], 1, name)[..., 0], module.num_embeddings)
-        else:
-            seen = x
-        with _exactly(output):
-            receivers = [self._record(module, *use, seen, samples) for use in self._uses[module]]
-        return _OutputHook.apply(output, self._anchor, partial(self._receive, module, name, samples, seen, receivers))
+        if module not in self._plain and not self._is_plain(module, uses, x, output):
+            return None
+        return watch(module, uses, x, output)
 
-    def _check_plain(self, module: nn.Module, x: Tensor, output: Any) -> None:
-        """Raise where a layer's output is not that of its weight and bias alone; once for each module."""
-        name = self._uses[module][0][0].name
-        weight = cast(Tensor, module.weight)
-        matrix = isinstance(module, nn.Linear | nn.Embedding) or is_conv1d(module)
-        packed = not weight.is_floating_point() or (matrix and tuple(weight.shape) != _weight_shape(module))
-        if is_sharded(weight) or packed:
-            # A part of a weight, or a packed one: there is nothing to compare with.
-            self._plain.add(module)
+    def _watch_table(self, module: nn.Embedding, uses: Uses, x: Tensor, output: Tensor) -> Tensor:
+        ids = TokenIds(x, len(module.weight), module.weight.dtype, module.padding_idx)
+        return self._watch_ids(module, uses, x, output, ids)
+
+    def _watch_ids(self, module: nn.Module | None, uses: Uses, x: Tensor, output: Tensor, ids: TokenIds) -> Tensor:
+        name, batch = uses[0][0].name, self._batch
+        shared = (x.dim() == 1 and len(x) != batch) or (x.dim() == 2 and len(x) == 1)
+        if shared and batch is not None and batch > 1:
+            # Positions come once for the whole batch; only a copy for each sample has a gradient for each.
+            self.expanded.add(name)
+            x, output = x.expand(self._rows, x.shape[-1]), output.expand(self._rows, *output.shape[-2:])
+        elif x.dim() == 2:
+            self._rows = len(x)
+        if x.dim() != 2 and batch != 1:
+            message = f"layer {name!r}: expected ids of shape (N, T), got {tuple(x.shape)}"
+            return self._later(output, UnseenUse({name: "exact"}, message))
+        return self._watch(module, uses, x, output, ids)
+
+    def _watch_conv(self, module: nn.Module, uses: Uses, x: Tensor, output: Tensor) -> Tensor:
+        if self._packed is not None or (self._batch is not None and x.shape[0] != self._batch):
+            name = uses[0][0].name
+            message = (
+                f"layer {name!r}: expected {self._batch} samples in the first dimension, got shape {tuple(x.shape)}"
+            )
+            return self._later(output, UnseenUse({layer.name: "exact" for layer, _ in uses}, message))
+        seen, version = x.detach(), x._version
+
+        def receive(grad: Tensor) -> None:
+            if seen._version != version:
+                raise InputError(f"layer {uses[0][0].name!r}: its input was changed in place after the layer saw it")
+            with exactly(grad):
+                for layer, _ in uses:
+                    found = conv_gradients(module, layer.vector, seen, grad)
+                    self._records.keep(layer, layer.projected(found, self._matrices))
+
+        return OutputHook.apply(output, self._anchor, receive)
+
+    def _see_experts(self, module: nn.Module, own: Callable[..., Tensor], *args: Tensor, **kwargs: Tensor) -> Tensor:
+        if self._off or not torch.is_grad_enabled():
+            return own(*args, **kwargs)
+        hidden, index, weights = *args, *kwargs.values()
+        layers = self._experts[module]
+        tokens = hidden.numel() // hidden.shape[-1]
+        names = [layer.name for leaf in layers.values() for layer in leaf.values()]
+        samples = self._samples(hidden, names[0])
+        if samples.index is None and tokens % max(1, samples.count):
+            message = f"layer {names[0]!r}: {tokens} tokens of {samples.count} samples came to its experts"
+            self._note(UnseenUse(dict.fromkeys(names, "exact"), message))
+            return own(hidden, index, weights)
+
+        def see(leaf: str, routed: Routed, x: Tensor, y: Tensor) -> Tensor:
+            parts = [layers[name] for name in (leaf, f"{leaf}_bias") if name in layers]
+            if not parts:
+                return y
+            x = x.detach()
+
+            def receive(dy: Tensor) -> None:
+                with exactly(dy):
+                    self._records.add_experts(parts, routed, *promoted(x, dy))
+
+            return OutputHook.apply(y, self._anchor, receive)
+
+        return experts_forward(module, hidden, index, weights, samples, see)
+
+    def _see_followed(self, uses: list[Use], output: Tensor) -> Tensor:
+        if self._off:
+            return output
+        first = uses[0]
+        found = [
+            (layer, not use.bias and use.by_rows != layer.turned)
+            for use in uses
+            for layer in self._followed[id(use.parameter)]
+        ]
+        if first.ids:
+            ids = TokenIds(first.x, len(first.parameter), first.parameter.dtype, first.padding)
+            return self._watch_ids(None, found, first.x, output, ids)
+        if first.columns:
+            return self._watch(None, found, first.x.mT, output.mT).mT
+        return self._watch(None, found, first.x, output)
+
+    def _lose(self, parameter: nn.Parameter, operation: str) -> None:
+        if self._off:
             return
-        with torch.no_grad():
-            expected = _plain_output(module, x)
-        same = isinstance(output, Tensor) and output.shape == expected.shape
-        if same:
-            scale = float(expected.abs().max()) if expected.numel() else 0.0
-            loose = 1e-3 if output.dtype in (torch.float32, torch.float64) else 3e-2
-            same = torch.allclose(output.detach().to(expected.dtype), expected, rtol=loose, atol=loose * scale)
-        if not same:
-            raise UnseenUse(
-                [layer.name for layer, _ in self._uses[module]],
-                f"layer {name!r}: the output of its {type(module).__name__} is not that of a plain layer with its weight (a "
-                "forward or a hook of its own), so its gradient cannot be told from inputs and outputs; name it in exact=",
+        for layer in self._followed[id(parameter)]:
+            message = f"layer {layer.name!r}: autograd alone can tell its gradient from a use in {operation} (exact=)"
+            self._note(UnseenUse({layer.name: "exact"}, message))
+
+    def _is_plain(self, module: nn.Module, uses: Uses, x: Tensor, output: Any) -> bool:
+        """Whether hooks can tell this module's gradient, once for each module; what they cannot is noted."""
+        name = uses[0][0].name
+        if module in self._one_sample:
+            if self._batch == 1:
+                return True
+            message = (
+                f"layer {name!r}: one expert of a mixture sees routed tokens without their sample, so it takes one sample "
+                f"a batch, got {self._batch}"
             )
+            self._note(UnseenUse({layer.name: "exact" for layer, _ in uses}, message))
+            return False
+        kind = "mean" if isinstance(module, nn.LayerNorm) else "square"
+        if not is_sharded(cast(Tensor, module.weight)):
+            kind = plain_kind(module, x, output)
+        if not kind:
+            message = (
+                f"layer {name!r}: the output of its {type(module).__name__} is not that of a plain layer with its weight (a "
+                "forward of its own, or a hook that changes it); followed= or exact= captures it"
+            )
+            remedy = "followed" if is_matrix(module) else "exact"
+            self._note(UnseenUse({layer.name: remedy for layer, _ in uses}, message))
+            return False
+        for layer, _ in uses:
+            layer.normal = kind
         self._plain.add(module)
+        return True
 
-    def _share(self, x: Tensor, samples: SampleRows, operator: _Operator) -> tuple[_SharedInput, int]:
-        """The input that ``operator`` projects, and its place among those that do.
+    def _later(self, output: Tensor, error: UnseenUse) -> Tensor:
+        """The output, with an error that comes true if a gradient arrives: a use without one needs no samples."""
 
-        Which layers read one tensor is known when another tensor comes along, and from then on at the first of them,
-        while the tensor is in cache. Either way it is the same product, to the bit.
-        """
-        shared = self._shared
-        if shared is None or not shared.serves(x, operator):
-            self._flush()
-            rows = samples.unfold(x.detach(), x.shape[-1], operator.side.identifier.rsplit("/", 1)[0])
-            shared = self._shared = _SharedInput(x, rows, x._version, self._together.get(operator, ()))
-            if shared.operators:
-                shared.project(self._matrices)
-        shared.users.append(operator)
-        if not shared.projected:
-            shared.operators = tuple(shared.users)
-        return shared, shared.operators.index(operator)
+        return OutputHook.apply(output, self._anchor, lambda grad: self._note(error))
 
-    def _flush(self) -> None:
-        if self._shared is not None:
-            self._shared.project(self._matrices)
-            self._together[self._shared.users[0]] = tuple(self._shared.users)
-            del self._shared.tensor, self._shared.rows
-            self._shared = None
+    def _note(self, error: UnseenUse) -> None:
+        """Keep what :meth:`pop`, or the end of the forward, raises; the first of each layer."""
+        self._unseen = {**dict.fromkeys(error.remedies, error), **self._unseen}
 
-    def _samples(self, x: Tensor) -> SampleRows:
+    def _samples(self, x: Tensor, name: str) -> SampleRows:
         if self._packed is not None:
             return self._packed
-        if self._part is not None:
-            return SampleRows(self._part[1] - self._part[0])
-        return SampleRows(self._batch if self._batch is not None else x.shape[0])
+        if (part := self._records.part) is not None:
+            return SampleRows(part[1] - part[0])
+        count = self._batch if self._batch is not None else x.shape[0]
+        return SampleRows(count, layout=self._layouts[name]) if name in self._layouts else SampleRows(count)
 
-    def _record(
-        self, module: nn.Module, layer: CapturedLayer, transposed: bool, seen: Operand, samples: SampleRows
-    ) -> Callable[[Tensor], Tensor | Factors]:
-        """Keep what ``layer`` needs of a module's input; the result turns an output gradient into ``(N, dim)``, or
-        into the factors of it."""
-        if layer.vector:
-            return self._record_vector(module, layer, seen, samples)
-        if layer.operators:
-            return self._record_two_sided(module, layer, transposed, seen, samples)
-        if isinstance(seen, TokenIds):
-            return partial(_tokens_gradient, layer, seen, transposed)
-        dense = samples.unfold(seen.detach(), seen.shape[-1], layer.name)
-        if layer.bias and not transposed:
-            dense = nn.functional.pad(dense, (0, 1), value=1.0)
-        version = dense._version
+    def _watch(
+        self, module: nn.Module | None, uses: Uses, x: Tensor, output: Tensor, ids: TokenIds | None = None
+    ) -> Tensor:
+        """The output, joined to a graph that hands its gradient on to the layers of ``uses``."""
+        name = uses[0][0].name
+        if self._layouts and len(uses) > 1:
+            same = [use for use in uses if self._layouts.get(use[0].name) == self._layouts.get(name)]
+            if len(same) < len(uses):
+                output = self._watch(module, [use for use in uses if use not in same], x, output, ids)
+                uses = same
+        samples = self._samples(x, name)
+        try:
+            with exactly(output):
+                seen: Operand = x
+                if ids is not None:
+                    seen = replace(ids, ids=samples.unfold(x[..., None], 1, name)[..., 0])
+                receivers = [self._records.record(module, *use, seen, samples) for use in uses]
+        except UnseenUse as error:
+            [remedy] = error.remedies.values()
+            return self._later(output, UnseenUse({layer.name: remedy for layer, _ in uses}, str(error)))
+        return OutputHook.apply(output, self._anchor, partial(self._receive, uses, samples, seen, receivers))
 
-        def gradient(dy: Tensor) -> Tensor:
-            if dense._version != version:
-                raise InputError(f"layer {layer.name!r}: its input was changed in place after the layer saw it")
-            x, g = _oriented(*promoted(dense, dy), transposed)
-            return ops.outer(x, g).flatten(1) if layer.single is None else ops.sketch_outer(x, g, layer.single)
-
-        return gradient
-
-    def _record_vector(
-        self, module: nn.Module, layer: CapturedLayer, seen: Operand, samples: SampleRows
-    ) -> Callable[[Tensor], Tensor | Factors]:
-        """A bias is the sum of ``dy`` over tokens, a norm's weight the sum of ``dy`` times the normalised input."""
-        scaled: Tensor | None = None
-        if layer.vector == "weight" and isinstance(seen, Tensor):
-            normal = normalised(module, seen.detach())
-            scaled = samples.unfold(normal, normal.shape[-1], layer.name)
-
-        def gradient(dy: Tensor) -> Tensor:
-            dy = dy.to(accumulator(dy.dtype))
-            summed = (dy if scaled is None else dy * scaled).sum(1)
-            return layer.projected(summed[..., None], self._matrices)
-
-        return gradient
-
-    def _record_two_sided(
-        self, module: nn.Module, layer: CapturedLayer, transposed: bool, seen: Operand, samples: SampleRows
-    ) -> Callable[[Tensor], Tensor | Factors]:
-        near, far = layer.operators[transposed]
-
-        def projected(dy: Tensor) -> Tensor:
-            return self._matrices.project(dy, (far.side,), (far.constant,))[0]
-
-        if isinstance(seen, TokenIds):
-            columns = self._matrices.columns(seen.ids, near.side, accumulator(_weight(module).dtype), near.constant)
-            return lambda dy: _oriented(columns, projected(dy), transposed)
-        if self._part is not None:
-            # A chunk's backward follows its forward at once, so its input may wait for one fused kernel.
-            x, version = _widened(samples.unfold(seen.detach(), seen.shape[-1], layer.name), near), seen._version
-
-            def fused(dy: Tensor) -> Tensor:
-                if seen._version != version:
-                    raise InputError(f"layer {layer.name!r}: its input was changed in place after the layer saw it")
-                inputs, gradients = _oriented(*promoted(x, _widened(dy, far)), transposed)
-                return ops.project_outer(inputs, gradients, layer.right, layer.left).flatten(1)
-
-            return fused
-        shared, place = self._share(seen, samples, near)
-
-        def factors(dy: Tensor) -> Factors:
-            shared.project(self._matrices)
-            return _oriented(shared.projected[place], projected(dy), transposed)
-
-        return factors
-
-    def _receive(
-        self,
-        module: nn.Module,
-        name: str,
-        samples: SampleRows,
-        seen: Operand,
-        receivers: list[Callable[[Tensor], Tensor | Factors]],
-        grad: Tensor,
-    ) -> None:
-        dy = samples.unfold(grad, grad.shape[-1], name)
-        if isinstance(module, nn.Embedding) and module.padding_idx is not None and isinstance(seen, TokenIds):
-            dy = dy.masked_fill((seen.ids == module.padding_idx)[..., None], 0)
-        for (layer, _), receive in zip(self._uses[module], receivers, strict=True):
-            with _exactly(dy):
-                self._keep(layer, receive(dy))
-
-    def _keep(self, layer: CapturedLayer, arrived: Tensor | Factors) -> None:
-        """Add what one use gave to what is there of the layer; factors of a first use stay factors until :meth:`pop`."""
-        if isinstance(arrived, tuple):
-            if layer.name not in self._gradients and layer.name not in self._factors and self._part is None:
-                self._factors[layer.name] = arrived
-                return
-            arrived = _product(*arrived)
-        if layer.name in self._factors:
-            self._gradients[layer.name] = _product(*self._factors.pop(layer.name))
-        if self._part is not None:
-            rows = arrived.new_zeros(cast(int, self._batch), layer.dim)
-            rows = self._gradients.setdefault(layer.name, rows)
-            rows[slice(*self._part)] += arrived
-        else:
-            earlier = self._gradients.get(layer.name)
-            self._gradients[layer.name] = arrived if earlier is None else earlier + arrived
-
-
-def owned_parameters(
-    layer: CapturedLayer, modules: Mapping[str, nn.Module], parameters: Mapping[str, nn.Parameter]
-) -> list[nn.Parameter]:
-    """What autograd differentiates for a layer: its weight, and its bias where the gradient has a column for it."""
-    if layer.name not in modules:
-        return [parameters[layer.name]]
-    owner = modules[layer.name]
-    return cast("list[nn.Parameter]", [owner.weight, owner.bias] if layer.bias else [owner.weight])
-
-
-class UnseenUse(InputError):
-    """Hooks cannot give the gradient of some layers; autograd can. ``layers`` names them."""
-
-    def __init__(self, layers: Iterable[str], message: str) -> None:
-        super().__init__(message)
-        self.layers = list(layers)
-
-
-def _plain_output(module: nn.Module, x: Tensor) -> Tensor:
-    """What a layer with this weight and bias gives, and nothing else does."""
-    weight = cast(Tensor, module.weight)
-    if isinstance(module, nn.Embedding):
-        return nn.functional.embedding(x, weight)
-    if weight.dim() == 1:
-        normal = normalised(module, x)
-        bias = cast("Tensor | None", getattr(module, "bias", None))
-        plain = normal * weight.to(normal.dtype)
-        return plain if bias is None else plain + bias.to(normal.dtype)
-    matrix = weight.T if is_conv1d(module) else weight
-    return nn.functional.linear(x, matrix, cast("Tensor | None", getattr(module, "bias", None)))
-
-
-def normalised(module: nn.Module, x: Tensor) -> Tensor:
-    """A norm's input before its weight: minus the mean where it is a LayerNorm, divided by the root mean square."""
-    x = x.to(accumulator(x.dtype))
-    if isinstance(module, nn.LayerNorm):
-        return nn.functional.layer_norm(x, module.normalized_shape, eps=module.eps)
-    eps = next((getattr(module, name) for name in ("variance_epsilon", "eps") if hasattr(module, name)), 1e-6)
-    eps = torch.finfo(x.dtype).eps if eps is None else eps
-    return x * (x.square().mean(-1, keepdim=True) + eps).rsqrt()
-
-
-def vector_owners(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
-    """Vectors that a hook can serve, by the parameter's name: biases of layers, weights and biases of norms.
-
-    A norm whose output is not that of a plain one is told when it is called, as a layer's is.
-    """
-    found = {}
-    for name, module in model.named_modules():
-        norm = "norm" in type(module).__name__.lower() and not isinstance(
-            module, nn.modules.batchnorm._NormBase | nn.GroupNorm
-        )
-        linear = isinstance(module, nn.Linear) or is_conv1d(module)
-        for leaf in ["weight", "bias"] if norm else ["bias"] if linear else []:
-            parameter = module._parameters.get(leaf)
-            if parameter is not None and parameter.dim() == 1:
-                found[uncompiled(f"{name}.{leaf}")] = module, leaf
-    return found
-
-
-def _weight_shape(module: nn.Module) -> tuple[int, int]:
-    out, in_ = layer_shape(module)
-    return (out, in_) if isinstance(module, nn.Linear) else (in_, out)
-
-
-def _parameter_layer(name: str, parameter: Tensor, projection: Projection) -> CapturedLayer:
-    """A parameter that is no layer's weight. A vector of d numbers has shape ``(d, 1)``, one of more dimensions is flattened
-    behind the first; a vector is sketched to as many numbers as a matrix is, or kept where it has no more."""
-    out = parameter.shape[0] if parameter.dim() else 1
-    shape = (out, max(1, parameter.numel() // max(1, out)))
-    dim = projection.output_dim(shape)
-    if shape[1] == 1:
-        if projection.kind == "identity" or out <= dim:
-            return CapturedLayer(name, shape, out, False)
-        seed = "" if projection.seed is None else f"/seed{projection.seed}"
-        return CapturedLayer(name, shape, dim, False, single=Side(projection.kind, f"{name}/single{seed}", dim, out))
-    return _captured(name, shape, False, projection)
-
-
-def _exactly(like: Tensor) -> AbstractContextManager[Any]:
-    """Our own arithmetic is not in the low precision that the model may run in. What it works on is detached."""
-    kind = like.device.type
-    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
-
-
-def _layer(name: str, module: nn.Module, projection: Projection, bias: bool) -> CapturedLayer:
-    out, in_ = layer_shape(module)
-    bias = bias and getattr(module, "bias", None) is not None
-    in_ += bias
-    layer = _captured(name, (out, in_), bias, projection)
-    layer.turned = not isinstance(module, nn.Linear)
-    return layer
-
-
-def _captured(name: str, shape: tuple[int, int], bias: bool, projection: Projection) -> CapturedLayer:
-    out, in_ = shape
-    dim = projection.output_dim(shape)
-    if projection.two_sided:
-        left, right = projection.side(name, "left", out), projection.side(name, "right", in_)
-        return CapturedLayer(name, shape, dim, bias, left, right)
-    return CapturedLayer(name, shape, dim, bias, single=projection.side(name, "single", out * in_))
-
-
-def _weight(module: nn.Module) -> Any:
-    return getattr(module, "weight", None)
-
-
-def _oriented(near: Tensor, far: Tensor, transposed: bool) -> Factors:
-    """Inputs and output gradients of one use; a transposed one has their places changed."""
-    return (far, near) if transposed else (near, far)
-
-
-def promoted(x: Tensor, dy: Tensor) -> Factors:
-    """Both in one dtype: autocast may hand a layer float32 and take bfloat16 gradients back."""
-    dtype = torch.promote_types(x.dtype, dy.dtype)
-    return x.to(dtype), dy.to(dtype)
-
-
-def _widened(x: Tensor, operator: _Operator) -> Tensor:
-    """``x`` with the constant feature that its side has and it lacks, if any."""
-    missing = operator.side.features - x.shape[-1]
-    return nn.functional.pad(x, (0, missing), value=operator.constant) if missing else x
-
-
-def _product(x: Tensor, dy: Tensor) -> Tensor:
-    """``(N, k_out * k_in)`` from factors a few columns wide, which plain batched products are fastest at."""
-    return torch.bmm(dy.mT, x).flatten(1)
-
-
-def _tokens_gradient(layer: CapturedLayer, tokens: TokenIds, transposed: bool, dy: Tensor) -> Tensor:
-    """Unprojected or sketched gradient of an embedding, from its ids; ``transposed`` in the frame of a tied head."""
-    dy = dy.to(accumulator(dy.dtype))
-    n, _, width = dy.shape
-    if layer.single is not None and layer.single.kind == "sjlt":
-        return _sketch_tokens(layer.single, tokens, transposed, dy)
-    if n * width * tokens.size * dy.element_size() > _DENSE_EMBEDDING_BYTES:
-        raise InputError(
-            f"layer {layer.name!r}: whole gradients of {n} samples take {n * width * tokens.size * 4 / 2**30:.1f} GiB; "
-            "project with two sides (rademacher:16x16) or sjlt:K, use smaller batches, or leave the embedding out"
-        )
-    table = dy.new_zeros(n * tokens.size, width)
-    offset = torch.arange(n, device=dy.device)[:, None] * tokens.size
-    table.index_add_(0, (tokens.ids + offset).flatten(), dy.flatten(0, 1))
-    table = table.view(n, tokens.size, width)
-    flat = (table if transposed else table.mT).flatten(1)
-    return flat if layer.single is None else ops.sketch(flat, layer.single)
-
-
-def _sketch_tokens(side: Side, tokens: TokenIds, transposed: bool, dy: Tensor) -> Tensor:
-    n, t, width = dy.shape
-    out = dy.new_zeros(n, side.k)
-    channel = torch.arange(width, device=dy.device)
-    step = max(1, _TOKEN_ENTRIES // max(1, n * width))
-    for begin in range(0, t, step):
-        ids = tokens.ids[:, begin : begin + step, None]
-        feature = ids * width + channel if transposed else channel * tokens.size + ids
-        index, sign = philox.sjlt_at(side.key, side.k, feature)
-        out.scatter_add_(1, index.flatten(1), (dy[:, begin : begin + step] * sign).flatten(1))
-    return out
-
-
-def _batch_size(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | None:
-    named = dict(kwargs)
-    for value in args:
-        if isinstance(value, Mapping):
-            named.update(value)
-    candidates = [named.get(key) for key in ("input_ids", "inputs_embeds", "pixel_values", "input_values")]
-    candidates += [*args, *named.values()]
-    for value in candidates:
-        if isinstance(value, Tensor) and value.dim() > 0:
-            return value.shape[0]
-    return None
+    def _receive(self, uses: Uses, samples: SampleRows, seen: Operand, receivers: list[Receiver], grad: Tensor) -> None:
+        try:
+            dy = samples.unfold(grad, grad.shape[-1], uses[0][0].name)
+        except UnseenUse as error:
+            return self._note(error)
+        if isinstance(seen, TokenIds) and seen.padding is not None:
+            dy = dy.masked_fill((seen.ids == seen.padding)[..., None], 0)
+        for (layer, _), receive in zip(uses, receivers, strict=True):
+            with exactly(dy):
+                self._records.keep(layer, receive(dy))

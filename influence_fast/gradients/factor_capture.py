@@ -9,58 +9,25 @@ import torch
 from torch import Tensor, nn
 
 from influence_fast.errors import InputError
-from influence_fast.gradients.capture import (
-    CapturedLayer,
-    Factors,
-    GradientCapture,
-    Operand,
-    SampleRows,
-    TokenIds,
-    promoted,
-)
+from influence_fast.gradients.capture import GradientCapture
+from influence_fast.gradients.captured_layer import CapturedLayer, GradientRecords
+from influence_fast.gradients.sample_rows import Factors, Operand, SampleRows, TokenIds, promoted
 from influence_fast.ops.projections import Projection
 
 
-class FactorCapture(GradientCapture):
-    """Collects the factors of unprojected gradients, not the gradients: ``G = sum_t dy[t] (outer) x[t]``.
-
-    :meth:`pop_factors` gives ``{layer: (x (N, T, in), dy (N, T, out))}``; an embedding's ``x`` are its ids ``(N, T)``. A
-    layer that is used several times has the tokens of all its uses, one behind the other. The loss runs the head whole, not
-    in chunks, and a weight that is an embedding here and a linear layer there is refused, because it has no such factors.
-    """
-
-    def __init__(self, model: nn.Module, layers: str | Iterable[str] = "all") -> None:
-        super().__init__(model, layers, Projection("identity"))
-        no_factors = [*self.exact, *(layer.name for layer in self.captured_layers if layer.vector)]
-        if no_factors:
-            raise InputError(f"layers: {no_factors[0]!r} is no weight matrix and has no factors; leave it out here")
-        for module, uses in self._uses.items():
-            for layer, transposed in uses:
-                if transposed:
-                    kind = type(module).__name__
-                    raise InputError(f"layers: {layer.name!r} shares its weight with a {kind}; leave it out here")
-        self._pairs: dict[str, list[Factors]] = {}
+class _FactorRecords(GradientRecords):
+    pairs: dict[str, list[Factors]]
 
     def clear(self) -> None:
         super().clear()
-        self._pairs = {}
+        self.pairs = {}
 
-    def pop_factors(self) -> dict[str, Factors]:
-        """Factors of the batch; forgets them. A layer that the loss does not depend on is left out."""
-        if not self._pairs:
-            raise InputError("capture: no gradient has arrived; run forward and backward before pop_factors()")
-        found = {}
-        for name, pairs in self._pairs.items():
-            xs, dys = zip(*pairs, strict=True)
-            found[name] = (torch.cat(xs, 1), torch.cat(dys, 1)) if len(pairs) > 1 else pairs[0]
-        self.clear()
-        return found
+    @property
+    def pending(self) -> bool:
+        return bool(self.pairs)
 
-    def _pending(self) -> bool:
-        return bool(self._pairs)
-
-    def _record(
-        self, module: nn.Module, layer: CapturedLayer, transposed: bool, seen: Operand, samples: SampleRows
+    def record(
+        self, module: nn.Module | None, layer: CapturedLayer, transposed: bool, seen: Operand, samples: SampleRows
     ) -> Callable[[Tensor], Tensor | Factors]:
         if isinstance(seen, TokenIds):
             ids = seen.ids
@@ -75,5 +42,43 @@ class FactorCapture(GradientCapture):
 
         return factors
 
-    def _keep(self, layer: CapturedLayer, arrived: Tensor | Factors) -> None:
-        self._pairs.setdefault(layer.name, []).append(cast(Factors, arrived))
+    def keep(self, layer: CapturedLayer, arrived: Tensor | Factors) -> None:
+        self.pairs.setdefault(layer.name, []).append(cast(Factors, arrived))
+
+
+class FactorCapture(GradientCapture):
+    """Collects the factors of unprojected gradients, not the gradients: ``G = sum_t dy[t] (outer) x[t]``.
+
+    :meth:`pop_factors` gives ``{layer: (x (N, T, in), dy (N, T, out))}``; an embedding's ``x`` are its ids ``(N, T)``. A
+    layer that is used several times has the tokens of all its uses, one behind the other. The loss runs the head whole, not
+    in chunks, and a weight that is an embedding here and a linear layer there is refused, because it has no such factors.
+    """
+
+    _kept_in = _FactorRecords
+
+    def __init__(self, model: nn.Module, layers: str | Iterable[str] = "all") -> None:
+        super().__init__(model, layers, Projection("identity"))
+        no_factors = [*self.exact, *(layer.name for layer in self.captured_layers if layer.vector)]
+        if no_factors:
+            raise InputError(f"layers: {no_factors[0]!r} is no weight matrix and has no factors; leave it out here")
+        experts = [layer.name for layer in self.captured_layers if layer.number is not None]
+        if experts:
+            raise InputError(f"layers: {experts[0]!r} sees the tokens routed to it alone; leave it out here")
+        for module, uses in self._uses.items():
+            for layer, transposed in uses:
+                if transposed:
+                    kind = type(module).__name__
+                    raise InputError(f"layers: {layer.name!r} shares its weight with a {kind}; leave it out here")
+
+    def pop_factors(self) -> dict[str, Factors]:
+        """Factors of the batch; forgets them. A layer that the loss does not depend on is left out."""
+        self._raise_unseen()
+        pairs = cast(_FactorRecords, self._records).pairs
+        if not pairs:
+            raise InputError("capture: no gradient has arrived; run forward and backward before pop_factors()")
+        found = {}
+        for name, several in pairs.items():
+            xs, dys = zip(*several, strict=True)
+            found[name] = (torch.cat(xs, 1), torch.cat(dys, 1)) if len(several) > 1 else several[0]
+        self.clear()
+        return found

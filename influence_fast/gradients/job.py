@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from os import PathLike
 from typing import Any
 
@@ -26,20 +26,24 @@ from tqdm import tqdm
 from influence_fast import _distributed as processes
 from influence_fast.data.batching import Loss, Rows, batches, checked_rows, token_budget
 from influence_fast.data.tasks import device_of
-from influence_fast.errors import InfluenceError, InputError
+from influence_fast.errors import InfluenceError, InputError, StoreError
 from influence_fast.gradients import losses
 from influence_fast.gradients.capture import GradientCapture
+from influence_fast.gradients.differences import Probe, best_rows, difference, probe_difference
+from influence_fast.gradients.identity import identity_of, probe_of, tolerance_of
 from influence_fast.gradients.layers import select_layers
 from influence_fast.gradients.model_state import as_evaluated, autocast, fingerprint, is_out_of_memory, is_sharded
 from influence_fast.gradients.row_checks import check_own_loss, settle_batches
 from influence_fast.gradients.settings import BuildSettings
 from influence_fast.gradients.store import GradientStore
-from influence_fast.gradients.store_writer import StoreWriter
+from influence_fast.gradients.store_writer import StoreWriter, recorded_facts
 
 _SHARD_BYTES = 32 << 20
 _SHARD_ROWS = 1 << 16
 
 _log = logging.getLogger("influence_fast")
+# Gradients and columns of some rows.
+_Results = tuple[dict[str, Tensor], dict[str, Tensor]]
 
 
 def write_store(path: str | PathLike[str], job: Job, resume: bool = True, progress: bool = True) -> GradientStore:
@@ -79,7 +83,10 @@ def _advance(bar: Any, world: int, count: int) -> None:
 def _writing(path: str | PathLike[str], job: Job, resume: bool) -> Iterator[StoreWriter]:
     """The store, begun by rank 0 and left by all ranks together."""
     rank, world = processes.here()
-    settings = job.store_settings()
+    # What is there is read once: to the other ranks a manifest that rank 0 has just begun would be an earlier one.
+    earlier = processes.agree(lambda: recorded_facts(path))
+    now = job.computed_facts(earlier)
+    settings = {**job.store_settings(), "facts": {**job.facts, **now}}
     with ExitStack() as stack:
         entered: list[StoreWriter] = []
 
@@ -87,6 +94,8 @@ def _writing(path: str | PathLike[str], job: Job, resume: bool) -> Iterator[Stor
             writer = StoreWriter.create(
                 path, **settings, resume=resume or rank > 0, leads=rank == 0, together=world > 1
             )
+            if earlier is not None and rank == 0:
+                job.check_same(path, earlier, now)
             entered.append(stack.enter_context(writer))
 
         processes.agree(begin)
@@ -123,6 +132,9 @@ class Job:
     shard_rows: int
     settings: BuildSettings
     facts: dict[str, Any]
+    whole_loss: Loss
+    """The loss by operations that ``torch.func`` can follow, for layers that autograd differentiates."""
+    tokenizer: Any = None
 
     def store_settings(self) -> dict[str, Any]:
         """Arguments of :meth:`StoreWriter.create`."""
@@ -140,9 +152,9 @@ class Job:
                 # Stores of rows that may be padded, as nearly all may, are as they were before anything else was known.
                 **({} if self.rows.batching == "padded" else {"batching": self.rows.batching}),
                 # Absent where the fast way is right, as in stores of version 0.1.
-                **({"exact": list(self.capture.exact), "one_row": True} if self.budget.one_row else {}),
+                **({"exact": list(self.capture.exact)} if self.capture.exact or self.budget.one_row else {}),
+                **({"one_row": True} if self.budget.one_row else {}),
             },
-            "facts": self.facts,
             "layers": self.capture.shapes,
             "dims": self.capture.dims,
             "ids": self.rows.ids,
@@ -151,14 +163,57 @@ class Job:
             "shard_rows": self.shard_rows,
         }
 
-    def step(self, chosen: list[int]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        return _step(self.model, self.capture, self.loss, self.rows, chosen, self.settings.precision)
+    def computed_facts(self, earlier: Mapping[str, Any] | None) -> dict[str, Any]:
+        """Identity of what is computed, and a probe of it: of the rows that an earlier build took, else of two."""
+        rows = [row["row"] for row in (earlier or {}).get("probe", []) if row["row"] < len(self.rows)]
+        if not rows:
+            by_length = sorted(range(len(self.rows)), key=lambda i: (self.rows.lengths[i], i))
+            rows = sorted({0, by_length[0], by_length[len(by_length) // 2], len(by_length) - 1})
+            return {"identity": self._identity, "probe": best_rows(self._probe(rows))}
+        return {"identity": self._identity, "probe": self._probe(rows)}
+
+    def check_same(self, path: str | PathLike[str], earlier: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+        """Raise StoreError where an earlier build computed something else."""
+        names = list(self.capture.dims)
+        tolerance, dtype = tolerance_of(self.model, self.settings.precision)
+        found = difference(earlier.get("identity", {}), now["identity"])
+        probe, again = earlier.get("probe"), now["probe"]
+        if found is None and probe is None:
+            # Of a version that kept no probe: held against its rows, as far as their dtype goes.
+            probe, rounded = _stored_probe(path, [row["row"] for row in again], names)
+            again, tolerance = again[: len(probe)], tolerance + rounded
+        found = found or probe_difference(probe or [], again, names, tolerance, dtype)
+        if found is not None:
+            raise StoreError(f"{path}: was built by another computation ({found}); choose a new folder")
+
+    @cached_property
+    def _identity(self) -> dict[str, Any]:
+        given = self.settings.loss
+        return identity_of(self.model, given if callable(given) else None, self.tokenizer)
+
+    def _probe(self, numbers: list[int]) -> Probe:
+        """Each row alone, in the way that the build takes."""
+        found: list[_Results] = []
+        with as_evaluated(self.model), self.capture:
+            for number in numbers:
+                alone = Budget(self.budget.tokens, one_row=True)
+                found += [results for _, results in self._run([number], alone)]
+        names = list(self.capture.dims)
+        gradients = {name: torch.cat([gradient[name].cpu() for gradient, _ in found]) for name in names}
+        return probe_of(numbers, names, gradients, torch.cat([columns["loss"].cpu() for _, columns in found]))
+
+    def _run(self, span: Iterable[int], budget: Budget) -> Iterator[tuple[list[int], _Results]]:
+        precision = self.settings.precision
+        return run(self.model, self.capture, self.loss, self.rows, span, budget, precision, self.whole_loss)
+
+    def step(self, chosen: list[int]) -> _Results:
+        return _step(self.model, self.capture, self.loss, self.rows, chosen, self.settings.precision, self.whole_loss)
 
     def compute(self, span: range | list[int], advance: Callable[[int], None] = lambda count: None) -> _Shard:
         """Gradients and columns of some rows, in their order."""
         shard = _Shard(self.rows, span, self.capture.dims)
         copies = _Copies(device_of(self.model))
-        results = run(self.model, self.capture, self.loss, self.rows, span, self.budget, self.settings.precision)
+        results = self._run(span, self.budget)
         for arrived in copies.behind(results):
             shard.put(*arrived)
             advance(len(arrived[0]))
@@ -181,6 +236,7 @@ def prepare_job(
     ids: Sequence[int | str] | None = None,
     earlier_tokens: int | None = None,
     facts: dict[str, Any] | None = None,
+    tokenizer: Any = None,
 ) -> Job:
     """Check everything and decide what is left open; an earlier build's ``auto`` batches are kept."""
     rows, kind = checked_rows(model, dataset, settings.loss, ids, settings.truncate)
@@ -188,21 +244,33 @@ def prepare_job(
     settings = replace(settings, layers=select_layers(model, settings.layers))
     earlier = earlier_tokens if settings.batch_tokens == "auto" else None
     tokens = processes.agree(lambda: earlier or token_budget(settings.batch_tokens, model))
-    capture = GradientCapture(model, settings.layers, settings.projection, bias=settings.bias, exact=settings.exact)
+    capture = GradientCapture(model, **settings.of_capture)
     shard_rows = settings.shard_rows
     if not isinstance(shard_rows, int):
         shard_rows = max(1, min(_SHARD_ROWS, _SHARD_BYTES // (4 * sum(capture.dims.values()))))
     loss = settings.loss if callable(settings.loss) else losses.named(kind, capture.part)
+    whole_loss = settings.loss if callable(settings.loss) else losses.named(kind, chunked=False)
     if rows.ignored:
         _log.warning("dataset: %s does not take %s", type(model).__name__, ", ".join(map(repr, rows.ignored)))
     if settings.loss == "auto":
         check_own_loss(model, rows, loss, settings.precision)
     settle_batches(model, rows, loss, tokens, settings.precision)
-    budget = Budget(tokens, settings.one_row or bool(capture.exact))
-    return Job(model, rows, capture, loss, kind, budget, shard_rows, settings, facts or {})
+    budget = Budget(tokens, settings.one_row)
+    return Job(model, rows, capture, loss, kind, budget, shard_rows, settings, facts or {}, whole_loss, tokenizer)
 
 
-_Results = tuple[dict[str, Tensor], dict[str, Tensor]]
+# How far a row that was rounded to a store's dtype may be from itself.
+_ROUNDED = {"int8": 5e-2, "bfloat16": 1e-2, "float16": 2e-3}
+
+
+def _stored_probe(path: str | PathLike[str], numbers: Sequence[int], names: Sequence[str]) -> tuple[Probe, float]:
+    """The probe that a finished store of a version without one would have, and how far its dtype rounds; else nothing."""
+    try:
+        store = GradientStore.open(path)
+    except StoreError:
+        return [], 0.0
+    gradients = {name: store.read(name, numbers) for name in names}
+    return probe_of(numbers, names, gradients, store.column("loss")[numbers]), _ROUNDED.get(store.meta["dtype"], 0.0)
 
 
 class _Shard:
@@ -211,7 +279,9 @@ class _Shard:
     def __init__(self, rows: Rows, span: range | list[int], dims: Mapping[str, int]) -> None:
         self.rows = rows
         self.places = {row: place for place, row in enumerate(span)}
-        self.gradients = {name: torch.empty(len(span), dim) for name, dim in dims.items()}
+        self.gradients = {
+            name: torch.empty(len(span), dim, dtype=torch.float32, device="cpu") for name, dim in dims.items()
+        }
         self.columns: dict[str, Tensor] = {}
 
     def put(self, chosen: list[int], results: _Results) -> None:
@@ -224,7 +294,9 @@ class _Shard:
         for name, gradient in gradients.items():
             self.gradients[name][places] = gradient.to(self.gradients[name])
         for name, column in columns.items():
-            self.columns.setdefault(name, torch.empty(len(self.places), dtype=column.dtype))[places] = column
+            self.columns.setdefault(name, torch.empty(len(self.places), dtype=column.dtype, device="cpu"))[places] = (
+                column
+            )
 
 
 class _Copies:
@@ -276,6 +348,7 @@ def run(
     span: Iterable[int],
     budget: Budget,
     precision: str | None = None,
+    whole_loss: Loss | None = None,
 ) -> Iterator[tuple[list[int], _Results]]:
     """Gradients and columns of every batch of a shard; what does not fit in memory halves the budget of all that is
     left."""
@@ -284,7 +357,7 @@ def run(
         chosen = waiting.pop()
         results = None
         try:
-            results = _step(model, capture, loss, rows, chosen, precision)
+            results = _step(model, capture, loss, rows, chosen, precision, whole_loss)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
@@ -309,7 +382,13 @@ def run(
 
 
 def _step(
-    model: nn.Module, capture: GradientCapture, loss: Loss, rows: Rows, chosen: list[int], precision: str | None
+    model: nn.Module,
+    capture: GradientCapture,
+    loss: Loss,
+    rows: Rows,
+    chosen: list[int],
+    precision: str | None,
+    whole_loss: Loss | None,
 ) -> _Results:
     device = device_of(model)
     batch = rows.batch(chosen, model)
@@ -328,5 +407,7 @@ def _step(
             each = losses.one_per_sample(loss(model, batch), len(chosen))
     if each.requires_grad:
         each.sum().backward()
+    with autocast(model, precision):
+        capture.differentiate(whole_loss or loss, batch)
     columns["loss"] = each.detach().float()
     return capture.pop(), columns

@@ -1,15 +1,18 @@
 """Which layers: names from a model by kind, block range, quarter or pattern.
 
 A *layer* is one weight matrix: an ``nn.Linear``, a GPT-2 ``Conv1D``, a LoRA ``A`` or ``B``, an embedding table, a
-classification or language-model head. Its name is its module's name in ``model.named_modules()``. Every other parameter
-(norms, biases, convolutions, recurrent cells, bare ones) is a layer too, under its own name in ``model.named_parameters()``.
+classification or language-model head. Its name is its module's name in ``model.named_modules()``. Experts of a mixture that
+share one parameter are layers each, ``...experts.gate_up_proj[3]``, and a router is one under its parameter's name. Every
+other parameter (norms, biases, convolutions, recurrent cells, bare ones) is a layer too, under its own name in
+``model.named_parameters()``.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from typing import cast
+from dataclasses import dataclass
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -27,6 +30,34 @@ _ATTENTION = re.compile(
 _LORA = re.compile(r"\.lora_[AB]\.")
 _EXPERT = re.compile(r"(?:^|\.)experts\.(?:expert_)?\d+(?=\.|$)")
 _ITEM = re.compile(r"(?P<kind>[a-z]+)(?:\[(?P<range>[^\]]*)\])?")
+# Class names of modules that hold experts in one parameter, and of those that choose among them.
+_EXPERTS = re.compile(r"expert", re.IGNORECASE)
+_ROUTER = re.compile(r"router|gate|topk", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Expert:
+    """One expert's part ``parameter[number]`` of a parameter that all experts of a mixture share.
+
+    ``turned`` says whether that part is ``(in, out)``, the gradient's shape transposed.
+    """
+
+    holder: nn.Module
+    parameter: nn.Parameter
+    leaf: str
+    number: int
+    turned: bool
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(out, in)`` of the expert's gradient, ``(d, 1)`` of its bias."""
+        if self.parameter.dim() == 2:
+            return self.parameter.shape[1], 1
+        rows, columns = self.parameter.shape[1:]
+        return (columns, rows) if self.turned else (rows, columns)
+
+
+Layer = nn.Module | Expert | nn.Parameter
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -51,10 +82,25 @@ def uncompiled(name: str) -> str:
     return name.replace("_orig_mod.", "")
 
 
+def is_quantised(weight: Tensor) -> bool:
+    """Whether this is a frozen weight of packed integers or of a quantising library's own type, which has no gradient."""
+    own_type = hasattr(weight, "__tensor_flatten__") and not hasattr(weight, "full_tensor")
+    return not weight.requires_grad and (not weight.is_floating_point() or own_type)
+
+
+def quantised_layers(model: nn.Module) -> list[str]:
+    """Names of modules whose weight is quantised; they are no layers."""
+    return [
+        uncompiled(name)
+        for name, module in model.named_modules()
+        if isinstance(weight := module._parameters.get("weight"), Tensor) and is_quantised(weight)
+    ]
+
+
 def named_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Every layer of ``model`` by name, in the model's order.
 
-    Left out: the frozen originals that PEFT keeps beside ``modules_to_save``, and the output matrix of
+    Left out: the frozen originals that PEFT keeps beside ``modules_to_save``, quantised weights, and the output matrix of
     ``nn.MultiheadAttention``, which is used without being called. Names are those before ``torch.compile``.
     """
     found = {}
@@ -63,24 +109,72 @@ def named_layers(model: nn.Module) -> dict[str, nn.Module]:
         if type(module).__name__ == "NonDynamicallyQuantizableLinear" or "original_module" in name.split("."):
             continue
         # A weight that is computed from other parameters (weight norm, pruning) is no parameter itself; those are.
-        if (isinstance(module, nn.Linear | nn.Embedding) or is_conv1d(module)) and "weight" in module._parameters:
+        weight = module._parameters.get("weight")
+        linear = isinstance(module, nn.Linear | nn.Embedding) or is_conv1d(module)
+        if linear and weight is not None and not is_quantised(weight):
             found[name] = module
     return found
 
 
-def other_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Every parameter that is no layer's weight, by name, in the model's order; a shared one under its first name."""
-    weights = {id(module.weight) for module in named_layers(model).values()}
-    return {
+def named_experts(model: nn.Module) -> dict[str, Expert]:
+    """Experts that share one parameter, as ``name[number]``: weights ``(E, rows, columns)`` and biases ``(E, out)``."""
+    found = {}
+    for name, module in model.named_modules():
+        if not _EXPERTS.search(type(module).__name__) or "original_module" in name.split("."):
+            continue
+        own = dict(module.named_parameters(recurse=False))
+        counts = {parameter.shape[0] for parameter in own.values() if parameter.dim() == 3}
+        turned = bool(getattr(module, "is_transposed", False))
+        for leaf, parameter in own.items():
+            bias = parameter.dim() == 2 and leaf.endswith("bias") and parameter.shape[0] in counts
+            if bias or parameter.dim() == 3:
+                path = uncompiled(f"{name}.{leaf}" if name else leaf)
+                for number in range(parameter.shape[0]):
+                    found[f"{path}[{number}]"] = Expert(module, parameter, leaf, number, turned and not bias)
+    return found
+
+
+def is_router(module: nn.Module) -> bool:
+    """Whether a module chooses among experts, by its class's name."""
+    return bool(_ROUTER.search(type(module).__name__))
+
+
+def named_matrices(model: nn.Module) -> dict[str, Layer]:
+    """Every weight matrix: layers that are modules, then experts that share a parameter, then routers."""
+    experts = {name: expert for name, expert in named_experts(model).items() if expert.parameter.dim() == 3}
+    routers = {}
+    for name, module in model.named_modules():
+        weight = module._parameters.get("weight")
+        if weight is not None and weight.dim() == 2 and is_router(module):
+            routers[uncompiled(f"{name}.weight")] = weight
+    modules = named_layers(model)
+    known = {id(module.weight) for module in modules.values()}
+    return {**modules, **experts, **{name: weight for name, weight in routers.items() if id(weight) not in known}}
+
+
+def other_parameters(model: nn.Module) -> dict[str, Expert | nn.Parameter]:
+    """Every parameter that is no weight matrix, by name, in the model's order; a shared one under its first name."""
+    experts = named_experts(model)
+    matrices = named_matrices(model)
+    taken = {id(weight_of(layer)) for layer in matrices.values()} | {
+        id(expert.parameter) for expert in experts.values()
+    }
+    rest: dict[str, Expert | nn.Parameter] = {
         uncompiled(name): parameter
         for name, parameter in model.named_parameters()
-        if id(parameter) not in weights and "original_module" not in name.split(".")
+        if id(parameter) not in taken and "original_module" not in name.split(".") and not is_quantised(parameter)
     }
+    return rest | {name: expert for name, expert in experts.items() if name not in matrices}
+
+
+def weight_of(layer: Layer) -> Any:
+    """The parameter that a layer is, or is a part of."""
+    return layer.parameter if isinstance(layer, Expert) else layer if isinstance(layer, Tensor) else layer.weight
 
 
 def parameter_kind(model: nn.Module, name: str) -> str:
     """``norm``, ``bias``, ``conv`` or ``other``: by the module that holds the parameter, then by its name."""
-    path, _, leaf = name.rpartition(".")
+    path, _, leaf = re.sub(r"\[\d+\]$", "", name).rpartition(".")
     holder = next((module for other, module in model.named_modules() if uncompiled(other) == path), model)
     if "norm" in type(holder).__name__.lower():
         return "norm"
@@ -91,9 +185,8 @@ def parameter_kind(model: nn.Module, name: str) -> str:
 
 def trained_layers(model: nn.Module) -> list[str]:
     """Names of all layers whose parameter has ``requires_grad``, in the model's order."""
-    modules, parameters = named_layers(model), other_parameters(model)
-    trained = [name for name, module in modules.items() if cast(Tensor, module.weight).requires_grad]
-    return trained + [name for name, parameter in parameters.items() if parameter.requires_grad]
+    everything = {**named_matrices(model), **other_parameters(model)}
+    return [name for name, layer in everything.items() if weight_of(layer).requires_grad]
 
 
 def is_partly_trained(model: nn.Module) -> bool:
@@ -120,7 +213,7 @@ def block_of(name: str) -> int | None:
     return int(match[1]) if match else None
 
 
-def kind_of(name: str, module: nn.Module) -> str:
+def kind_of(name: str, module: Layer) -> str:
     """``attention``, ``mlp``, ``embedding`` or ``head``. A LoRA matrix has the kind of the layer that it adapts."""
     match = _BLOCK.search(name)
     if match:
@@ -138,20 +231,21 @@ def select_layers(model: nn.Module, spec: str | Iterable[str] = "all") -> list[s
         spec: ``all attention mlp embedding head lora`` or a layer's whole name, joined by commas; each kind may carry
             a range of blocks: ``attention[8:16]``, ``mlp[3]``, ``all[-2:]``, a quarter ``attention[q1]`` .. ``[q4]`` or
             ``[middle]`` (the second and third). Block b of B lies in quarter ``4 b // B + 1``. ``re:PATTERN`` takes the
-            names that match whole. A list of names passes through. ``all`` are the weight matrices; ``norm``, ``bias``,
-            ``conv`` and ``other`` are the parameters that are none, with block ranges alike; ``trained`` is everything that
-            has ``requires_grad``.
+            names that match whole. A list of names passes through. ``all`` are the weight matrices, experts and routers of
+            mixtures among them; the name of a parameter that experts share stands for all of its ``name[number]``.
+            ``norm``, ``bias``, ``conv`` and ``other`` are the parameters that are none, with block ranges alike;
+            ``trained`` is everything that has ``requires_grad``.
 
     Raises:
         InputError: a name, kind or range that fits nothing; the message lists what there is.
     """
-    layers = named_layers(model)
+    layers = named_matrices(model)
     parameters = other_parameters(model)
     everything = [*layers, *parameters]
     if not everything:
         raise InputError(f"model: {type(model).__name__} has no parameter")
     if not isinstance(spec, str):
-        return _known(list(spec), everything, layers)
+        return _known(model, list(spec), everything, layers)
     if spec.startswith("re:"):
         try:
             pattern = re.compile(spec[3:])
@@ -162,9 +256,6 @@ def select_layers(model: nn.Module, spec: str | Iterable[str] = "all") -> list[s
     else:
         items = [item.strip() for item in spec.split(",")]
         chosen = set().union(*(_select(model, layers, parameters, item) for item in items))
-        for item in items:
-            if item not in layers and item.partition("[")[0] in ("all", "mlp"):
-                _refuse_fused_experts(model, item)
     if not chosen:
         raise InputError(f"layers: {spec!r} matches nothing; {_overview(layers)}")
     return [name for name in everything if name in chosen]
@@ -172,9 +263,9 @@ def select_layers(model: nn.Module, spec: str | Iterable[str] = "all") -> list[s
 
 def layer_groups(model: nn.Module, layers: Iterable[str]) -> dict[str, list[str]]:
     """``layers`` by group, empty ones left out: embedding, attention q1 .. q4, mlp, head, norm, bias, conv, other, all."""
-    modules = named_layers(model)
+    modules = named_matrices(model)
     parameters = other_parameters(model)
-    names = _known(list(layers), [*modules, *parameters], modules)
+    names = _known(model, list(layers), [*modules, *parameters], modules)
     blocks = _block_count(modules)
     groups: dict[str, list[str]] = {
         group: [] for group in ("embedding", *(f"attention {q}" for q in QUARTERS), "mlp", "head", *PARAMETER_KINDS)
@@ -192,18 +283,17 @@ def is_expert(name: str) -> bool:
     return bool(_EXPERT.search(name))
 
 
-def _refuse_fused_experts(model: nn.Module, item: str) -> None:
-    for name, module in model.named_modules():
-        if "expert" in name and any(weight.dim() == 3 for weight in module.parameters(recurse=False)):
-            raise InputError(
-                f"layers: {item!r} takes in {uncompiled(name)!r} ({type(module).__name__}), whose experts share one "
-                "weight and see routed tokens without their sample; select attention, embedding or head instead"
-            )
-
-
-def _known(names: list[str], everything: list[str], layers: dict[str, nn.Module]) -> list[str]:
-    there, wanted = set(everything), set(names)
+def _known(model: nn.Module, names: list[str], everything: list[str], layers: dict[str, Layer]) -> list[str]:
+    shared: dict[str, list[str]] = {}
+    for name in everything:
+        shared.setdefault(name.partition("[")[0], []).append(name)
+    there = {*everything, *shared}
+    wanted = set(names).union(*(shared[name] for name in names if name in shared))
     unknown = [name for name in names if name not in there]
+    if unknown and unknown[0] in quantised_layers(model):
+        raise InputError(
+            f"layers: the weight of {unknown[0]!r} is quantised and frozen: it has no gradient; leave it out"
+        )
     if unknown:
         raise InputError(f"layers: no layer is named {unknown[0]!r}; {_overview(layers)}")
     if not names:
@@ -211,9 +301,11 @@ def _known(names: list[str], everything: list[str], layers: dict[str, nn.Module]
     return [name for name in everything if name in wanted]
 
 
-def _select(model: nn.Module, layers: dict[str, nn.Module], parameters: dict[str, nn.Parameter], item: str) -> set[str]:
+def _select(model: nn.Module, layers: dict[str, Layer], parameters: dict[str, Any], item: str) -> set[str]:
     if item in layers or item in parameters:
         return {item}
+    if experts := {name for name in (*layers, *parameters) if name.partition("[")[0] == item}:
+        return experts
     if item == "trained":
         found = set(trained_layers(model))
         if not found:
@@ -239,13 +331,13 @@ def _select(model: nn.Module, layers: dict[str, nn.Module], parameters: dict[str
     return inside
 
 
-def _is(kind: str, name: str, module: nn.Module) -> bool:
+def _is(kind: str, name: str, module: Layer) -> bool:
     if kind == "all":
         return True
     return bool(_LORA.search(name)) if kind == "lora" else kind_of(name, module) == kind
 
 
-def _block_count(layers: dict[str, nn.Module]) -> int:
+def _block_count(layers: dict[str, Layer]) -> int:
     return max((block_of(name) or 0 for name in layers), default=0) + 1
 
 
@@ -263,12 +355,13 @@ def _blocks(text: str, count: int, item: str) -> set[int]:
     return set(range(count)[int(begin) if begin else None : int(end) if end else None])
 
 
-def _overview(layers: dict[str, nn.Module]) -> str:
+def _overview(layers: dict[str, Layer]) -> str:
     kinds = {kind: sum(_is(kind, name, module) for name, module in layers.items()) for kind in KINDS}
     counts = ", ".join(f"{kind} ({count})" for kind, count in kinds.items() if count)
     blocks = _block_count(layers)
     shown: dict[str, None] = {}
     for name in layers:
+        name = re.sub(r"\[\d+\]$", "[...]", name)
         match = _BLOCK.search(name)
         shown[f"{name[: match.start(1)]}{{0..{blocks - 1}}}{name[match.end(1) :]}" if match else name] = None
     return f"there are {counts} in {blocks} blocks: {', '.join(shown)}"

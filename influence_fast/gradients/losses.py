@@ -210,7 +210,8 @@ class TokenLoss:
         mean: divide by the number of targets.
         part: context of one chunk, told the samples ``[begin, end)`` and the batch size; a capture needs it to tell
             whose tokens the head sees.
-        chunked: whether the head may run in chunks; False runs it once over the whole batch.
+        chunked: whether the head may run in chunks, each with its backward; False runs the model once over the whole
+            batch, by operations that ``torch.func`` can follow.
         shifted: position t predicts the label at t + 1, as in a causal language model; False: that at t.
         decoder: labels are an encoder-decoder's, which makes its decoder's inputs of them.
     """
@@ -224,20 +225,26 @@ class TokenLoss:
         decoder: bool = False,
     ) -> None:
         self.mean, self.shifted, self.decoder = mean, shifted, decoder
-        self.part = part
-        self._chunked: bool | None = None if chunked else False
+        self.part, self._whole = part, not chunked
+        self._chunked: bool | None = None
 
     def __call__(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        if self._whole:
+            whole = logits(model, batch, self.decoder)
+            return self._at_once(whole, _beside_virtual(model, whole, batch["labels"]))
         head = _head(model)
         if self._chunked is None:
             self._chunked = head is not None and self._agree(model, head, batch)
         if head is None or not self._chunked:
             whole = logits(model, batch, self.decoder)
-            return self._in_chunks(nn.Identity(), whole.shape[-1], whole, batch["labels"])
+            return self._in_chunks(
+                nn.Identity(), whole.shape[-1], whole, _beside_virtual(model, whole, batch["labels"])
+            )
         hidden = _hidden(model, head, batch, self.decoder)
         if hidden is None:
             raise InputError(f"model: {type(model).__name__} calls its output layer for some batches only")
-        return self._in_chunks(head, layer_shape(head)[0], hidden, batch["labels"])
+        labels = _beside_virtual(model, hidden, batch["labels"])
+        return self._in_chunks(head, layer_shape(head)[0], hidden, labels)
 
     def _agree(self, model: nn.Module, head: nn.Module, batch: dict[str, Tensor]) -> bool:
         """Whether head and hidden states make the model's own logits: some models scale or cap them afterwards."""
@@ -250,13 +257,18 @@ class TokenLoss:
             # Of the same numbers, some models give the logits in a wider type.
             return torch.allclose(head(hidden).float(), whole.float(), rtol=1e-3, atol=1e-3)
 
+    def _at_once(self, whole: Tensor, labels: Tensor) -> Tensor:
+        labels = labels.to(whole.device)
+        _check_positions(whole, labels)
+        if self.shifted:
+            whole, labels = whole[:, :-1], labels[:, 1:]
+        summed = cross_entropy(whole, labels).sum(1)
+        return summed / (labels != IGNORED).sum(1) if self.mean else summed
+
     def _in_chunks(self, head: nn.Module, vocabulary: int, hidden: Tensor, labels: Tensor) -> Tensor:
         """Losses of ``head(hidden)``, in float32 for a chunk at a time."""
         labels = labels.to(hidden.device)
-        if hidden.shape[:2] != labels.shape:
-            raise InputError(
-                f"loss: logits are for {tuple(hidden.shape[:2])} positions, labels for {tuple(labels.shape)}"
-            )
+        _check_positions(hidden, labels)
         # Labelled positions move to the front of each row.
         targets = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED) if self.shifted else labels
         count = (targets != IGNORED).sum(1)
@@ -284,6 +296,18 @@ class TokenLoss:
                 if gradient is not None and states.grad is not None:
                     gradient[chunk] = states.grad
         return losses if gradient is None else _Chunked.apply(kept, losses, gradient)
+
+
+def _beside_virtual(model: nn.Module, hidden: Tensor, labels: Tensor) -> Tensor:
+    """Labels with no target at the tokens that a prompt adapter puts in front of a row."""
+    extra = hidden.shape[1] - labels.shape[1]
+    added = getattr(getattr(model, "active_peft_config", None), "num_virtual_tokens", None)
+    return nn.functional.pad(labels, (extra, 0), value=IGNORED) if extra > 0 and extra == added else labels
+
+
+def _check_positions(hidden: Tensor, labels: Tensor) -> None:
+    if hidden.shape[:2] != labels.shape:
+        raise InputError(f"loss: logits are for {tuple(hidden.shape[:2])} positions, labels for {tuple(labels.shape)}")
 
 
 class _Chunked(torch.autograd.Function):

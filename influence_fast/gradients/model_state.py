@@ -77,9 +77,18 @@ def fingerprint(model: nn.Module) -> str:
         if is_sharded(tensor):
             tensor = cast(Any, tensor).full_tensor()
         digest.update(f"{uncompiled(name)} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        if tensor.numel():
-            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        for part in _plain_parts(tensor.detach()):
+            if part.numel():
+                digest.update(part.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def _plain_parts(tensor: Tensor) -> list[Tensor]:
+    """The tensors that a quantising library's own type is made of; any other one as it is."""
+    if not hasattr(tensor, "__tensor_flatten__"):
+        return [tensor]
+    names, _ = cast(Any, tensor).__tensor_flatten__()
+    return [part for name in names for part in _plain_parts(getattr(tensor, name))]
 
 
 def is_sharded(parameter: Tensor) -> bool:

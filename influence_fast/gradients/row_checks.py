@@ -23,13 +23,15 @@ _TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-5, torch.float16: 5e-3, tor
 _TF32_TOLERANCE = 2e-3
 # Enough for a convolution or a pooling of positions to reach from them into the row, and few to compute.
 _PADS = 16
+# Models that cut a row into pieces depend on pads where its length is no multiple of theirs.
+_PIECES = 8
 
 
 def settle_batches(model: nn.Module, rows: Rows, loss: Loss, tokens: int, precision: str | None = None) -> None:
     """Set ``rows.side`` and ``rows.together`` so that no row's loss depends on its batch.
 
     The loss of the shortest row is taken alone, beside another of its length, and padded beside a longer one, if a batch
-    of ``tokens`` has place for it.
+    of ``tokens`` has place for it; and so are rows whose lengths leave other remainders.
 
     Raises:
         InputError: a loss that differs from one forward to the next.
@@ -60,9 +62,11 @@ def settle_batches(model: nn.Module, rows: Rows, loss: Loss, tokens: int, precis
             _log.warning("the loss of a row of %s depends on the other rows: one row a batch", probe.name)
             return
         longer = probe.longer(tokens)
-        if longer is None or probe.equal(probe.loss(longer), alone):
+        if longer is None:
             return
-        if rows.kind != "seq2seq" and probe.equal(probe.loss(longer, "left"), alone):
+        if probe.padding_tells_nothing(longer, "right", tokens):
+            return
+        if rows.kind != "seq2seq" and probe.padding_tells_nothing(longer, "left", tokens):
             rows.side = "left"
             return
         rows.together = EQUAL_LENGTHS
@@ -107,21 +111,45 @@ class _Probe:
     def equal(self, found: Tensor, wanted: Tensor, least: float = 0.0) -> bool:
         return bool((found - wanted).abs() <= max(self._tolerance, least) * (1 + wanted.abs()))
 
-    def loss(self, mate: dict[str, Any] | None = None, side: str = "right") -> Tensor:
-        """The row's loss, alone or beside another row; float64 on the host."""
-        batch = self._batch([self.row] if mate is None else [self.row, mate], side)
+    def padding_tells_nothing(self, longer: int, side: str, tokens: int) -> bool:
+        """Whether the losses of rows padded at ``side``, beside row ``longer``, are those of each alone."""
+        lengths = self.rows.lengths
+        shortest: dict[int, int] = {}
+        for row, length in enumerate(lengths):
+            known = shortest.get(length % _PIECES)
+            if length < lengths[longer] and (known is None or length < lengths[known]):
+                shortest[length % _PIECES] = row
+        # The shortest first, where pads are most.
+        chosen = sorted(shortest.values(), key=lengths.__getitem__)
+        most = max(1, tokens // lengths[longer] - 1)
+        for begin in range(0, len(chosen), most):
+            samples = [self.rows[row] for row in [*chosen[begin : begin + most], longer]]
+            together = self.losses(samples, side)
+            if not all(
+                self.equal(each, self.losses([row])[0]) for each, row in zip(together, samples[:-1], strict=False)
+            ):
+                return False
+        return True
+
+    def loss(self, mate: dict[str, Any] | None = None) -> Tensor:
+        """The shortest row's loss, alone or beside another row."""
+        return self.losses([self.row] if mate is None else [self.row, mate])[0]
+
+    def losses(self, samples: list[dict[str, Any]], side: str = "right") -> Tensor:
+        """Losses of some rows in one batch; float64 on the host."""
+        batch = self._batch(samples, side)
         try:
             # A callable's own use of autograd is its own affair.
             with self._eagerly(), autocast(self.model, self._precision), self._without_gradients():
-                each = losses.one_per_sample(self._loss(self.model, batch), 1 if mate is None else 2)
+                each = losses.one_per_sample(self._loss(self.model, batch), len(samples))
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
             raise InfluenceError(
                 f"row {self.rows.ids[self.shortest]!r} ({self.rows.lengths[self.shortest]} tokens) does not fit in "
-                f"memory {'alone' if mate is None else 'beside another'}"
+                f"memory {'alone' if len(samples) == 1 else 'beside others'}"
             ) from error
-        return each.detach().flatten()[0].double().cpu()
+        return each.detach().double().cpu()
 
     def model_is_separate(self) -> bool:
         """Whether the model's output for the row is the same beside another row."""
@@ -142,6 +170,9 @@ class _Probe:
         inner = unwrapped(self.model)
         batch = self._batch([self.row], "right")
         parameters = inspect.signature(inner.forward).parameters
+        if inner is not self.model and any(name not in parameters for name in {*batch} - {"attention_mask"}):
+            # A column that what is around the model takes, such as an adapter's task.
+            inner, parameters = self.model, inspect.signature(self.model.forward).parameters
         if not all(name in parameters for name in TARGETS if name in batch) or not hasattr(inner, "config"):
             return None
         if not takes_mask(inner):
@@ -158,21 +189,24 @@ class _Probe:
         return found.double().cpu() if isinstance(found, Tensor) and found.dim() == 0 else None
 
     def mate(self) -> dict[str, Any]:
-        """Another row of the same lengths, or this one with its tokens in reverse."""
+        """Another row of the same lengths, or this one in reverse with tokens of another."""
         shapes = self.rows.shapes
         for other in range(len(self.rows)):
             if other != self.shortest and shapes[other] == shapes[self.shortest]:
                 return self.rows[other]
+        other = max(range(len(self.rows)), key=lambda row: (row != self.shortest, self.rows.lengths[row]))
+        theirs = [part["input_ids"] for part in self.rows[other].get("choices", [self.rows[other]])]
+        tokens = [token for ids in theirs for token in ids]
         if "choices" in self.row:
-            return {**self.row, "choices": [_reversed(choice) for choice in self.row["choices"]]}
-        return _reversed(self.row)
+            return {**self.row, "choices": [_changed(choice, tokens) for choice in self.row["choices"]]}
+        return _changed(self.row, tokens)
 
-    def longer(self, tokens: int) -> dict[str, Any] | None:
+    def longer(self, tokens: int) -> int | None:
         """A row that this one is padded beside, much longer if there is one, in a batch of ``tokens``."""
         lengths = self.rows.lengths
         least = lengths[self.shortest]
         fitting = [row for row in range(len(self.rows)) if least < lengths[row] <= tokens // 2]
-        return self.rows[min(fitting, key=lambda row: abs(lengths[row] - least - _PADS))] if fitting else None
+        return min(fitting, key=lambda row: abs(lengths[row] - least - _PADS)) if fitting else None
 
     def _batch(self, samples: list[dict[str, Any]], side: str) -> dict[str, Tensor]:
         batch = collate(samples, self.model, self.rows.fill, side)
@@ -187,5 +221,9 @@ class _Probe:
         return nullcontext() if self.rows.kind == "custom" else torch.no_grad()
 
 
-def _reversed(row: dict[str, Any]) -> dict[str, Any]:
-    return {**row, "input_ids": row["input_ids"][::-1]}
+def _changed(row: dict[str, Any], theirs: list[int]) -> dict[str, Any]:
+    """The row in reverse, with tokens of another in place of those that the other lacks: of a mean over the batch, the same
+    tokens would tell nothing. What both have stays, as separators and the like do."""
+    own = row["input_ids"]
+    others = iter([token for token in theirs if token not in own])
+    return {**row, "input_ids": [token if token in theirs else next(others, token) for token in own[::-1]]}

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from influence_fast.data.batching import Loss
 from influence_fast.data.tasks import LOSSES
@@ -18,8 +19,8 @@ PRECISIONS = ("bfloat16", "float16")
 class BuildSettings:
     """How gradients are taken and kept; the arguments of :func:`~influence_fast.build_store` say what each means.
 
-    ``exact`` and ``one_row`` are what verification found (:class:`~influence_fast.CaptureReport`), for a build that does not
-    verify again.
+    ``exact``, ``one_row``, ``followed`` and ``layouts`` are what verification found
+    (:class:`~influence_fast.CaptureReport`), for a build that does not verify again.
 
     Raises:
         InputError: a value that no build could use; names it.
@@ -38,6 +39,8 @@ class BuildSettings:
     strict: bool = False
     exact: Sequence[str] = ()
     one_row: bool = False
+    followed: Sequence[str] = ()
+    layouts: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not callable(self.loss) and self.loss not in LOSSES:
@@ -48,5 +51,21 @@ class BuildSettings:
             value = getattr(self, name)
             if value != "auto" and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise InputError(f"{name}: expected 'auto' or a positive int, got {value!r}")
+        for name in ("truncate", "bias", "verify", "strict", "one_row"):
+            if not isinstance(getattr(self, name), bool):
+                raise InputError(f"{name}: expected true or false, got {getattr(self, name)!r}")
         if self.precision is not None and self.precision not in PRECISIONS:
             raise InputError(f"precision: expected None or one of {', '.join(PRECISIONS)}, got {self.precision!r}")
+
+    @property
+    def of_capture(self) -> dict[str, Any]:
+        """Arguments of :class:`~influence_fast.GradientCapture` that take the layers in these ways."""
+        return {
+            "layers": self.layers,
+            "projection": self.projection,
+            "bias": self.bias,
+            "exact": self.exact,
+            "followed": self.followed,
+            "layouts": self.layouts,
+            "batched": not self.one_row,
+        }

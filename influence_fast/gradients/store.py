@@ -1,69 +1,14 @@
-"""Per-sample gradients on disk: written shard by shard, resumed, verified, memory-mapped.
-
-A store is a folder of ``manifest.json`` and shards ``shard-00000.safetensors``, ``shard-00001.safetensors``, ... Every
-shard but the last holds ``shard_rows`` consecutive rows. Nothing is ever unpickled.
-
-**Shard**, byte by byte (the safetensors format):
-
-=================  =========================================================================================
-bytes              content
-=================  =========================================================================================
-0 .. 8             H, the length of the header: unsigned, little-endian
-8 .. 8 + H         header: JSON ``{name: {"dtype": .., "shape": [..], "data_offsets": [begin, end]}}``
-8 + H + begin ..   the tensor: C-contiguous, little-endian, offsets counted from the header's end
-=================  =========================================================================================
-
-==============================  ==========  ==================================================================
-tensor                          dtype       content
-==============================  ==========  ==================================================================
-``LAYER``                       F32 F16     ``(rows, dim)`` gradients, each out-major ``(k_out, k_in)``, a sketch,
-                                BF16 I8     or the whole ``(out, in)`` gradient
-``@scale/LAYER``                F32         ``(rows,)``, int8 stores alone: gradient = scale * number
-``@sqnorm/LAYER``               F64         ``(rows,)`` ``|g|^2`` of the gradient before it was rounded to dtype
-``@column/NAME``                any         ``(rows,)`` ``loss``, ``correct``, ``prediction``
-==============================  ==========  ==================================================================
-
-**Manifest**: ``format``, ``version``, ``model`` (SHA-256 of the weights), ``projection`` (text), ``layers`` (by name:
-``shape`` (out, in), ``dim``, ``matrices`` with the identifier of each random matrix), ``dtype``, ``loss``, ``rows``,
-``shard_rows``, ``ids`` (null: row numbers), ``settings`` of the build, ``facts`` (optional: which rows capture was verified
-on, how many trained numbers the layers cover of how many), and ``shards``: ``file``, ``rows``, ``bytes`` and
-``sha256`` of each.
-
-A shard is written aside, fsynced and renamed; the manifest follows. So what the manifest names is whole, and a build
-that was killed goes on with the shards that are missing. A reader in plain NumPy::
-
-    import json, pathlib
-    import numpy as np
-
-
-    def read_store(folder, layer):
-        folder = pathlib.Path(folder)
-        manifest = json.loads((folder / "manifest.json").read_text())
-        parts = []
-        for shard in manifest["shards"]:
-            raw = np.memmap(folder / shard["file"], dtype=np.uint8, mode="r")
-            size = int(raw[:8].view("<u8")[0])
-            header = json.loads(bytes(raw[8 : 8 + size]))
-            entry = header[layer]
-            begin, end = entry["data_offsets"]
-            data = raw[8 + size + begin : 8 + size + end]
-            dtype = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "I8": "i1"}[entry["dtype"]]
-            rows = data.view(dtype).reshape(entry["shape"])
-            if entry["dtype"] == "BF16":
-                rows = (rows.astype("<u4") << 16).view("<f4")
-            parts.append(rows)
-        return np.concatenate(parts)
-"""
+"""Reading a gradient store; ``store_format`` describes its bytes, ``store_writer`` writes them."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, cast
 
@@ -71,61 +16,73 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from influence_fast._files import atomic_path, sha256
+from influence_fast import _records as records
+from influence_fast._blocks import BLOCK, BlockFile, HashedFile, PlainFile, sha256_of
+from influence_fast._files import atomic_path, disk_errors, make_folder
 from influence_fast.errors import InputError, StoreError
+from influence_fast.gradients.row_ids import TYPES, RowIds
+from influence_fast.gradients.shard import DTYPES, Shard
+from influence_fast.gradients.store_format import FORMAT, JOURNAL, MANIFEST, VERSION
 
-FORMAT, VERSION = "influence_fast.gradients", 1
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "int8": torch.int8}
-_TORCH = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I8": torch.int8,
-    "I64": torch.int64,
-    "BOOL": torch.bool,
-}
 Rows = slice | Sequence[int] | Tensor | None
+_VERIFY = [True]
+
+
+@contextmanager
+def unverified() -> Iterator[None]:
+    """Stores and indexes that are opened within are read without checking their content, sizes and headers aside."""
+    before, _VERIFY[0] = _VERIFY[0], False
+    try:
+        yield
+    finally:
+        _VERIFY[0] = before
+
+
+def verifying(verify: bool | None = None) -> bool:
+    """Whether to check: as told, or unless within :func:`unverified`."""
+    return _VERIFY[0] if verify is None else verify
 
 
 class GradientStore:
-    """A finished store, read through memory maps: see :meth:`open`.
+    """A finished store, read as far as it is asked for: see :meth:`open`.
 
     Attributes:
         path: the folder.
         layers: names in the model's order; ``dims`` and ``shapes`` give numbers per row and the weight's ``(out, in)``.
-        ids: name of each row; its number unless the build was given others.
-        meta: the manifest.
+        ids: name of each row; its number unless the build was given others. Names are read from disk when asked for.
+        meta: the manifest, and ``shards``: ``file``, ``rows``, ``bytes`` and ``sha256`` of each.
     """
 
-    def __init__(self, path: Path, manifest: dict[str, Any], verify: bool = False) -> None:
+    def __init__(self, path: Path, manifest: dict[str, Any], lines: list[dict[str, Any]], verify: bool) -> None:
         self.path = path
-        self.meta = manifest
-        self._verify = verify
+        self.meta = {**manifest, "shards": lines}
         self.layers: list[str] = list(manifest["layers"])
         self.dims: dict[str, int] = {name: layer["dim"] for name, layer in manifest["layers"].items()}
         self.shapes: dict[str, tuple[int, int]] = {
             name: (layer["shape"][0], layer["shape"][1]) for name, layer in manifest["layers"].items()
         }
-        self.ids: Sequence[int | str] = range(manifest["rows"]) if manifest["ids"] is None else manifest["ids"]
+        self._ids_file = None if manifest["version"] == 1 else _ids_file(path, manifest, verify)
+        self.ids: Sequence[int | str] = _ids(manifest, self._ids_file)
+        self._shards = [_shard(path, manifest, line, self.dims, verify) for line in lines]
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str], verify: bool = False) -> GradientStore:
+    def open(cls, path: str | os.PathLike[str], verify: bool | None = None) -> GradientStore:
         """Open a finished store.
 
-        With ``verify`` the first read of a shard, whoever reads, hashes it and raises StoreError where it is damaged:
-        one more pass over the bytes that a job streams. :meth:`verify` does the same at once.
+        What is read is checked when it is first read, whoever reads, and StoreError names the file, layers and rows that
+        are damaged; ``verify=False`` leaves that out. :meth:`verify` checks all at once.
 
         Raises:
-            StoreError: there is none, its manifest is damaged or of another version, the build is unfinished, or a
-                shard is missing or cut short.
+            StoreError: there is none, its manifest or journal is damaged or of another version, the build is unfinished,
+                or a shard is missing or cut short.
         """
         folder = Path(path)
         manifest = read_manifest(folder)
-        done = sum(shard["rows"] for shard in manifest["shards"])
+        lines = read_lines(folder, manifest)
+        done = sum(line["rows"] for line in lines)
         if done != manifest["rows"]:
             raise StoreError(f"{folder}: unfinished, {done} of {manifest['rows']} rows; build it again to go on")
-        store = cls(folder, manifest, verify)
+        store = cls(folder, manifest, lines, verifying(verify))
         store.check_sizes()
         return store
 
@@ -155,7 +112,7 @@ class GradientStore:
     @property
     def columns(self) -> list[str]:
         """Names of what is kept of each row beside its gradients."""
-        return [name.removeprefix("@column/") for name in self._shards[0].entries if name.startswith("@column/")]
+        return self._shards[0].columns
 
     def column(self, name: str) -> Tensor:
         """``loss`` (float32), ``correct`` (bool) or ``prediction`` (int64) of every row: ``(n,)``.
@@ -168,20 +125,59 @@ class GradientStore:
         return torch.cat([shard.tensor(f"@column/{name}") for shard in self._shards])
 
     def verify(self) -> None:
-        """Hash every shard and check what it holds; :class:`StoreError` names the first that is damaged."""
-        for shard in self._shards:
-            shard.check_bytes()
-            shard.check_entries(self.dims, self.meta["dtype"])
+        """Check every byte of the store, and what it says; :class:`StoreError` names the first thing that is damaged."""
+        for damage in self._damage():
+            raise damage
+
+    def _damage(self) -> Iterator[StoreError]:
+        for line in self.meta["shards"]:
+            try:
+                checked = GradientStore(self.path, self.meta, [line], verify=True)
+                checked.check_shards()
+                _check_hash(cast(PlainFile, checked._shards[0].file), line["sha256"])
+            except StoreError as error:
+                yield error
+        try:
+            GradientStore(self.path, self.meta, [], verify=True).check_ids()
+        except StoreError as error:
+            yield error
 
     def check_sizes(self) -> None:
-        """StoreError names the first shard that is missing or not as long as it was written."""
+        """StoreError names the first file that is missing or not as long as it was written."""
         for shard in self._shards:
-            shard.check_size()
+            shard.file.check_size()
+        if self._ids_file is not None:
+            self._ids_file.check_size()
+
+    def check_shards(self) -> None:
+        """Check every byte of the shards by their blocks, unless the store was opened without, and their headers."""
+        for shard in self._shards:
+            shard.check_all()
+
+    def check_ids(self) -> None:
+        """Check the names of the rows."""
+        if self._ids_file is not None:
+            self._ids_file.check_all()
+            for _ in self.ids:
+                pass
+
+    def check_rows(self, layers: Sequence[str], rows: np.ndarray) -> None:
+        """Check what :meth:`addresses` give of some rows, int64 in any order, unless that was done before.
+
+        Raises:
+            StoreError: names the file, layers and rows that are damaged.
+        """
+        numbers = np.unique(rows)
+        edges = np.searchsorted(numbers, self.firsts)
+        names = [*layers, *(f"@scale/{name}" for name in layers)]
+        for shard, low, high in zip(self._shards, edges[:-1].tolist(), edges[1:].tolist(), strict=True):
+            if low < high:
+                shard.ensure([name for name in names if name in shard.places], numbers[low:high] - shard.first)
 
     @property
     def digest(self) -> str:
-        """SHA-256 over the hashes of the shards in the manifest: tells stores apart without reading them."""
-        return hashlib.sha256("".join(shard.sha256 for shard in self._shards).encode()).hexdigest()
+        """SHA-256 over the hashes of the shards: tells stores apart without reading them."""
+        return hashlib.sha256("".join(line["sha256"] for line in self.meta["shards"]).encode()).hexdigest()
 
     def shard_of(self, row: int) -> Path:
         """The file that holds a row."""
@@ -193,8 +189,11 @@ class GradientStore:
         return np.cumsum([0, *(shard.rows for shard in self._shards)], dtype=np.int64)
 
     def addresses(self, name: str) -> np.ndarray:
-        """Where a tensor begins in the mapped memory of each shard: int64 ``(shards,)``, valid while the store lives."""
-        return np.array([shard.address(name) for shard in self._shards], np.int64)
+        """Where a tensor begins in each shard's mapped memory, while the store lives: int64 ``(shards,)``, 0 for none.
+
+        What stands there is unchecked until :meth:`check_rows`.
+        """
+        return np.array([shard.address(name) if name in shard.places else 0 for shard in self._shards], np.int64)
 
     def to_parquet(self, path: str | os.PathLike[str], layers: Sequence[str] | None = None) -> None:
         """Write one Parquet file, for a vector database or data frames: a row group per shard.
@@ -212,8 +211,8 @@ class GradientStore:
         if len(kinds) > 1:
             raise InputError("ids: a column is of one type; these are numbers and names")
         target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_path(target) as temporary, ExitStack() as stack:
+        make_folder(target.parent)
+        with disk_errors(target), atomic_path(target) as temporary, ExitStack() as stack:
             writer: Any = None
             for shard, begin in zip(self._shards, self.firsts, strict=False):
                 columns = {"id": pa.array(list(self.ids[begin : begin + shard.rows]))}
@@ -228,17 +227,13 @@ class GradientStore:
                     writer = stack.enter_context(pq.ParquetWriter(temporary, table.schema))
                 writer.write_table(table, row_group_size=shard.rows)
 
-    @cached_property
-    def _shards(self) -> list[_Shard]:
-        return [_Shard(self.path / shard["file"], **shard, verify=self._verify) for shard in self.meta["shards"]]
-
     def _check_layer(self, layer: str) -> None:
         if layer not in self.dims:
             raise InputError(f"layer: the store has no {layer!r}; it has {', '.join(self.layers)}")
 
     def _gather(self, layer: str, rows: Rows) -> Tensor:
         wanted = _row_numbers(rows, len(self))
-        out = torch.empty(len(wanted), self.dims[layer])
+        out = torch.empty(len(wanted), self.dims[layer], dtype=torch.float32, device="cpu")
         numbers = None if isinstance(wanted, range) and wanted.step == 1 else np.asarray(wanted, dtype=np.int64)
         for shard, begin in zip(self._shards, self.firsts.tolist(), strict=False):
             end = begin + shard.rows
@@ -254,131 +249,213 @@ class GradientStore:
         return out
 
 
-class _Shard:
-    """One shard file. Runs of rows are read, rows here and there through a memory map."""
+def find_damage(path: Path) -> Iterator[StoreError]:
+    """Everything that is wrong with a store, one file at a time; what :meth:`GradientStore.verify` raises first."""
+    try:
+        manifest = read_manifest(path)
+        lines = read_lines(path, manifest)
+        done = sum(line["rows"] for line in lines)
+        if done != manifest["rows"]:
+            yield StoreError(f"{path}: unfinished, {done} of {manifest['rows']} rows; build it again to go on")
+        store = GradientStore(path, manifest, lines, verify=True)
+    except StoreError as error:
+        yield error
+        return
+    yield from store._damage()
 
-    def __init__(self, path: Path, file: str, rows: int, bytes: int, sha256: str, verify: bool = False) -> None:
-        self.path, self.rows, self.bytes, self.sha256 = path, rows, bytes, sha256
-        self._verify = verify
 
-    def check_size(self) -> None:
-        try:
-            size = self.path.stat().st_size
-        except FileNotFoundError:
-            raise StoreError(f"{self.path}: missing") from None
-        if size != self.bytes:
-            raise StoreError(f"{self.path}: damaged, {size} bytes long where the manifest says {self.bytes}")
+# ------------------------------------------------------------------------------------------ what a store says of itself
 
-    def check_bytes(self) -> None:
-        self.check_size()
-        found = sha256(self.path)
-        if found != self.sha256:
-            raise StoreError(f"{self.path}: damaged, its SHA-256 is {found}, the manifest says {self.sha256}")
+_LAYER = records.record(
+    {
+        "shape": records.items(records.whole(), 2),
+        "dim": records.whole(1, 2**40),
+        "matrices": records.table(records.text()),
+    },
+    {"kind": records.one_of("dense")},
+)
+_SHARED = {
+    "model": records.text(),
+    "projection": records.text(),
+    "layers": records.table(_LAYER, least=1),
+    "dtype": records.one_of(*DTYPES),
+    "loss": records.text(),
+    "rows": records.whole(1, 2**40),
+    "shard_rows": records.whole(1, 2**40),
+}
+_FREE = {"settings": records.table(), "facts": records.table()}
+_FILE = {
+    "file": records.text(records.PLAIN_NAME, "the name of a file in this folder"),
+    "rows": records.whole(1, 2**40),
+    "bytes": records.whole(),
+    "sha256": records.text(records.SHA256, "64 hexadecimal digits"),
+}
+_IDS = records.record(
+    {
+        **{key: _FILE[key] for key in ("file", "bytes", "sha256")},
+        "type": records.one_of(*TYPES),
+        "width": records.maybe(records.whole()),
+        "blocks": records.text(records.XXH3, "16 hexadecimal digits"),
+    }
+)
 
-    def check_entries(self, dims: Mapping[str, int], dtype: str) -> None:
-        for layer, dim in dims.items():
-            entry = self.entries.get(layer)
-            if entry is None or entry["shape"] != [self.rows, dim] or _TORCH[entry["dtype"]] != DTYPES[dtype]:
-                raise StoreError(f"{self.path}: expected {dtype} ({self.rows}, {dim}) for {layer!r}, found {entry}")
-            if not self.tensor(f"@sqnorm/{layer}").isfinite().all():
-                raise StoreError(f"{self.path}: gradients of {layer!r} are not finite")
 
-    @cached_property
-    def _bytes(self) -> np.memmap[Any, np.dtype[np.uint8]]:
-        try:
-            return np.memmap(self.path, dtype=np.uint8, mode="r")
-        except (OSError, ValueError) as error:
-            raise StoreError(f"{self.path}: cannot be read ({error})") from None
+def _name(file: str, key: str, value: Any) -> None:
+    if type(value) not in (int, str):
+        raise StoreError(f"{file} is damaged: {key}: expected a number or text, got {value!r}")
 
-    @cached_property
-    def _header(self) -> tuple[int, dict[str, Any]]:
-        if self._verify:
-            self.check_bytes()
-        try:
-            # Read, not mapped: touching a map of each of many shards would keep pages of all of them in memory.
-            with open(self.path, "rb") as file:
-                size = int.from_bytes(file.read(8), "little")
-                if size > os.fstat(file.fileno()).st_size:
-                    raise ValueError(f"its length is {size} bytes")
-                header = json.loads(file.read(size))
-        except OSError as error:
-            raise StoreError(f"{self.path}: cannot be read ({error})") from None
-        except ValueError as error:
-            raise StoreError(f"{self.path}: damaged header ({error})") from None
-        header.pop("__metadata__", None)
-        return 8 + size, header
 
-    @property
-    def entries(self) -> dict[str, Any]:
-        return self._header[1]
-
-    def address(self, name: str) -> int:
-        start, _, _ = self._place(name)
-        return int(self._bytes.ctypes.data) + start
-
-    def array(self, name: str, rows: slice | np.ndarray = slice(None)) -> Tensor:
-        """A copy of some rows of a tensor, in its own dtype."""
-        start, shape, dtype = self._place(name)
-        width = dtype.itemsize * math.prod(shape[1:])
-        if not isinstance(rows, slice):
-            flat = self._bytes[start : start + shape[0] * width].reshape(shape[0], width)
-            return torch.from_numpy(flat[rows]).view(dtype).reshape(-1, *shape[1:])
-        begin, end, _ = rows.indices(shape[0])
-        out = torch.empty(end - begin, *shape[1:], dtype=dtype)
-        self._read(out, start + begin * width)
-        return out
-
-    def tensor(self, name: str) -> Tensor:
-        return self.array(name)
-
-    def gradients(self, layer: str, rows: slice | np.ndarray, out: Tensor | None = None) -> Tensor:
-        """Rows of a layer in float32, into ``out`` if given."""
-        start, shape, dtype = self._place(layer)
-        if out is not None and isinstance(rows, slice) and dtype == torch.float32:
-            self._read(out, start + rows.start * 4 * shape[1])
-            return out
-        values = self.array(layer, rows).float()
-        if f"@scale/{layer}" in self.entries:
-            values = values * self.array(f"@scale/{layer}", rows)[:, None]
-        return values if out is None else out.copy_(values)
-
-    def _place(self, name: str) -> tuple[int, list[int], torch.dtype]:
-        start, header = self._header
-        if name not in header:
-            raise StoreError(f"{self.path}: has no {name!r}")
-        begin, _ = header[name]["data_offsets"]
-        return start + begin, header[name]["shape"], _TORCH[header[name]["dtype"]]
-
-    def _read(self, out: Tensor, at: int) -> None:
-        """Fill a contiguous tensor; a file that has become shorter is an error here, and a crash through a map."""
-        view = out.view(torch.uint8).numpy().reshape(-1).data
-        try:
-            with open(self.path, "rb", buffering=0) as file:
-                while len(view):
-                    count = os.preadv(file.fileno(), [view], at)
-                    if count == 0:
-                        raise StoreError(f"{self.path}: damaged, it ends at {at} where there should be rows")
-                    view, at = view[count:], at + count
-        except OSError as error:
-            raise StoreError(f"{self.path}: cannot be read ({error})") from None
+_VERSION_1 = records.record(
+    {**_SHARED, "ids": records.maybe(records.items(_name)), "shards": records.items(records.record(_FILE))}, _FREE
+)
+_VERSION_2 = records.record(
+    {
+        **_SHARED,
+        "requires": records.items(records.text()),
+        "ids": records.maybe(_IDS),
+        "block": records.one_of(BLOCK),
+        "settings": records.table(),
+    },
+    {"facts": records.table()},
+)
+_LINE = records.record(
+    {
+        **_FILE,
+        "segment": records.one_of(0),
+        "first": records.whole(),
+        "blocks": records.text(records.XXH3, "16 hexadecimal digits"),
+        "settings": records.text(records.SHA256, "64 hexadecimal digits"),
+    }
+)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a store, finished or not; StoreError where there is none, or it is damaged or of another version."""
-    try:
-        manifest = json.loads((folder / "manifest.json").read_text())
-    except FileNotFoundError:
-        raise StoreError(f"{folder}: no gradient store (no manifest.json)") from None
-    except (ValueError, OSError) as error:
-        raise StoreError(f"{folder}: manifest.json is damaged ({error})") from None
+    """The manifest of a store, finished or not; version 1 holds ``shards`` too.
+
+    Raises:
+        StoreError: there is none, it is damaged, or of another version.
+    """
+    where = f"{folder}: {MANIFEST}"
+    raw = records.read_bytes(folder / MANIFEST, f"{folder}: no gradient store (no {MANIFEST})")
+    manifest = records.parse(where, raw)
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise StoreError(f"{folder}: manifest.json is not that of a gradient store")
-    if manifest.get("version") != VERSION:
-        raise StoreError(f"{folder}: store version {manifest.get('version')}, this library reads {VERSION}")
-    missing = {"model", "projection", "layers", "dtype", "loss", "rows", "shard_rows", "ids", "shards"} - set(manifest)
-    if missing:
-        raise StoreError(f"{folder}: manifest.json is damaged, it lacks {', '.join(sorted(missing))}")
+        raise StoreError(f"{where} is not that of a gradient store")
+    version = manifest.get("version")
+    if type(version) is not int or version not in (1, VERSION):
+        raise StoreError(f"{folder}: store version {version!r}, this library reads 1 and {VERSION}")
+    if version == 1:
+        _VERSION_1(where, "", manifest)
+        if manifest["ids"] is not None and len(manifest["ids"]) != manifest["rows"]:
+            raise StoreError(f"{where} is damaged: {len(manifest['ids'])} ids for {manifest['rows']} rows")
+        return manifest
+    manifest = records.unseal(where, raw)
+    _VERSION_2(where, "", manifest)
+    if manifest["requires"]:
+        raise StoreError(f"{folder}: needs a later version of this library, which knows {manifest['requires'][0]!r}")
     return manifest
+
+
+def fingerprint(manifest: Mapping[str, Any]) -> str:
+    """Tells stores apart: SHA-256 of what a manifest of version 2 says, facts aside."""
+    content = {key: value for key, value in manifest.items() if key not in ("facts", "shards")}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def read_journal(folder: Path, manifest: Mapping[str, Any]) -> records.Chain:
+    """The lines of a journal whose own checksum holds; none where there is no journal yet."""
+    start = fingerprint(manifest)
+    if not (folder / JOURNAL).exists():
+        return records.Chain(start)
+    raw = records.read_bytes(folder / JOURNAL, f"{folder}: no {JOURNAL}")
+    return records.unchain(f"{folder}: {JOURNAL}", raw, start)
+
+
+def read_lines(folder: Path, manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What a store says of its shards, in the order of their rows, each with its ``first``.
+
+    Raises:
+        StoreError: a damaged journal, shards that overlap, or that are shorter than their rows are.
+    """
+    where = f"{folder}: {MANIFEST if manifest['version'] == 1 else JOURNAL}"
+    if manifest["version"] == 1:
+        firsts = np.cumsum([0, *(line["rows"] for line in manifest["shards"])]).tolist()
+        lines = [{**line, "first": first} for line, first in zip(manifest["shards"], firsts, strict=False)]
+    else:
+        chain = read_journal(folder, manifest)
+        if chain.damage is not None:
+            raise StoreError(f"{chain.damage}; build the store again to mend it")
+        for line in chain.entries:
+            check_line(where, manifest, line)
+        lines = sorted(chain.entries, key=lambda line: line["first"])
+    if len({line["file"] for line in lines}) != len(lines):
+        raise StoreError(f"{where} is damaged: a shard is named twice")
+    for line, after in pairwise(lines):
+        if line["first"] + line["rows"] > after["first"]:
+            raise StoreError(f"{where} is damaged: {line['file']} and {after['file']} hold the same rows")
+    for line in lines:
+        if line["first"] + line["rows"] > manifest["rows"] or line["rows"] * row_bytes(manifest) > line["bytes"]:
+            raise StoreError(f"{where} is damaged: {line['file']} cannot hold rows {line['first']} and on")
+    return lines
+
+
+def check_line(where: str, manifest: Mapping[str, Any], line: Mapping[str, Any]) -> None:
+    """StoreError unless a line of a journal is one of this store's shards."""
+    if line.get("kind") != "shard":
+        raise StoreError(f"{where}: has a line of kind {line.get('kind')!r}, which this library does not know")
+    _LINE(where, "", line)
+    if line["settings"] != fingerprint(manifest):
+        raise StoreError(f"{where} is damaged: {line['file']} belongs to another store")
+
+
+def row_bytes(manifest: Mapping[str, Any]) -> int:
+    """Bytes of a row, columns aside."""
+    size = DTYPES[manifest["dtype"]].itemsize
+    beside = 8 + (4 if manifest["dtype"] == "int8" else 0)
+    return sum(layer["dim"] * size + beside for layer in manifest["layers"].values())
+
+
+def named(line: Mapping[str, Any]) -> dict[str, str]:
+    """What a shard's header says of the shard itself."""
+    return {key: str(line[key]) for key in ("file", "first", "rows", "settings")}
+
+
+def _shard(
+    folder: Path, manifest: Mapping[str, Any], line: Mapping[str, Any], dims: Mapping[str, int], verify: bool
+) -> Shard:
+    path, size = records.inside(folder, line["file"]), line["bytes"]
+    if not verify:
+        file = PlainFile(path, size)
+    elif manifest["version"] == 1:
+        file = HashedFile(path, size, line["sha256"])
+    else:
+        file = BlockFile(path, size, line["blocks"])
+    about = None if manifest["version"] == 1 else named(line)
+    return Shard(file, line["first"], line["rows"], dims, manifest["dtype"], about)
+
+
+def _ids_file(folder: Path, manifest: Mapping[str, Any], verify: bool) -> PlainFile | None:
+    about = manifest["ids"]
+    if about is None:
+        return None
+    path, size = records.inside(folder, about["file"]), about["bytes"] + 8 * -(-about["bytes"] // BLOCK)
+    file = BlockFile(path, size, about["blocks"]) if verify else PlainFile(path, size)
+    file.where = lambda begin, end: "names of rows"
+    return file
+
+
+def _ids(manifest: Mapping[str, Any], file: PlainFile | None) -> Sequence[int | str]:
+    if manifest["ids"] is None:
+        return range(manifest["rows"])
+    if file is None:
+        return manifest["ids"]
+    about = manifest["ids"]
+    return RowIds(file, manifest["rows"], about["type"], about["width"], about["bytes"])
+
+
+def _check_hash(file: PlainFile, expected: str) -> None:
+    found = sha256_of(file)
+    if found != expected:
+        raise file.damaged(f"its SHA-256 is {found}, {expected} was written", 0, file.size)
 
 
 def _row_numbers(rows: Rows, count: int) -> range | list[int]:

@@ -1,37 +1,66 @@
-"""Writes the shards of a store, in any order, each whole or not at all; ``store`` describes the bytes."""
+"""Writes the shards of a store, in any order, each whole or not at all; ``store_format`` describes the bytes."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save
 from torch import Tensor
 
-from influence_fast._files import atomic_write, locked, remove_leftovers
+from influence_fast import _records as records
+from influence_fast._blocks import BLOCK, BlockSums, root_of
+from influence_fast._files import (
+    append_line,
+    atomic_path,
+    atomic_write,
+    disk_errors,
+    locked,
+    make_folder,
+    remove_leftovers,
+)
 from influence_fast.errors import InputError, StoreError
-from influence_fast.gradients.store import DTYPES, FORMAT, VERSION, read_manifest
+from influence_fast.gradients import row_ids
+from influence_fast.gradients.shard import DTYPES, bytes_of, layout
+from influence_fast.gradients.store import (
+    GradientStore,
+    check_line,
+    fingerprint,
+    named,
+    read_journal,
+    read_lines,
+    read_manifest,
+    verifying,
+)
+from influence_fast.gradients.store_format import FORMAT, JOURNAL, MANIFEST, VERSION
+
+_log = logging.getLogger("influence_fast")
 
 
 class StoreWriter:
-    """Writes the shards of one store, in any order; the manifest follows each.
+    """Writes the shards of one store, in any order; a line of the journal follows each.
 
     The ranks of one build write together, each its own shards: rank 0 ``leads``, enters first and leaves last, the
-    others add their shards to the manifest that it has begun.
+    others add to the journal that it has begun.
     """
 
-    def __init__(self, path: Path, manifest: dict[str, Any], leads: bool = True, together: bool = False) -> None:
+    def __init__(
+        self, path: Path, manifest: dict[str, Any], ids: Sequence[int | str], leads: bool = True, together: bool = False
+    ) -> None:
         self.path = path
         self.manifest = manifest
+        self._ids = ids
         self._leads = leads
         self._together = together
         self._held = ExitStack()
+        self._settings = fingerprint(manifest)
+        self._lines = self._known_lines()
 
     @classmethod
     def create(
@@ -62,9 +91,11 @@ class StoreWriter:
         if dtype not in DTYPES:
             raise InputError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
         folder = Path(path)
+        about, pieces = row_ids.encoded(ids)
         manifest: dict[str, Any] = {
             "format": FORMAT,
             "version": VERSION,
+            "requires": [],
             "model": model,
             "projection": projection,
             "layers": {
@@ -75,39 +106,130 @@ class StoreWriter:
             "loss": loss,
             "rows": len(ids),
             "shard_rows": shard_rows,
-            "ids": None if all(name == row for row, name in enumerate(ids)) else list(ids),
+            "block": BLOCK,
+            "ids": about and {**about, "blocks": root_of(_table(pieces()))},
             "settings": dict(settings),
             **({"facts": dict(facts)} if facts else {}),
-            "shards": [],
         }
-        if (folder / "manifest.json").exists():
+        # As it comes back from a file.
+        manifest = json.loads(json.dumps(manifest))
+        with disk_errors(folder):
+            begun = (folder / MANIFEST).exists()
+            foreign = not begun and folder.exists() and any(not _left_over(file) for file in folder.iterdir())
+        if begun:
             earlier = read_manifest(folder)
             if not resume:
                 raise InputError(f"{folder}: holds a store already; remove it, or pass resume=True")
-            _check_same(folder, earlier, json.loads(json.dumps(manifest)))
-            manifest["shards"] = earlier["shards"]
-            if "facts" in earlier:
-                manifest["facts"] = earlier["facts"]
-            else:
-                manifest.pop("facts", None)
-        elif folder.exists() and any(not _left_over(file) for file in folder.iterdir()):
+            _check_same(folder, earlier, manifest)
+            manifest = earlier
+        elif foreign:
             raise InputError(f"{folder}: is not empty and holds no store; choose a new folder")
         elif not leads:
             raise StoreError(f"{folder}: rank 0 has begun this store, another rank does not see it; share the folder")
-        return cls(folder, manifest, leads, together)
+        return cls(folder, manifest, ids, leads, together)
 
     def __enter__(self) -> StoreWriter:
         if not self._leads:
             return self
-        self.path.mkdir(parents=True, exist_ok=True)
+        make_folder(self.path)
         self._held.enter_context(locked(self.path / ".lock"))
-        remove_leftovers(self.path)
-        if not (self.path / "manifest.json").exists():
-            self._publish()
+        try:
+            self._begin()
+        except BaseException:
+            self._held.close()
+            raise
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._held.close()
+        try:
+            if self._leads and self.manifest["version"] == VERSION and not any(error):
+                self._lines = self._known_lines()
+                if not self.missing and [line["first"] for line in self._lines] != sorted(
+                    line["first"] for line in self._lines
+                ):
+                    # Ranks finish as they may, and shards are mended later: a store is the same bytes however it was made.
+                    self._write_journal()
+        finally:
+            self._held.close()
+
+    def _begin(self) -> None:
+        """Write what precedes the shards, or mend what an earlier build left."""
+        if self.manifest["version"] != VERSION:
+            if self.missing:
+                raise StoreError(
+                    f"{self.path}: an unfinished store of version 1; rewrite it by influence-fast upgrade, then build again"
+                )
+            GradientStore.open(self.path).verify() if verifying() else GradientStore.open(self.path)
+            return
+        remove_leftovers(self.path)
+        if not (self.path / MANIFEST).exists():
+            self._lines = []
+            self._write_ids()
+            atomic_write(self.path / JOURNAL, b"")
+            atomic_write(self.path / MANIFEST, records.seal(self.manifest))
+            return
+        if not self._ids_are_whole():
+            _log.warning("%s: is missing or damaged; it is written again", self.path / row_ids.FILE)
+            self._write_ids()
+        raw = (self.path / JOURNAL).read_bytes() if (self.path / JOURNAL).exists() else None
+        self._lines = [line for line in self._known_lines() if self._is_whole(line)]
+        if raw is None or raw != self._journal():
+            self._write_journal()
+
+    def _known_lines(self) -> list[dict[str, Any]]:
+        """What is known of shards that were written, in the journal's order; lines that are damaged are left out."""
+        if self.manifest["version"] != VERSION:
+            return read_lines(self.path, self.manifest)
+        found: dict[str, dict[str, Any]] = {}
+        for line in read_journal(self.path, self.manifest).entries:
+            try:
+                check_line(f"{self.path}: {JOURNAL}", self.manifest, line)
+            except StoreError as error:
+                _log.warning("%s; left out", error)
+                continue
+            number = line["first"] // self.manifest["shard_rows"]
+            rows = self.span(number)
+            if (line["file"], line["first"], line["rows"]) == (_shard_name(number), rows.start, len(rows)):
+                found[line["file"]] = line
+        return list(found.values())
+
+    def _is_whole(self, line: dict[str, Any]) -> bool:
+        """Whether a shard is as it was written; says which is not, and will be computed again."""
+        store = GradientStore(self.path, self.manifest, [line], verifying())
+        try:
+            store.check_shards()
+        except StoreError as error:
+            _log.warning("%s; it is computed again", error)
+            return False
+        return True
+
+    def _ids_are_whole(self) -> bool:
+        store = GradientStore(self.path, self.manifest, [], verifying())
+        try:
+            store.check_ids()
+        except StoreError:
+            return False
+        return True
+
+    def _write_ids(self) -> None:
+        about, pieces = row_ids.encoded(self._ids)
+        if about is None:
+            return
+        with atomic_path(self.path / about["file"]) as temporary, open(temporary, "wb") as file:
+            for piece in pieces():
+                file.write(piece)
+            file.write(_table(pieces()))
+
+    def _journal(self) -> bytes:
+        before, out = self._settings, []
+        for line in self._lines:
+            text, before = records.chained(before, line)
+            out.append(text)
+        return b"".join(out)
+
+    def _write_journal(self) -> None:
+        self._lines.sort(key=lambda line: line["first"])
+        atomic_write(self.path / JOURNAL, self._journal())
 
     def span(self, shard: int) -> range:
         """Rows of one shard."""
@@ -116,8 +238,8 @@ class StoreWriter:
 
     @property
     def missing(self) -> list[int]:
-        """Numbers of the shards that are not written yet."""
-        done = {shard["file"] for shard in self.manifest["shards"]}
+        """Numbers of the shards that are not written yet, or were found to be damaged when the writer was entered."""
+        done = {line["file"] for line in self._lines}
         count = -(-self.manifest["rows"] // self.manifest["shard_rows"])
         return [number for number in range(count) if _shard_name(number) not in done]
 
@@ -128,24 +250,40 @@ class StoreWriter:
             InputError: a gradient that is not finite, or overflows the store's dtype; names layer and row.
             InfluenceError: the disk is full. Shards written so far stay valid, and the build can go on later.
         """
-        data = save(self._tensors(self.span(shard), gradients, columns))
-        name = _shard_name(shard)
-        atomic_write(self.path / name, data)
-        entry = {
+        self.write_tensors(shard, self._tensors(self.span(shard), gradients, columns))
+
+    def write_tensors(self, shard: int, tensors: Mapping[str, Tensor]) -> None:
+        """Write one shard of what it holds, by the names in ``store_format``; errors as of :meth:`write`."""
+        span, name = self.span(shard), _shard_name(shard)
+        line: dict[str, Any] = {
+            "kind": "shard",
+            "segment": 0,
             "file": name,
-            "rows": len(self.span(shard)),
-            "bytes": len(data),
-            "sha256": hashlib.sha256(data).hexdigest(),
+            "first": span.start,
+            "rows": len(span),
+            "settings": self._settings,
         }
+        header, names = layout(tensors, named(line), BLOCK)
+        digest, sums, size = hashlib.sha256(), BlockSums(), 0
+        with atomic_path(self.path / name) as temporary, open(temporary, "wb") as file:
+            for piece in (memoryview(header), *(bytes_of(tensors[part]) for part in names)):
+                file.write(piece)
+                digest.update(piece)
+                sums.add(piece)
+                size += len(piece)
+            table = sums.table()
+            file.write(table)
+            digest.update(table)
+        line |= {"bytes": size + len(table), "sha256": digest.hexdigest(), "blocks": root_of(table)}
         with self._alone():
-            if self._together:
-                self.manifest["shards"] = read_manifest(self.path)["shards"]
-            self.manifest["shards"] = sorted([*self.manifest["shards"], entry], key=lambda item: item["file"])
-            self._publish()
+            append_line(
+                self.path / JOURNAL, lambda last: records.chained(records.last_seal(last, self._settings), line)[0]
+            )
+        self._lines.append(line)
 
     def _alone(self) -> AbstractContextManager[None]:
-        """No other rank changes the manifest meanwhile."""
-        return locked(self.path / ".manifest.lock", wait=True) if self._together else nullcontext()
+        """No other rank adds to the journal meanwhile."""
+        return locked(self.path / ".journal.lock", wait=True) if self._together else nullcontext()
 
     def _tensors(
         self, span: range, gradients: Mapping[str, Tensor], columns: Mapping[str, Tensor]
@@ -158,10 +296,9 @@ class StoreWriter:
                 raise InputError(f"{name}: expected ({len(span)}, {layer['dim']}), got {tuple(gradient.shape)}")
             sqnorm = torch.linalg.vecdot(gradient.double(), gradient.double())
             self._check_finite(name, span, sqnorm, "is not finite")
-            if dtype == torch.int8:
-                scale = gradient.abs().amax(1).float() / 127
+            if dtype in (torch.int8, torch.float16):
+                scale, rounded = scaled(gradient, dtype)
                 tensors[f"@scale/{name}"] = scale
-                rounded = (gradient / scale.clamp_min(torch.finfo(torch.float32).tiny)[:, None]).round().to(dtype)
             else:
                 rounded = gradient.to(dtype)
                 self._check_finite(name, span, rounded.float().abs().amax(1), f"overflows {self.manifest['dtype']}")
@@ -172,11 +309,21 @@ class StoreWriter:
         bad = values.isfinite().logical_not().nonzero()
         if len(bad):
             row = span[int(bad[0])]
-            name = row if self.manifest["ids"] is None else self.manifest["ids"][row]
-            raise InputError(f"gradient of layer {layer!r} for row {name!r} {what}")
+            raise InputError(f"gradient of layer {layer!r} for row {self._ids[row]!r} {what}")
 
-    def _publish(self) -> None:
-        atomic_write(self.path / "manifest.json", json.dumps(self.manifest, indent=1) + "\n")
+
+def scaled(gradient: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Rows as int8 or float16 numbers, and what each row is to be multiplied with: float32 ``(rows,)``.
+
+    float16 ends at 6e-8 and 65504, and gradients of rows that are learned well lie below. A power of two, by which a row's
+    largest number comes between 2^14 and 2^15, loses nothing: what is 2^-29 of the largest still has all 11 bits.
+    """
+    largest, tiny = gradient.abs().amax(1), torch.finfo(torch.float32).tiny
+    if dtype == torch.int8:
+        scale = largest.float() / 127
+        return scale, (gradient / scale.clamp_min(tiny)[:, None]).round().to(dtype)
+    scale = torch.ldexp(torch.ones_like(largest), torch.frexp(largest).exponent - 15).float().clamp_min(tiny)
+    return scale, (gradient / scale[:, None]).to(dtype)
 
 
 def recorded(path: str | os.PathLike[str] | None, setting: str) -> Any:
@@ -186,17 +333,37 @@ def recorded(path: str | os.PathLike[str] | None, setting: str) -> Any:
     return read_manifest(Path(path)).get("settings", {}).get(setting)
 
 
+def recorded_facts(path: str | os.PathLike[str]) -> dict[str, Any] | None:
+    """What an earlier build of the store at ``path`` found worth knowing, None if there is no store."""
+    if not (Path(path) / "manifest.json").exists():
+        return None
+    return dict(read_manifest(Path(path)).get("facts") or {})
+
+
 def _shard_name(number: int) -> str:
     return f"shard-{number:05d}.safetensors"
 
 
 def _left_over(file: Path) -> bool:
-    """What a build that was killed before its first manifest leaves: nothing of anybody's."""
-    return file.name in (".lock", ".manifest.lock", "manifest.json.part")
+    """What a build that was killed before its manifest leaves: nothing of anybody's."""
+    names = (MANIFEST, JOURNAL, row_ids.FILE)
+    return file.name in (".lock", ".journal.lock", ".manifest.lock", *names, *(f"{name}.part" for name in names))
+
+
+def _table(pieces: Iterator[bytes]) -> bytes:
+    sums = BlockSums()
+    for piece in pieces:
+        sums.add(memoryview(piece))
+    return sums.table()
 
 
 def _check_same(folder: Path, earlier: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    pairs = [(key, earlier.get(key), now[key]) for key in now if key not in ("shards", "settings", "facts")]
+    if earlier["version"] == 1:
+        # Which had the names themselves, and nothing that came later.
+        about, pieces = row_ids.encoded(earlier["ids"] if earlier["ids"] is not None else range(earlier["rows"]))
+        ids = about and {**about, "blocks": root_of(_table(pieces()))}
+        earlier = {**now, **earlier, "ids": ids, "version": now["version"]}
+    pairs = [(key, earlier.get(key), now[key]) for key in now if key not in ("settings", "facts")]
     pairs += [(key, earlier.get("settings", {}).get(key), value) for key, value in now["settings"].items()]
     for key, was, wanted in pairs:
         if was != wanted:

@@ -1,4 +1,8 @@
-"""What the public operations and their backends share: the face of a projection side, dtypes, token spans."""
+"""What the public operations and their backends share: the face of a projection side, dtypes, token spans, addresses.
+
+Kernels read memory by address, so what reaches them is checked here and nowhere else: :func:`plain` on the way into an
+operation, :func:`address` where memory is handed to a kernel, :func:`output` where a result is made.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +14,7 @@ from torch import Tensor
 from influence_fast.errors import InputError
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+_INTEGERS = {torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16, torch.uint32, torch.uint64}
 
 
 class Side(Protocol):
@@ -33,10 +38,75 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def plain(name: str, tensor: Tensor) -> Tensor:
+    """A dense tensor without gradient whose memory holds its values; InputError for anything that cannot be made one."""
+    if not isinstance(tensor, Tensor):
+        raise InputError(f"{name}: expected a torch tensor, got {type(tensor).__name__}")
+    if tensor.layout is not torch.strided:
+        raise InputError(f"{name}: expected a dense tensor, got {tensor.layout}")
+    kind = type(tensor)
+    if kind is not Tensor and kind.__torch_dispatch__ is not Tensor.__torch_dispatch__:
+        # DTensor, FakeTensor, MaskedTensor, ...: their values lie elsewhere, or nowhere.
+        raise InputError(f"{name}: expected a plain tensor with values in memory, got a {kind.__name__}")
+    tensor = tensor.detach()
+    if not _is_there(tensor):
+        raise InputError(f"{name}: expected a tensor with values in memory, got one whose storage was freed")
+    # Memory of a negated view, such as the imaginary part of a conjugate, holds the opposite of its values.
+    return tensor.resolve_neg() if tensor.is_neg() else tensor
+
+
+def _is_there(tensor: Tensor) -> bool:
+    """Whether the last element lies within the storage, which others may have resized: FSDP frees weights so."""
+    try:
+        held = tensor.untyped_storage().nbytes() // tensor.element_size()
+    except (RuntimeError, NotImplementedError):
+        # Within torch.func there is none; the reference computes on such tensors, and kernels are given no address.
+        return True
+    begin, count = tensor.storage_offset(), tensor.numel()
+    if begin + count <= held or not count:
+        return True
+    return begin + sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True)) < held
+
+
+def output(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Where a result goes, whatever torch's default dtype and device are."""
+    return torch.empty(shape, dtype=dtype, device=device)
+
+
+def address(name: str, tensor: Tensor) -> int:
+    """Where the values of a plain tensor begin, 0 where there are none; InputError where it has no memory of its own."""
+    try:
+        found = tensor.data_ptr()
+    except RuntimeError:
+        found = 0
+    if not found and tensor.numel():
+        kind = type(tensor).__name__
+        what = (
+            f"a {kind}" if kind != "Tensor" else "one that torch.func or a fake mode wraps, or whose storage was freed"
+        )
+        raise InputError(f"{name}: expected a tensor with values in memory, got {what}")
+    return found
+
+
+def aligned(name: str, tensor: Tensor) -> tuple[Tensor, int]:
+    """The tensor, or a copy of one that begins between two elements' places, and its :func:`address`."""
+    found = address(name, tensor)
+    if found & 7 and found % tensor.element_size():
+        # A packed batch, N views of the same tokens: copied once.
+        packed = tensor.dim() == 3 and tensor.stride(0) == 0
+        tensor = tensor[:1].clone().expand(tensor.shape) if packed else tensor.clone()
+        found = address(name, tensor)
+    return tensor, found
+
+
 def check_float(name: str, tensor: Tensor, dims: int | tuple[int, ...]) -> None:
     dims = dims if isinstance(dims, tuple) else (dims,)
     if not isinstance(tensor, Tensor):
         raise InputError(f"{name}: expected a torch tensor, got {type(tensor).__name__}")
+    if tensor.is_nested:
+        raise InputError(f"{name}: expected a dense tensor, got a nested one")
+    if type(tensor) is not Tensor and torch.nn.parameter.is_lazy(tensor):
+        raise InputError(f"{name}: expected a tensor with values, got a {type(tensor).__name__}")
     if tensor.dtype not in FLOATS:
         raise InputError(f"{name}: expected float32, float16, bfloat16 or float64, got {tensor.dtype}")
     if tensor.dim() not in dims:
@@ -59,39 +129,66 @@ def pair(
             f"{names[0]}, {names[1]}: expected the same leading shape, dtype and device, got "
             f"{tuple(x.shape)} {x.dtype} {x.device} and {tuple(dy.shape)} {dy.dtype} {dy.device}"
         )
-    x, dy = x.detach(), dy.detach()
+    x, dy = plain(names[0], x), plain(names[1], dy)
     if x.dim() == 2:
         return _packed(x, dy, lengths, names)
     if lengths is None:
         return x, dy, None
     n, t = x.shape[:2]
-    lengths = torch.as_tensor(lengths, device=x.device)
-    if lengths.shape == (n, t) and lengths.dtype == torch.bool:
-        return _masked(x, dy, lengths)
-    if lengths.shape != (n,) or lengths.dtype.is_floating_point or lengths.dtype == torch.bool:
+    given = _counts(names[2], lengths, x.device)
+    if given.shape == (n, t) and given.dtype == torch.bool:
+        return _masked(x, dy, given)
+    if given.shape != (n,) or given.dtype not in _INTEGERS:
         raise InputError(
             f"{names[2]}: expected integers of shape ({n},) or a boolean mask of shape ({n}, {t}), "
-            f"got {lengths.dtype} of shape {tuple(lengths.shape)}"
+            f"got {given.dtype} of shape {tuple(given.shape)}"
         )
-    if x.device.type == "cpu" and n and not (int(lengths.min()) >= 0 and int(lengths.max()) <= t):
-        raise InputError(f"{names[2]}: expected values from 0 to {t}, got {int(lengths.min())} to {int(lengths.max())}")
-    end = lengths.long().clamp(0, t)
+    end = given.long()
+    if x.device.type == "cpu":
+        _check_counts(names[2], end, t)
+    end = end.clamp(0, t)
     return x, dy, torch.stack([torch.zeros_like(end), end], 1)
+
+
+def _counts(name: str, lengths: Tensor, device: torch.device) -> Tensor:
+    """What was given for lengths as a plain tensor on the device."""
+    try:
+        given = torch.as_tensor(lengths, device=device)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise InputError(f"{name}: expected a tensor of integers, got {type(lengths).__name__} ({error})") from None
+    return plain(name, given)
+
+
+def _check_counts(name: str, lengths: Tensor, most: int) -> None:
+    """Each by itself, before anything is summed: a sum of numbers near 2^63 may be anything."""
+    if not lengths.numel():
+        return
+    try:
+        low, high = int(lengths.min()), int(lengths.max())
+    except RuntimeError:
+        raise InputError(f"{name}: expected a tensor with values in memory, got {type(lengths).__name__}") from None
+    if low < 0 or high > most:
+        raise InputError(f"{name}: expected values from 0 to {most}, got {low} to {high}")
 
 
 def _packed(
     x: Tensor, dy: Tensor, lengths: Tensor | None, names: tuple[str, str, str]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if lengths is None or lengths.dim() != 1 or lengths.dtype.is_floating_point:
+    given = None if lengths is None else _counts(names[2], lengths, x.device)
+    if given is None or given.dim() != 1 or given.dtype not in _INTEGERS:
         raise InputError(
             f"{names[2]}: packed {names[0]} of shape {tuple(x.shape)} needs the integer length of every sample, "
-            f"got {'None' if lengths is None else (lengths.dtype, tuple(lengths.shape))}"
+            f"got {'None' if given is None else (given.dtype, tuple(given.shape))}"
         )
-    end = lengths.to(x.device).long().cumsum(0)
-    total = int(end[-1]) if len(end) else 0
-    if total != x.shape[0] or bool((lengths < 0).any()):
+    length = given.long()
+    _check_counts(names[2], length, x.shape[0])
+    # Where the exact sum could pass 2^63 a rounded one is far above the number of tokens too.
+    wide = len(length) * x.shape[0] >= 1 << 63
+    total = int(length.sum(dtype=torch.float64 if wide else torch.int64))
+    if total != x.shape[0]:
         raise InputError(f"{names[2]}: expected lengths that add up to {x.shape[0]} packed tokens, got {total}")
-    spans = torch.stack([end - lengths.to(end), end], 1)
+    end = length.cumsum(0)
+    spans = torch.stack([end - length, end], 1)
     return x.expand(len(end), -1, -1), dy.expand(len(end), -1, -1), spans
 
 
@@ -111,6 +208,9 @@ def unit_stride(x: Tensor) -> Tensor:
     """``x`` with a last stride of one, as kernels read it; a copy only where it has another."""
     if x.stride(-1) == 1 or x.shape[-1] <= 1:
         return x
+    if not x.numel():
+        # To torch anything without elements is contiguous, whatever its strides.
+        return output(tuple(x.shape), x.dtype, x.device)
     if x.dim() == 3 and x.stride(0) == 0:
         # A packed batch, N views of the same tokens: copied once.
         return x[:1].contiguous().expand(x.shape)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from influence_fast.errors import InputError
-from influence_fast.ops.arguments import Side, not_finite, unit_stride
+from influence_fast.ops.arguments import Side, address, aligned, not_finite, output, plain, unit_stride
 
 try:
     import influence_fast_cpu as _native
@@ -54,7 +54,7 @@ def project_outer(
         tokens_x, _x = _tokens("x", x)
         tokens_dy, _dy = _tokens("dy", dy)
         threads = torch.get_num_threads()
-        _native.project_outer(tokens_x, tokens_dy, _optional(spans), right, left, out.data_ptr(), threads)
+        _native.project_outer(tokens_x, tokens_dy, _optional("lengths", spans), right, left, _to(out), threads)
     return out
 
 
@@ -67,7 +67,7 @@ def sketch_outer(x: Tensor, dy: Tensor, side: Side | Tensor, spans: Tensor | Non
         weight = None if scale is None else _dense("scale", scale)
         tokens_x, _x = _tokens("x", x)
         tokens_dy, _dy = _tokens("dy", dy)
-        tail = (_optional(spans), matrix, _optional(weight), out.data_ptr(), torch.get_num_threads())
+        tail = (_optional("lengths", spans), matrix, _optional("scale", weight), _to(out), torch.get_num_threads())
         _native.sketch_outer(tokens_x, tokens_dy, *tail)
     return out
 
@@ -86,8 +86,11 @@ def ghost_dot(
         tokens_dya, _dya = _tokens("dya", dya)
         tokens_xb, _xb = _tokens("xb", xb)
         tokens_dyb, _dyb = _tokens("dyb", dyb)
-        a, b = (tokens_xa, tokens_dya, _optional(spans_a)), (tokens_xb, tokens_dyb, _optional(spans_b))
-        _native.ghost_dot(*a, *b, out.data_ptr(), torch.get_num_threads())
+        a, b = (
+            (tokens_xa, tokens_dya, _optional("lengths_a", spans_a)),
+            (tokens_xb, tokens_dyb, _optional("lengths_b", spans_b)),
+        )
+        _native.ghost_dot(*a, *b, _to(out), torch.get_num_threads())
     return out
 
 
@@ -96,7 +99,7 @@ def ghost_norm(x: Tensor, dy: Tensor, spans: Tensor | None) -> Tensor:
     if out.numel():
         tokens_x, _x = _tokens("x", x)
         tokens_dy, _dy = _tokens("dy", dy)
-        _native.ghost_norm(tokens_x, tokens_dy, _optional(spans), out.data_ptr(), torch.get_num_threads())
+        _native.ghost_norm(tokens_x, tokens_dy, _optional("lengths", spans), _to(out), torch.get_num_threads())
     return out
 
 
@@ -106,7 +109,7 @@ def sketch(g: Tensor, side: Side | Tensor) -> Tensor:
     out = _output(g.shape[0], side.k)
     if out.numel():
         matrix, _g = _matrix("g", g, contiguous_rows=True)
-        _native.sketch(matrix, _implicit(side), out.data_ptr(), torch.get_num_threads())
+        _native.sketch(matrix, _implicit(side), _to(out), torch.get_num_threads())
     return out
 
 
@@ -115,7 +118,7 @@ def rank(influence: Tensor) -> Tensor:
     out = _output(*influence.shape, dtype=torch.float64 if wide else torch.float32)
     if out.numel():
         values, _influence = _matrix("influence", influence.to(torch.float32))
-        _check(_native.rank(values, out.data_ptr(), wide, torch.get_num_threads()))
+        _check(_native.rank(values, _to(out), wide, torch.get_num_threads()))
     return out
 
 
@@ -123,7 +126,7 @@ def vote(influence: Tensor, k: int) -> Tensor:
     out = _output(influence.shape[1], dtype=torch.float64).zero_()
     if influence.numel():
         values, _influence = _matrix("influence", influence.to(torch.float32))
-        _check(_native.vote(values, k, out.data_ptr(), torch.get_num_threads()))
+        _check(_native.vote(values, k, _to(out), torch.get_num_threads()))
     return out
 
 
@@ -132,7 +135,7 @@ def rank_and_vote(influence: Tensor, k: int) -> tuple[Tensor, Tensor]:
     if influence.numel():
         values, _influence = _matrix("influence", influence.to(torch.float32))
         threads = torch.get_num_threads()
-        _check(_native.rank_and_vote(values, k, ranks.data_ptr(), votes.data_ptr(), threads))
+        _check(_native.rank_and_vote(values, k, _to(ranks), _to(votes), threads))
     return ranks, votes
 
 
@@ -159,73 +162,67 @@ def _fill(out: Tensor, side: Side, row: int, column: int) -> None:
             rows=out.shape[0],
             column=column,
             columns=out.shape[1],
-            out=out.data_ptr(),
+            out=_to(out),
             threads=torch.get_num_threads(),
         )
 
 
 def _output(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Where a result goes, whatever torch's default dtype and device are."""
-    return torch.empty(shape, dtype=dtype, device=_CPU)
+    return output(shape, dtype, _CPU)
 
 
 def _tokens(name: str, x: Tensor) -> tuple[Any, Tensor]:
     """What the kernels take for ``(N, T, features)``, and the tensor that must outlive the call."""
-    # A microsecond counts here: one call of torch for each thing to know.
-    if not x.is_cpu or x.is_neg():
-        x = _in_memory(name, x)
-    strides, address = _strides_and_address(name, x)
-    if strides[2] != 1:
-        x = unit_stride(x)
-        strides, address = x.stride(), x.data_ptr()
-    return _native.Tokens(address or _no_address(name, x), _DTYPES[x.dtype], x.shape, strides), x
+    return _described(_native.Tokens, name, x, unit=True)
 
 
 def _matrix(name: str, x: Tensor, contiguous_rows: bool = False) -> tuple[Any, Tensor]:
     """The same for ``(rows, columns)``, of any strides or with columns one after another."""
-    if not x.is_cpu or x.is_neg():
-        x = _in_memory(name, x)
-    strides, address = _strides_and_address(name, x)
-    if contiguous_rows and strides[1] != 1:
+    return _described(_native.Matrix, name, x, contiguous_rows)
+
+
+def _described(make: Any, name: str, x: Tensor, unit: bool) -> tuple[Any, Tensor]:
+    # A microsecond counts here: one call of torch for each thing to know.
+    x, at = aligned(name, _in_memory(name, x))
+    strides = x.stride()
+    if unit and strides[-1] != 1:
         x = unit_stride(x)
-        strides, address = x.stride(), x.data_ptr()
-    return _native.Matrix(address or _no_address(name, x), _DTYPES[x.dtype], x.shape, strides), x
+        x, at = aligned(name, x)
+        strides = x.stride()
+    try:
+        return make(at, _DTYPES[x.dtype], x.shape, strides), x
+    except ValueError as error:
+        raise InputError(f"{name}: {error}") from None
 
 
 def _dense(name: str, x: Tensor) -> Tensor:
     """Contiguous float32."""
-    return _in_memory(name, x.to(torch.float32)).contiguous()
+    x = _in_memory(name, x).to(torch.float32).contiguous()
+    return aligned(name, x)[0]
 
 
 def _in_memory(name: str, x: Tensor) -> Tensor:
     if not x.is_cpu:
         raise InputError(f"{name}: expected a tensor in main memory, got one on {x.device}")
-    # Memory of a negated view holds the opposite of its values.
-    return x.resolve_neg()
+    return x if x.layout is torch.strided and not x.is_neg() else plain(name, x)
 
 
-def _strides_and_address(name: str, x: Tensor) -> tuple[tuple[int, ...], int]:
-    try:
-        return x.stride(), x.data_ptr()
-    except RuntimeError:
-        raise InputError(f"{name}: expected a dense tensor, got {x.layout}") from None
+def _to(out: Tensor) -> int:
+    """Where a kernel writes."""
+    return address("out", out)
 
 
-def _no_address(name: str, x: Tensor) -> int:
-    """0 where there is nothing to address; fake tensors have no values."""
-    if x.numel():
-        raise InputError(f"{name}: expected a tensor with values, got {type(x).__name__}")
-    return 0
-
-
-def _optional(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
+def _optional(name: str, tensor: Tensor | None) -> int:
+    return 0 if tensor is None else address(name, tensor)
 
 
 @lru_cache(maxsize=4096)
 def _implicit(side: Side) -> Any:
     key0, key1 = side.key
-    return _native.Side(kind=side.kind, key0=key0, key1=key1, k=side.k, features=side.features, scale=side.scale)
+    try:
+        return _native.Side(kind=side.kind, key0=key0, key1=key1, k=side.k, features=side.features, scale=side.scale)
+    except ValueError as error:
+        raise InputError(f"projection: {error}") from None
 
 
 def _side(name: str, side: Side | Tensor | None, features: int, keep: bool = True) -> tuple[Any, Tensor | None, int]:
@@ -238,7 +235,8 @@ def _side(name: str, side: Side | Tensor | None, features: int, keep: bool = Tru
         matrix, scale = _gaussian(side), side.scale
     else:
         matrix, scale = _dense(name, side), 1.0
-    given = _native.dense_side(data=matrix.data_ptr(), shape=matrix.shape, strides=matrix.stride(), scale=scale)
+    at = address(name, matrix)
+    given = _native.dense_side(data=at, shape=matrix.shape, strides=matrix.stride(), scale=scale)
     return given, matrix, matrix.shape[0]
 
 

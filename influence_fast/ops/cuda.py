@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from influence_fast.ops import reference
-from influence_fast.ops.arguments import Side, not_finite, unit_stride
+from influence_fast.ops.arguments import Side, address, not_finite, output, unit_stride
 
 try:
     import influence_fast_cuda as _native
@@ -85,7 +85,7 @@ def project_outer_grouped(layers: Sequence[tuple[Tensor, Tensor, Side, Side]], s
                     dy=_tokens(dy),
                     p_in=_side(p_in),
                     p_out=_side(p_out),
-                    result=out.data_ptr(),
+                    result=address("out", out),
                     parts=_address(parts),
                 )
             )
@@ -125,7 +125,7 @@ def sketch_outer(x: Tensor, dy: Tensor, side: Side | Tensor, spans: Tensor | Non
         spans=_address(spans),
         side=_side(side),
         scale=_address(scale),
-        out=out.data_ptr(),
+        out=address("out", out),
         parts=_address(parts),
         **_where(x),
     )
@@ -153,7 +153,7 @@ def sketch(g: Tensor, side: Side | Tensor) -> Tensor:
         _native.sketch(
             g=_matrix(rows),
             side=_side(side),
-            out=out[begin:].data_ptr(),
+            out=address("out", out[begin:]),
             parts=_address(parts),
             **_where(g),
         )
@@ -171,12 +171,12 @@ def vote(influence: Tensor, k: int) -> Tensor:
     out = torch.zeros(influence.shape[1], dtype=torch.float64, device=influence.device)
     for _, ranks in _ranked(influence):
         _native.vote(
-            ranks=ranks.data_ptr(),
+            ranks=address("workspace", ranks),
             wide=ranks.dtype == torch.float64,
             rows=ranks.shape[0],
             columns=ranks.shape[1],
             k=k,
-            votes=out.data_ptr(),
+            votes=address("out", out),
             **_where(out),
         )
     return out
@@ -203,15 +203,15 @@ def _ranked(influence: Tensor) -> Iterator[tuple[int, Tensor]]:
         _native.rank(
             values=_matrix(rows),
             first_row=begin,
-            keys=keys[0].data_ptr(),
-            sorted_keys=keys[1].data_ptr(),
-            index=index[0].data_ptr(),
-            sorted_index=index[1].data_ptr(),
-            workspace=workspace.data_ptr(),
+            keys=address("workspace", keys[0]),
+            sorted_keys=address("workspace", keys[1]),
+            index=address("workspace", index[0]),
+            sorted_index=address("workspace", index[1]),
+            workspace=address("workspace", workspace),
             workspace_bytes=workspace.numel(),
-            ranks=ranks.data_ptr(),
+            ranks=address("workspace", ranks),
             wide=ranks.dtype == torch.float64,
-            bad=bad.data_ptr(),
+            bad=address("workspace", bad),
             **where,
         )
         yield begin, ranks[: rows.shape[0]]
@@ -231,7 +231,7 @@ def random_matrix(
             column=cols[0],
             columns=out.shape[1],
             dtype=_dtype(out),
-            out=out.data_ptr(),
+            out=address("out", out),
             **_where(out),
         )
     return out
@@ -263,11 +263,11 @@ def _side(side: Side) -> Any:
 
 
 def _tokens(x: Tensor) -> Any:
-    return _native.Tokens(x.data_ptr(), _dtype(x), x.shape, x.stride())
+    return _native.Tokens(address("x, dy", x), _dtype(x), x.shape, x.stride())
 
 
 def _matrix(x: Tensor) -> Any:
-    return _native.Matrix(x.data_ptr(), _dtype(x), x.shape, x.stride())
+    return _native.Matrix(address("g, influence", x), _dtype(x), x.shape, x.stride())
 
 
 def _dtype(x: Tensor) -> str:
@@ -275,11 +275,11 @@ def _dtype(x: Tensor) -> str:
 
 
 def _empty(like: Tensor, *shape: int) -> Tensor:
-    return torch.empty(shape, dtype=torch.float32, device=like.device)
+    return output(shape, torch.float32, like.device)
 
 
 def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
+    return 0 if tensor is None else address("lengths, scale", tensor)
 
 
 def _where(tensor: Tensor) -> dict[str, Any]:

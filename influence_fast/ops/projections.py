@@ -186,12 +186,16 @@ class Matrices:
         weight, _ = self._stacked((side,), (constant,), dtype, ids.device, side.features)
         return torch.nn.functional.embedding(ids, weight)
 
+    def sketch(self, flat: Tensor, side: Side) -> Tensor:
+        """``(N, features) -> (N, k)`` by any kind of side, as :func:`~influence_fast.ops.sketch`: nothing is kept."""
+        return run("sketch", self._backend, flat.device, flat.dtype, flat.detach(), side)
+
     def _sketch(self, x: Tensor, side: Side, constant: float) -> Tensor:
         missing = side.features - x.shape[-1]
         if missing:
             x = torch.nn.functional.pad(x, (0, missing), value=constant)
         flat = x.flatten(0, -2)
-        return run("sketch", self._backend, x.device, x.dtype, flat, side).unflatten(0, x.shape[:-1])
+        return self.sketch(flat, side).unflatten(0, x.shape[:-1])
 
     def _stacked(
         self,

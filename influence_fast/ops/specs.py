@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from influence_fast.errors import InputError
-from influence_fast.ops.arguments import FLOATS, accumulator, check_float, pair
+from influence_fast.ops.arguments import accumulator, check_float, pair, plain
 from influence_fast.ops.dispatch import operation, run
 from influence_fast.ops.projections import Matrices, Projection, Role, Side
 
@@ -95,7 +95,7 @@ def sketch_outer(
         check_float("scale", scale, 2)
         if tuple(scale.shape) != shape or scale.device != x.device:
             raise InputError(f"scale: expected shape {shape} on {x.device}, got {tuple(scale.shape)} on {scale.device}")
-        scale = scale.detach()
+        scale = plain("scale", scale)
     return run("sketch_outer", backend, x.device, x.dtype, x, dy, side, spans, scale)
 
 
@@ -111,7 +111,7 @@ def score_outer(x: Tensor, dy: Tensor, q: Tensor, lengths: Tensor | None = None,
         raise InputError(
             f"q: expected shape (m, {dy.shape[-1]}, {x.shape[-1]}) on {x.device}, got {tuple(q.shape)} on {q.device}"
         )
-    return run("score_outer", backend, x.device, x.dtype, x, dy, q.detach().to(accumulator(x.dtype)), spans)
+    return run("score_outer", backend, x.device, x.dtype, x, dy, plain("q", q).to(accumulator(x.dtype)), spans)
 
 
 @operation("triton", "cpu", cuda="Triton has it")
@@ -158,6 +158,8 @@ def dot_outer(
 
     Floor: the cheaper of ``2 Na Nb Ta Tb (i + o)`` and ``2 (Nb Tb + Na Ta + Na Nb) i o`` FLOPs at the matmul rate.
     """
+    for name, tensor in (("xa", xa), ("dya", dya), ("xb", xb), ("dyb", dyb)):
+        check_float(name, tensor, (2, 3))
     (na, ta), (nb, tb), weights = xa.shape[:2], xb.shape[:2], xa.shape[-1] * dya.shape[-1]
     by_tokens = na * nb * ta * tb * (xa.shape[-1] + dya.shape[-1])
     formed = (nb * tb + na * ta + na * nb) * weights
@@ -187,7 +189,7 @@ def sketch(g: Tensor, projection: Tensor | Side | Projection, *, backend: str = 
     side = _side("projection", projection, "single", g.shape[1])
     if side is None:
         raise InputError("projection: identity does not sketch")
-    return run("sketch", backend, g.device, g.dtype, g.detach(), side)
+    return run("sketch", backend, g.device, g.dtype, plain("g", g), side)
 
 
 @operation("cuda", "cpu", triton=_SORTED)
@@ -200,7 +202,7 @@ def rank(influence: Tensor, *, backend: str = "auto") -> Tensor:
     Floor: 4 bytes read and 4 written per element, and two moves at random within a row (one of 4 bytes out, one look).
     """
     check_float("influence", influence, 2)
-    return run("rank", backend, influence.device, influence.dtype, influence.detach())
+    return run("rank", backend, influence.device, influence.dtype, plain("influence", influence))
 
 
 @operation("cuda", "cpu", triton=_SORTED)
@@ -210,14 +212,14 @@ def vote(influence: Tensor, k: int, *, backend: str = "auto") -> Tensor:
     Floor: 4 bytes read per element; only the lowest ``k`` of a row are ranked.
     """
     _check_votes(influence, k)
-    return run("vote", backend, influence.device, influence.dtype, influence.detach(), k)
+    return run("vote", backend, influence.device, influence.dtype, plain("influence", influence), k)
 
 
 @operation("cpu", triton=_SORTED, cuda="it has rank and vote")
 def rank_and_vote(influence: Tensor, k: int, *, backend: str = "auto") -> tuple[Tensor, Tensor]:
     """``(rank(influence).sum(0), vote(influence, k))``, both float64 ``(n,)``, with no ``(m, n)`` of ranks in between."""
     _check_votes(influence, k)
-    return run("rank_and_vote", backend, influence.device, influence.dtype, influence.detach(), k)
+    return run("rank_and_vote", backend, influence.device, influence.dtype, plain("influence", influence), k)
 
 
 def tally(influence: Tensor, k: int, *, backend: str = "auto") -> tuple[Tensor, Tensor]:
@@ -267,7 +269,7 @@ def project(x: Tensor, sides: Side | Sequence[Side], *, matrices: Matrices | Non
             raise InputError(f"sides: expected sides of {x.shape[-1]} features, got {side!r}")
     if not several:
         raise InputError("sides: expected at least one")
-    found = (matrices or Matrices(backend)).project(x.detach(), several)
+    found = (matrices or Matrices(backend)).project(plain("x", x), several)
     return found[0] if isinstance(sides, Side) else found
 
 
@@ -278,9 +280,10 @@ def _side(name: str, value: Any, role: Role, features: int) -> Side | Tensor | N
     if value is None:
         return None
     if isinstance(value, Tensor):
-        if value.dim() != 2 or value.dtype not in FLOATS or value.shape[1] != features:
+        check_float(name, value, 2)
+        if value.shape[1] != features:
             raise InputError(f"{name}: expected a float matrix (k, {features}), got {value.dtype} {tuple(value.shape)}")
-        return value.detach()
+        return plain(name, value)
     if getattr(value, "features", None) != features:
         raise InputError(f"{name}: expected a (k, {features}) tensor or side, got {value!r}")
     return value

@@ -45,8 +45,7 @@ def search_all(
         raise failed
     if any(failures):
         raise InfluenceError(f"search: failed on rank {failures.index(1)}")
-    ids = index.ids
-    names = [[ids[row] for row in found] for found in rows.tolist()]
+    names = [[index.name_of(row) for row in found] for found in rows.tolist()]
     before = sum(int(size) for size in sizes[:rank])
     padded = torch.full((len(scores), k), float("nan"), dtype=torch.float64)
     numbers = torch.full((len(scores), k), -1)

@@ -21,7 +21,7 @@ of 64 bytes, one behind the other (P parts of a row: a layer, or 65,536 numbers 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
@@ -34,6 +34,7 @@ from torch import Tensor
 from influence_fast._files import atomic_path
 from influence_fast.errors import BackendError, InputError, StoreError
 from influence_fast.gradients.store import GradientStore
+from influence_fast.search.index_files import IndexFolder, describe
 
 try:
     import influence_fast_cpu as _native
@@ -44,6 +45,7 @@ except ImportError as error:
 _SEGMENT_BYTES = 64 << 20
 _READ_BYTES = 4 << 20
 _PART = 1 << 16
+SEGMENT = "scan-{:05d}.bin"
 _NAMES = ("codes", "scale", "error", "norm", "order", "bound")
 _KEPT_VIEWS = 4
 
@@ -89,13 +91,31 @@ class Rows:
         return found[0] if len(found) == 1 else torch.cat(found)
 
     def take(self, layer: str, numbers: Tensor) -> Tensor:
-        out, first = torch.empty(len(numbers), self.dims[layer]), 0
+        out, first = torch.empty(len(numbers), self.dims[layer], dtype=torch.float32, device="cpu"), 0
         for store, rows in self.stores:
             mine = (numbers >= first) & (numbers < first + len(rows))
             if mine.any():
                 out[mine] = store.read(layer, numbers[mine] - first + rows.start)
             first += len(rows)
         return out
+
+    def id_of(self, row: int) -> int | str:
+        """Name of a row."""
+        first = 0
+        for store, rows in self.stores:
+            if row < first + len(rows):
+                return store.ids[row - first + rows.start]
+            first += len(rows)
+        raise IndexError(row)
+
+    def check(self, layers: Sequence[str], numbers: np.ndarray) -> None:
+        """Check what the kernels read, or are about to, of some rows; StoreError names what is damaged."""
+        first = 0
+        for store, rows in self.stores:
+            mine = numbers[(numbers >= first) & (numbers < first + len(rows))]
+            if len(mine):
+                store.check_rows(layers, mine - first + rows.start)
+            first += len(rows)
 
     def shard_of(self, row: int) -> Path:
         first = 0
@@ -113,10 +133,7 @@ class Rows:
             edges = store.firsts
             kept = [s for s in range(len(edges) - 1) if edges[s] < rows.stop and edges[s + 1] > rows.start]
             names = [store.addresses(name)[kept] for name in layers]
-            int8 = store.meta["dtype"] == "int8"
-            sizes = [
-                (store.addresses(f"@scale/{name}")[kept] if int8 else np.zeros(len(kept), np.int64)) for name in layers
-            ]
+            sizes = [store.addresses(f"@scale/{name}")[kept] for name in layers]
             # A shard that the range cuts begins before it: rows below the range are never asked for.
             firsts += [first + int(edges[s]) - rows.start for s in kept]
             data.append(np.stack(names, 1))
@@ -161,7 +178,7 @@ class Scan:
     def nbytes(self) -> int:
         return sum(array.nbytes for segment in self.segments for array in segment.arrays.values())
 
-    def add(self, rows: Rows, folder: Path | None = None) -> None:
+    def add(self, rows: Rows, folder: IndexFolder | None = None) -> None:
         """Copy the rows that are not yet in it; with ``folder`` each segment into a file, which is then mapped."""
         step = max(_native.block_rows, _SEGMENT_BYTES // (4 * sum(self.dims.values())))
         # One buffer for all segments: freed and asked for again, it would leave holes that the allocator cannot fill.
@@ -171,27 +188,32 @@ class Scan:
         for begin in range(self.rows, rows.count, step):
             end = min(begin + step, rows.count)
             arrays = self._quantised(rows, begin, end, codes[: end - begin], padded)
-            path = None if folder is None else (folder / segment_name(len(self.segments))).resolve()
+            path = None if folder is None else folder.new(SEGMENT)
             if path is not None:
                 self._write(path, arrays)
                 arrays = self._mapped(path, end - begin)
             self.segments.append(Segment(begin, end - begin, arrays, path))
         self._views = {}
 
-    def save(self, folder: Path) -> None:
-        for number, segment in enumerate(self.segments):
-            path = (folder / segment_name(number)).resolve()
-            if path != segment.path:
+    def save(self, folder: IndexFolder) -> list[dict[str, Any]]:
+        """Write the segments that are not there yet; what ``index.json`` says of all."""
+        entries = []
+        for segment in self.segments:
+            path = segment.path
+            if path is None or not folder.has(path):
+                path = folder.new(SEGMENT)
                 self._write(path, segment.arrays)
+            entries.append({"rows": segment.rows, "data": describe(path)})
+        return entries
 
     @classmethod
-    def open(cls, folder: Path, dims: dict[str, int], sizes: Sequence[int]) -> Scan:
-        """Map the segments that :meth:`save` wrote, of ``sizes`` rows; StoreError where one is missing or damaged."""
+    def open(cls, folder: Path, dims: dict[str, int], entries: Sequence[Mapping[str, Any]]) -> Scan:
+        """Map the segments that :meth:`save` wrote; StoreError where one is damaged."""
         scan, first = cls(dims), 0
-        for number, rows in enumerate(sizes):
-            path = (folder / segment_name(number)).resolve()
-            scan.segments.append(Segment(first, rows, scan._mapped(path, rows), path))
-            first += rows
+        for entry in entries:
+            path = (folder / entry["data"]["file"]).resolve()
+            scan.segments.append(Segment(first, entry["rows"], scan._mapped(path, entry["rows"]), path))
+            first += entry["rows"]
         return scan
 
     def search(
@@ -225,7 +247,7 @@ class Scan:
         step = max(1, min(1024, (1 << 22) // k))
         for begin in range(0, len(queries), step):
             asked = queries[begin : begin + step].contiguous()
-            _, _, bad = _native.exact_search(
+            _, bad, scored = _native.exact_search(
                 segments=segments,
                 parts=parts,
                 stored=stored,
@@ -238,8 +260,12 @@ class Scan:
                 rows=found[begin : begin + step].data_ptr(),
                 threads=torch.get_num_threads(),
             )
+            # What the answer follows from: the copy, which was checked when it was mapped, and these rows.
+            rows.check(layers, scored)
             if bad >= 0:
                 raise StoreError(f"{rows.shard_of(bad)}: damaged, or another than was indexed (row {bad})")
+        if len(found) and int(found.min()) < 0:
+            raise StoreError(f"index: damaged, it finds fewer than {k} rows; build it again")
         return scores, found
 
     def _quantised(
@@ -361,6 +387,9 @@ class Scan:
             at, dtype, shape = layout[name]
             size = int(np.prod(shape)) * dtype.itemsize
             out[name] = raw[at : at + size].view(dtype).reshape(shape)
+        # Used as row numbers by the kernels.
+        if int(out["order"].min()) < 0 or int(out["order"].max()) >= rows:
+            raise StoreError(f"{path}: damaged index, it places rows outside its {rows}")
         return out
 
 
@@ -370,6 +399,7 @@ def rescore(
     """Exact scores of given rows: ``numbers`` int64 ``(m, c)`` -> float64 ``(m, c)``; NaN where a number is -1."""
     stored, weight = rows.native(layers), np.array(weights, np.float64)
     queries, numbers = queries.contiguous(), numbers.contiguous()
+    rows.check(layers, numbers.numpy()[numbers.numpy() >= 0])
     scores = torch.empty(numbers.shape, dtype=torch.float64, device="cpu")
     _native.exact_scores(
         stored=stored,
@@ -386,7 +416,3 @@ def rescore(
 
 def _queries(values: Tensor) -> Any:
     return _native.Matrix(values.data_ptr(), "float32", values.shape, values.stride())
-
-
-def segment_name(number: int) -> str:
-    return f"scan-{number:05d}.bin"

@@ -6,16 +6,17 @@ copy and proves its answer. Any other factory string makes FAISS indexes over pa
 whose candidates are scored again from the store. What they miss is measured on held-out queries when the index is built, and
 is reported by every search.
 
-On disk: ``index.json`` beside ``scan-00000.bin``, ... (``Flat``) or ``band-0.faiss``, ``band-0.npy`` (rows of a partition),
-... All of them are memory-mapped. The exact rows stay in the store, whose folder ``index.json`` names.
+On disk: ``index.json`` (``index_files``) beside ``scan-00000.bin``, ... (``Flat``) or ``band-0.faiss``, ``band-0.rows``
+(rows of a partition, int64), ... They are memory-mapped. The exact rows stay in the store, whose folder ``index.json``
+names.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,18 +26,17 @@ import torch
 from torch import Tensor
 
 from influence_fast import ops
-from influence_fast._files import atomic_write, sha256
 from influence_fast._memory import parse_memory
 from influence_fast.attribution.gradient_source import Gradients, GradientSource, chosen_layers
 from influence_fast.errors import BackendError, InfluenceError, InputError, StoreError
-from influence_fast.gradients.store import GradientStore
-from influence_fast.search.exact import Rows, Scan, parts_of, rescore, segment_name
+from influence_fast.gradients.store import GradientStore, verifying
+from influence_fast.search.exact import Rows, Scan, parts_of, rescore
+from influence_fast.search.index_files import IndexFolder, check_files, read_document, writing
 from influence_fast.search.norm_partitions import (
     NormPartition,
     add_to_partitions,
     build_partitions,
     directions,
-    last_line,
     least_rows,
     load_faiss,
     row_blocks,
@@ -73,11 +73,17 @@ class InfluenceIndex:
     def ids(self) -> Sequence[int | str]:
         """Names of the rows, in the order of the stores."""
         stores = self._rows.stores
-        if len(stores) == 1 and isinstance(stores[0][0].ids, range):
+        if len(stores) == 1:
             return stores[0][0].ids[stores[0][1].start : stores[0][1].stop]
         if all(isinstance(store.ids, range) for store, _ in stores):
             return range(len(self))
-        return [store.ids[row] for store, rows in stores for row in rows]
+        return [name for store, rows in stores for name in store.ids[rows.start : rows.stop]]
+
+    def name_of(self, row: int) -> int | str:
+        """Name of one row: ``ids[row]``, without reading the others."""
+        if len(self._rows.stores) > 1 and all(isinstance(store.ids, range) for store, _ in self._rows.stores):
+            return row
+        return self._rows.id_of(row)
 
     def __len__(self) -> int:
         return self._rows.count
@@ -121,7 +127,8 @@ class InfluenceIndex:
             path: write the index into this folder while it is built, so that it is never in memory as a whole.
 
         Raises:
-            InputError: unknown metric, layer or factory string; too few rows to train the index; nothing fits ``memory``.
+            InputError: unknown metric, layer or factory string; too few rows to train the index; nothing fits ``memory``;
+                ``path`` holds something else than an index. What fails leaves an index that was there as it was.
         """
         if metric not in METRICS:
             raise InputError(f"metric: expected one of {', '.join(METRICS)}, got {metric!r}")
@@ -135,7 +142,6 @@ class InfluenceIndex:
         if factory == "auto":
             factory = _auto(source, recall, None if memory is None else parse_memory(memory))
         meta = {
-            "version": 2,
             "factory": factory,
             "metric": metric,
             "layers": names,
@@ -145,20 +151,16 @@ class InfluenceIndex:
             "recall": 1.0,
             "breadth": 1,
         }
-        folder = None
-        if path is not None:
-            folder = Path(path)
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / "index.json").unlink(missing_ok=True)
-        if factory == "Flat":
-            scan = Scan(source.dims)
-            scan.add(source, folder)
-            built = cls(source, meta, scan, [])
-        else:
-            built = cls(source, meta, None, build_partitions(source, factory, metric))
-            built._tune(queries, recall)
-        if folder is not None:
-            built.save(folder)
+        with nullcontext() if path is None else writing(path) as folder:
+            if factory == "Flat":
+                scan = Scan(source.dims)
+                scan.add(source, folder)
+                built = cls(source, meta, scan, [])
+            else:
+                built = cls(source, meta, None, build_partitions(source, factory, metric))
+                built._tune(queries, recall)
+            if folder is not None:
+                built._publish(folder)
         return built
 
     @staticmethod
@@ -237,10 +239,10 @@ class InfluenceIndex:
                 of the store that has changed. InfluenceError: an approximate index that finds fewer than ``k`` rows.
         """
         scores, rows = self.search_rows(queries, k, harmful, layers=layers, only=only)
-        ids = self.ids
+        ids = self.ids if all(isinstance(store.ids, range) for store, _ in self._rows.stores) else None
         if isinstance(ids, range):
             return scores.float(), rows + ids.start
-        return scores.float(), [[ids[row] for row in found] for found in rows.tolist()]
+        return scores.float(), [[self.name_of(row) for row in found] for found in rows.tolist()]
 
     def search_rows(
         self,
@@ -279,82 +281,75 @@ class InfluenceIndex:
         return torch.cat([store.column(name)[rows.start : rows.stop] for store, rows in self._rows.stores])
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the index into a folder; ``index.json`` last."""
-        folder = Path(path)
-        folder.mkdir(parents=True, exist_ok=True)
-        files = []
-        if self._scan is not None:
-            self._scan.save(folder)
-            files = [segment_name(i) for i in range(len(self._scan.segments))]
-        for number, partition in enumerate(self._partitions):
-            files += partition.save(folder, number)
+        """Write the index into a folder; ``index.json`` last, so that an index that was there stays until this one is whole.
+
+        Raises:
+            InputError: the folder holds something else than an index.
+            InfluenceError: the disk is full, or nothing can be written there.
+        """
+        with writing(path) as folder:
+            self._publish(folder)
+
+    def _publish(self, folder: IndexFolder) -> None:
         stores = []
         for store, rows in self._rows.stores:
-            where = os.path.relpath(store.path.resolve(), folder.resolve())
+            where = os.path.relpath(store.path.resolve(), folder.path)
             stores.append({"path": where, "digest": store.digest, "rows": [rows.start, rows.stop]})
-        hashes = {name: sha256(folder / name) for name in files}
-        sizes = [segment.rows for segment in self._scan.segments] if self._scan is not None else []
-        document = {**self.meta, "stores": stores, "segments": sizes, "files": hashes}
-        document["bands"] = [partition.longest for partition in self._partitions]
-        document["tail"] = bool(self._partitions) and self._partitions[-1].whole
-        atomic_write(folder / "index.json", json.dumps(document, indent=1) + "\n")
+        folder.publish(
+            {
+                **self.meta,
+                "stores": stores,
+                "segments": [] if self._scan is None else self._scan.save(folder),
+                "partitions": [partition.save(folder) for partition in self._partitions],
+            }
+        )
 
     @classmethod
     def load(
         cls,
         path: str | os.PathLike[str],
         store: GradientStore | Sequence[GradientStore] | None = None,
-        verify: bool = False,
+        verify: bool | None = None,
     ) -> InfluenceIndex:
         """Map an index that :meth:`save` wrote, and open its store (or stores; ``store`` says where they are now).
 
-        ``verify`` hashes every file of the index first, and each shard of the store when it is first read.
+        Every file of the index is checked first, and what is read of the store when it is first read; ``verify=False``
+        leaves that out, but for the files of FAISS.
 
         Raises:
             StoreError: there is none, it is damaged, or the store is another than was indexed.
             InputError: another number of stores than was indexed.
         """
         folder = Path(path)
-        try:
-            meta = json.loads((folder / "index.json").read_text())
-            if meta["version"] != 2:
-                raise StoreError(f"{folder}: index version {meta['version']}, this library reads 2; build it again")
-            if verify:
-                for name, expected in meta["files"].items():
-                    if sha256(folder / name) != expected:
-                        raise StoreError(f"{folder / name}: damaged index, its SHA-256 is not that in index.json")
-            entries = meta["stores"]
-            given = [store] if isinstance(store, GradientStore) else list(store or [])
-            if store is not None and len(given) != len(entries):
-                raise InputError(f"store: the index is of {len(entries)} stores, got {len(given)}")
-            found = given or [GradientStore.open(folder / entry["path"], verify) for entry in entries]
-            for entry, one in zip(entries, found, strict=True):
-                if one.digest != entry["digest"]:
-                    raise StoreError(f"{one.path}: another store than was indexed; build the index again")
-            pairs = [(one, range(*entry["rows"])) for entry, one in zip(entries, found, strict=True)]
-            rows = Rows(pairs, meta["layers"])
-            scan = Scan.open(folder, meta["dims"], meta["segments"]) if meta["factory"] == "Flat" else None
-            last = len(meta["bands"]) - 1
-            partitions = [
-                NormPartition.load(folder, number, longest, meta.get("tail", False) and number == last)
-                for number, longest in enumerate(meta["bands"])
-            ]
-        except FileNotFoundError as error:
-            missing = Path(error.filename or "index.json").name
-            raise StoreError(f"{folder}: no index (no {missing})") from None
-        except (ValueError, KeyError, TypeError, RuntimeError) as error:
-            if isinstance(error, InfluenceError):
-                raise
-            raise StoreError(f"{folder}: damaged index ({last_line(error)})") from None
+        document = read_document(folder)
+        if verifying(verify):
+            check_files(folder, [segment["data"] for segment in document["segments"]])
+        entries = document["stores"]
+        given = [store] if isinstance(store, GradientStore) else list(store or [])
+        if store is not None and len(given) != len(entries):
+            raise InputError(f"store: the index is of {len(entries)} stores, got {len(given)}")
+        found = given or [GradientStore.open(folder / entry["path"], verify) for entry in entries]
+        pairs = []
+        for entry, one in zip(entries, found, strict=True):
+            if one.digest != entry["digest"]:
+                raise StoreError(f"{one.path}: another store than was indexed; build the index again")
+            begin, end = entry["rows"]
+            if not begin < end <= len(one):
+                raise StoreError(f"{folder}: damaged index, rows {begin} to {end} of the {len(one)} of {one.path}")
+            pairs.append((one, range(begin, end)))
+        meta = {key: document[key] for key in document if key not in ("stores", "segments", "partitions")}
+        layers, dims = meta["layers"], meta["dims"]
+        if not pairs or not layers or any({name: one.dims.get(name) for name in layers} != dims for one in found):
+            raise StoreError(f"{folder}: damaged index, its layers are not those of its stores")
+        rows = Rows(pairs, layers)
+        exact = meta["factory"] == "Flat"
+        scan = Scan.open(folder, rows.dims, document["segments"]) if exact else None
+        width = sum(rows.dims.values())
+        partitions = [NormPartition.load(folder, entry, width, rows.count) for entry in document["partitions"]]
         counted = scan.rows if scan is not None else sum(len(partition.rows) for partition in partitions)
-        if counted != rows.count:
+        if counted != rows.count or exact == bool(partitions):
             raise StoreError(f"{folder}: damaged index, {counted} vectors where {rows.count} are named")
-        return cls(
-            rows,
-            {key: meta[key] for key in meta if key not in ("stores", "segments", "files", "bands", "tail")},
-            scan,
-            partitions,
-        )
+        return cls(rows, meta, scan, partitions)
 
     def to_gpu(self) -> InfluenceIndex:
         """The same index with its partitions cloned to all GPUs, sharded; BackendError without faiss-gpu. ``Flat`` stays."""

@@ -6,9 +6,9 @@ Inner products with lengths of a heavy tail follow no direction, so rows of simi
 
 from __future__ import annotations
 
-import os
+import errno
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from influence_fast._files import atomic_path
+from influence_fast._files import atomic_path, atomic_write
 from influence_fast.errors import BackendError, InputError, StoreError
 from influence_fast.search.exact import Rows
+from influence_fast.search.index_files import IndexFolder, check_files, describe
 
 _BLOCK_BYTES = 32 << 20
 _TRAIN_ROWS = 50_000
@@ -55,31 +56,45 @@ class NormPartition:
         found = self.index.search(unit, min(k, len(self.rows)), params=_parameters(self.index, breadth))[1]
         return np.where(found >= 0, self.rows[np.maximum(found, 0)], -1)
 
-    def save(self, folder: Path, number: int) -> list[str]:
+    def save(self, folder: IndexFolder) -> dict[str, Any]:
+        """Write the index and the numbers of its rows (int64); what ``index.json`` says of them."""
         faiss = load_faiss()
 
-        names = [f"band-{number}.faiss", f"band-{number}.npy"]
-        with atomic_path(folder / names[0]) as temporary:
-            faiss.write_index(self.index, str(temporary))
-        with atomic_path(folder / names[1]) as temporary, open(temporary, "wb") as file:
-            np.save(file, self.rows, allow_pickle=False)
-        return names
+        index, rows = folder.new("band-{}.faiss"), folder.new("band-{}.rows")
+        with atomic_path(index) as temporary:
+            try:
+                faiss.write_index(self.index, str(temporary))
+            except RuntimeError as error:
+                raise OSError(errno.EIO, last_line(error)) from None
+        atomic_write(rows, self.rows.astype("<i8").tobytes())
+        return {"longest": self.longest, "whole": self.whole, "index": describe(index), "rows": describe(rows)}
 
     @classmethod
-    def load(cls, folder: Path, number: int, longest: float, whole: bool) -> NormPartition:
+    def load(cls, folder: Path, entry: Mapping[str, Any], dim: int, count: int) -> NormPartition:
+        """Map what :meth:`save` wrote: vectors of ``dim`` numbers of some of ``count`` rows.
+
+        Raises:
+            StoreError: a file is damaged. FAISS believes what it reads, so its file is always checked.
+        """
         faiss = load_faiss()
 
-        path = str(folder / f"band-{number}.faiss")
-        if not os.path.exists(path):
-            raise FileNotFoundError(2, "missing", path)
+        check_files(folder, [entry["index"], entry["rows"]])
+        path = str(folder / entry["index"]["file"])
         try:
             index = faiss.read_index(path, faiss.IO_FLAG_MMAP_IFC)
         except (RuntimeError, AttributeError):  # not every kind of index can be mapped
-            index = faiss.read_index(path)
-        rows = np.load(folder / f"band-{number}.npy", allow_pickle=False)
-        if index.ntotal != len(rows):
-            raise StoreError(f"{path}: damaged index, {index.ntotal} vectors where {len(rows)} are named")
-        return cls(index, rows, longest, whole)
+            try:
+                index = faiss.read_index(path)
+            except RuntimeError as error:
+                raise StoreError(f"{path}: damaged index ({last_line(error)})") from None
+        rows = np.fromfile(folder / entry["rows"]["file"], "<i8")
+        if (index.ntotal, index.d) != (len(rows), dim):
+            raise StoreError(
+                f"{path}: damaged index, {index.ntotal} vectors of {index.d} numbers where {len(rows)} of {dim} are named"
+            )
+        if len(rows) and not 0 <= int(rows.min()) <= int(rows.max()) < count:
+            raise StoreError(f"{path}: damaged index, it names rows beyond the {count} of its stores")
+        return cls(index, rows, entry["longest"], entry["whole"])
 
 
 def build_partitions(rows: Rows, factory: str, metric: str) -> list[NormPartition]:

@@ -129,7 +129,7 @@ def test_errors(settings_: dict, message: str) -> None:
 def test_what_is_not_finite_is_named(method: str, bad: float) -> None:
     data = values()
     data["l1"][3, 2] = bad
-    with pytest.raises(inf.InputError, match="layer 'l1' has NaN or infinity for query 3"):
+    with pytest.raises(inf.InputError, match="layer 'l1' has NaN or infinity for training row 2"):
         inf.aggregate(data, method)
 
 

@@ -144,3 +144,15 @@ def test_truncation_only_when_told(tmp_path: Path) -> None:
 def test_roberta_counts_positions_from_behind_the_pad(tmp_path: Path) -> None:
     with pytest.raises(inf.InputError, match="has 39 tokens, the model takes 38"):
         make_store(tmp_path / "s", models.make("roberta"), [{"input_ids": [5] * 39, "labels": 0}])
+
+
+def test_a_model_without_one_table_of_words(tmp_path: Path) -> None:
+    """transformers' models of characters have a method for their table that says there is none."""
+    model = models.make("bert")
+
+    def none() -> nn.Module:
+        raise NotImplementedError("not auto-handled")
+
+    model.get_input_embeddings = none
+    store = make_store(tmp_path / "s", model, models.rows(), layers="head")
+    assert len(store) == len(models.rows())

@@ -243,19 +243,28 @@ def test_errors_name_what_is_wrong() -> None:
         with torch.no_grad():
             model(batch["input_ids"])
 
+
+@pytest.mark.parametrize("ids", [(5,), (1, 5)])
+def test_positions_that_come_once_have_a_gradient_for_each_sample(ids: tuple[int, ...]) -> None:
     class Positions(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.embed, self.head = nn.Embedding(9, 4), nn.Linear(4, 2)
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.head(x + self.embed(torch.arange(x.shape[1])))
+            return torch.tanh(self.head(x + self.embed(torch.arange(x.shape[1]).view(ids))))
 
-    with (
-        pytest.raises(inf.InputError, match=r"'embed'.*\(5,\)"),
-        inf.GradientCapture(positions := Positions(), "all", IDENTITY),
-    ):
-        positions(torch.randn(3, 5, 4))
+    torch.manual_seed(0)
+    model, x = Positions(), torch.randn(3, 5, 4)
+    with inf.GradientCapture(model, "all", IDENTITY) as capture:
+        model(x).square().sum().backward()
+        got = capture.pop()
+    for row in range(3):
+        table, head = torch.autograd.grad(
+            model(x[row : row + 1]).square().sum(), [model.embed.weight, model.head.weight]
+        )
+        torch.testing.assert_close(got["embed"][row], table.T.flatten())
+        torch.testing.assert_close(got["head"][row], head.flatten())
 
 
 def test_whole_embedding_gradients_that_cannot_fit_are_refused() -> None:
@@ -394,27 +403,6 @@ def test_compiled_models_run_eagerly_inside(how: str) -> None:
     assert inf.select_layers(whole, "attention[1:],head") == layers
     assert_close(captured(whole, models.collate(samples), layers), truth)
     assert fingerprint(whole) == fingerprint(models.make("bert"))
-
-
-@pytest.mark.parametrize("layers", ["all", "attention,mlp[1]"])
-def test_fused_experts_are_refused_by_name(layers: str) -> None:
-    config = hf.MixtralConfig(
-        vocab_size=models.VOCAB,
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        intermediate_size=24,
-        num_local_experts=4,
-        num_experts_per_tok=2,
-        experts_implementation="eager",
-    )
-    torch.manual_seed(0)
-    model, samples = hf.MixtralForCausalLM(config).eval(), models.rows("causal")
-    with pytest.raises(inf.InputError, match=r"model\.layers\.0\.mlp\.experts.*attention"):
-        inf.GradientCapture(model, layers, IDENTITY)
-    chosen = inf.select_layers(model, "embedding,attention,head")
-    assert_close(captured(model, models.collate(samples), chosen), models.oracle(model, samples, chosen))
 
 
 def test_float16_autocast() -> None:

@@ -12,7 +12,7 @@ from stores import write_store, writer
 from torch import Tensor
 
 import influence_fast as inf
-from influence_fast.gradients import store as room
+from influence_fast.gradients import store_format
 
 
 @pytest.fixture
@@ -49,7 +49,7 @@ def test_dtypes(tmp_path: Path, gradients: dict[str, Tensor], dtype: str, tolera
 
 
 def test_the_reader_in_the_documentation(tmp_path: Path, gradients: dict[str, Tensor]) -> None:
-    code = re.search(r"plain NumPy::\n\n(.*)\Z", room.__doc__, re.S)[1]
+    code = re.search(r"plain NumPy::\n\n(.*)\Z", store_format.__doc__, re.S)[1]
     names: dict = {}
     exec("\n".join(line[4:] for line in code.splitlines()), names)
     for dtype in ("float32", "float16", "bfloat16"):
@@ -104,7 +104,13 @@ def test_a_damaged_shard_is_named(tmp_path: Path, gradients: dict[str, Tensor], 
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("{", "damaged"), ("[]", "not that of"), ('{"format": "influence_fast.gradients", "version": 99}', "version 99")],
+    [
+        ("{", "damaged"),
+        ("[" * 99999, "nested too deeply"),
+        ("[]", "not that of"),
+        ('{"format": "influence_fast.gradients", "version": 99}', "version 99"),
+        ('{"format": "influence_fast.gradients", "version": true}', "version True"),
+    ],
 )
 def test_a_damaged_manifest(tmp_path: Path, gradients: dict[str, Tensor], text: str, message: str) -> None:
     write_store(tmp_path, gradients)
@@ -126,24 +132,27 @@ def test_an_unfinished_store_does_not_open(tmp_path: Path, gradients: dict[str, 
 def test_the_manifest_says_what_is_in_the_shards(tmp_path: Path, gradients: dict[str, Tensor]) -> None:
     write_store(tmp_path, gradients)
     manifest = json.loads((tmp_path / "manifest.json").read_text())
-    assert [shard["rows"] for shard in manifest["shards"]] == [4, 4, 2]
+    lines = [json.loads(line) for line in (tmp_path / "journal").read_text().splitlines()]
+    assert [(line["first"], line["rows"]) for line in lines] == [(0, 4), (4, 4), (8, 2)]
     assert manifest["layers"]["c"] == {"shape": [1, 5], "dim": 5, "matrices": {}}
 
 
 def test_shards_are_verified_when_first_read(tmp_path: Path, gradients: dict[str, Tensor]) -> None:
     write_store(tmp_path, gradients)
     damage(tmp_path, "flipped")
-    store = inf.GradientStore.open(tmp_path, verify=True)
+    store = inf.GradientStore.open(tmp_path)
     assert torch.equal(store.read("c", slice(0, 4)), gradients["c"][:4])
     for rows in (slice(3, 6), [5]):
-        with pytest.raises(inf.StoreError, match=r"shard-00001\.safetensors: damaged, its SHA-256"):
+        with pytest.raises(inf.StoreError, match=r"shard-00001\.safetensors: damaged, .* \(all layers, rows 4 to 7\)"):
             store.read("c", rows)
+    assert len(inf.GradientStore.open(tmp_path, verify=False).read("c", slice(3, 6))) == 3
 
 
 def test_a_shard_that_becomes_shorter_while_it_is_read_is_named(tmp_path: Path, gradients: dict[str, Tensor]) -> None:
     store = write_store(tmp_path, gradients)
     store.read("c")
-    damage(tmp_path, "truncated")
+    shard = tmp_path / "shard-00001.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-40])
     with pytest.raises(inf.StoreError, match=r"shard-00001\.safetensors: damaged, it ends"):
         [store.read(name) for name in store.layers], store.sqnorm("a.b"), store.sqnorm("c"), store.column("loss")
 

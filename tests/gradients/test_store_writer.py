@@ -34,7 +34,12 @@ def test_a_full_disk_loses_nothing(tmp_path: Path, gradients: dict[str, Tensor],
         inf.InfluenceError, match=r"shard-00001.safetensors: the disk is full \([\d,]+ bytes are free\)"
     ):
         write_store(tmp_path / "s", gradients)
-    assert sorted(p.name for p in (tmp_path / "s").iterdir()) == [".lock", "manifest.json", "shard-00000.safetensors"]
+    assert sorted(p.name for p in (tmp_path / "s").iterdir()) == [
+        ".lock",
+        "journal",
+        "manifest.json",
+        "shard-00000.safetensors",
+    ]
     monkeypatch.undo()
     write_store(tmp_path / "s", gradients).verify()
     write_store(tmp_path / "t", gradients)
@@ -60,11 +65,31 @@ def test_what_is_there_is_never_overwritten(tmp_path: Path, gradients: dict[str,
 
 
 def test_what_does_not_fit_the_dtype_is_named(tmp_path: Path, gradients: dict[str, Tensor]) -> None:
-    gradients["c"][6, 2] = 1e6
-    with pytest.raises(inf.InputError, match="layer 'c' for row 6 overflows float16"):
-        write_store(tmp_path / "h", gradients, dtype="float16")
+    gradients["c"][6, 2] = torch.finfo(torch.float32).max
+    with pytest.raises(inf.InputError, match="layer 'c' for row 6 overflows bfloat16"):
+        write_store(tmp_path / "h", gradients, dtype="bfloat16")
     gradients["c"][6, 2] = float("inf")
     with pytest.raises(inf.InputError, match="layer 'c' for row 6 is not finite"):
         write_store(tmp_path / "f", gradients)
     with pytest.raises(inf.InputError, match="dtype: expected one of float32, float16, bfloat16, int8"):
         write_store(tmp_path / "d", gradients, dtype="float8")
+
+
+@pytest.mark.parametrize("power", [-60, -40, -20, 0, 20, 60])
+def test_float16_and_int8_keep_rows_of_any_length(tmp_path: Path, gradients: dict[str, Tensor], power: int) -> None:
+    """Rows that are learned well have gradients far below float16's smallest number; a few lie above its largest."""
+    small = {name: torch.ldexp(g, torch.tensor(power)) for name, g in gradients.items()}
+    small["a.b"][3] = 0
+    for dtype, tolerance in (("float16", 2.0**-11), ("int8", 1 / 127)):
+        store = write_store(tmp_path / dtype, small, dtype=dtype)
+        for name, expected in small.items():
+            largest = expected.abs().amax(1, keepdim=True)
+            assert ((store.read(name) - expected).abs() <= tolerance * largest).all()
+        assert torch.equal(store.read("a.b", [3]), torch.zeros(1, 3))
+
+
+def test_a_power_of_two_changes_no_bit_of_float16(tmp_path: Path, gradients: dict[str, Tensor]) -> None:
+    exact = {name: g.half().float() for name, g in gradients.items()}
+    store = write_store(tmp_path / "s", exact, dtype="float16")
+    for name, expected in exact.items():
+        assert torch.equal(store.read(name), expected)

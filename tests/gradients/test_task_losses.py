@@ -56,6 +56,13 @@ T5 = {
 }
 MAMBA = {"vocab_size": V, "hidden_size": 16, "num_hidden_layers": 1, "state_size": 4, "initializer_range": 0.5}
 XLNET = {"vocab_size": V, "d_model": 16, "n_layer": 2, "n_head": 2, "d_inner": 24, "initializer_range": 0.5}
+VISION = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 14,
+}
 SPANS = {"start_positions": lambda t: t // 3, "end_positions": lambda t: t - 1}
 
 
@@ -114,10 +121,18 @@ FAMILIES: dict[str, tuple[Callable[[], nn.Module], Callable[[int, list[int]], di
     ),
     "bert answers": (lambda: hf.BertForQuestionAnswering(hf.BertConfig(**ENCODER)), SPAN, "question-answering"),
     "bart": (lambda: hf.BartForConditionalGeneration(hf.BartConfig(**BART)), TARGETS, "seq2seq"),
+    "bart decoder": (lambda: hf.BartForCausalLM(hf.BartConfig(**BART, is_decoder=True)), PER_TOKEN, "masked-lm"),
     "t5": (lambda: hf.T5ForConditionalGeneration(hf.T5Config(**T5)), TARGETS, "seq2seq"),
     "gpt2": (lambda: hf.GPT2LMHeadModel(hf.GPT2Config(**GPT2)), PER_TOKEN, "causal-lm"),
     "llama": (lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**decoder())), PER_TOKEN, "causal-lm"),
     "mamba": (lambda: hf.MambaForCausalLM(hf.MambaConfig(**MAMBA)), PER_TOKEN, "causal-lm"),
+    "gemma 3": (
+        lambda: hf.Gemma3ForSequenceClassification(
+            hf.Gemma3Config(text_config=decoder(head_dim=8), vision_config=VISION, num_labels=3)
+        ),
+        CLASS,
+        "classification",
+    ),
     "xlnet": (
         lambda: hf.XLNetForSequenceClassification(hf.XLNetConfig(**XLNET, num_labels=3)),
         CLASS,

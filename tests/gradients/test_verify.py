@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -169,8 +170,8 @@ def test_the_slow_way_projects_as_the_fast_one(projection: str, tmp_path: Path) 
     model, given = OtherLayers().eval(), rows(OtherLayers)
     report = inf.verify_capture(model, given, "classification", "trained", projection)
     assert report.ok
-    assert {"body", "head", "norm.weight", "body.bias"}.isdisjoint(report.exact)
-    assert {"conv.weight", "cell.weight_ih_l0", "attention.in_proj_weight", "pair.weight", "gain"} <= set(report.exact)
+    assert {"body", "head", "norm.weight", "body.bias", "conv.weight", "conv.bias"}.isdisjoint(report.exact)
+    assert {"cell.weight_ih_l0", "attention.in_proj_weight", "pair.weight", "gain"} <= set(report.exact)
     fast = inf.build_store(tmp_path / "fast", model, given, "body,norm.weight", projection, progress=False)
     slow = inf.build_store(tmp_path / "slow", model, given, "trained", projection, progress=False)
     for name in fast.layers:
@@ -187,15 +188,51 @@ def test_a_plain_model_takes_the_fast_way_and_says_nothing(tmp_path: Path, caplo
 
 
 def test_the_slow_way_is_said_once_and_can_be_refused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    model, given = TwoViews().eval(), models.rows()
+    model, given = OtherLayers().eval(), rows(OtherLayers)
+    layers = ["body", "head", "cell.weight_ih_l0"]
     with caplog.at_level(logging.WARNING, "influence_fast"):
-        store = inf.build_store(tmp_path / "s", model, given, "body,head", progress=False)
-    said = [record.getMessage() for record in caplog.records if "one sample a batch" in record.getMessage()]
-    assert len(said) == 1
+        store = inf.build_store(tmp_path / "s", model, given, layers, progress=False)
+    [said] = [message for message in caplog.messages if "one sample a batch" in message]
+    assert re.search(r"1 of 3 layers by autograd, about [\d.e+]+ rows a second: .*torch.func cannot run", said)
     assert store.meta["settings"]["one_row"] is True
+    assert store.meta["settings"]["exact"] == ["cell.weight_ih_l0"]
     with pytest.raises(inf.InputError, match="strict: a slower way is needed"):
-        inf.build_store(tmp_path / "t", model, given, "body,head", progress=False, strict=True)
+        inf.build_store(tmp_path / "t", model, given, layers, progress=False, strict=True)
     assert not (tmp_path / "t").exists()
+
+
+def test_autograd_takes_several_rows_where_torch_func_can(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model, given = ScaledWeight().eval(), rows(ScaledWeight)
+    with caplog.at_level(logging.WARNING, "influence_fast"):
+        store = inf.build_store(tmp_path / "s", model, given, "all", progress=False)
+    [said] = [message for message in caplog.messages if "by autograd" in message]
+    assert "1 of 3 layers by autograd, about" in said
+    assert "one_row" not in store.meta["settings"]
+    assert store.meta["settings"]["exact"] == ["body"]
+    with pytest.raises(inf.InputError, match="strict: a slower way is needed, for layer 'body'"):
+        inf.build_store(tmp_path / "t", model, given, "all", progress=False, strict=True)
+
+
+@pytest.mark.parametrize(
+    ("kind", "places"),
+    [(SequenceFirst, {"body": "second"}), (TokenMajor, {"body": "parts"}), (TwoViews, {"body": "parts"})],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_samples_are_found_where_they_are(kind: Callable[[], nn.Module], places: dict[str, str]) -> None:
+    torch.manual_seed(0)
+    report = inf.verify_capture(kind().eval(), rows(kind), "classification", "body,head", strict=True)
+    assert report.layouts == places
+    assert not report.one_row
+    assert report.exact == []
+
+
+@pytest.mark.parametrize("kind", [UsedElsewhere, NeverCalled, UserHook], ids=lambda kind: kind.__name__)
+def test_uses_of_a_weight_are_followed(kind: Callable[[], nn.Module]) -> None:
+    torch.manual_seed(0)
+    report = inf.verify_capture(kind().eval(), rows(kind), "classification", "all", strict=True)
+    assert "body" in report.followed
+    assert not report.one_row
+    assert report.exact == []
 
 
 def test_a_loss_that_is_no_rows_own_is_refused(tmp_path: Path) -> None:
@@ -214,9 +251,12 @@ def test_trained_parameters_left_out_are_named(tmp_path: Path, caplog: pytest.Lo
         inf.build_store(tmp_path / "s", model, given, "lora", progress=False)
     [said] = [record.getMessage() for record in caplog.records]
     assert "trained parameters that no selected layer covers: base_model.model.classifier" in said
-    frozen = inf.select_layers(model, "embedding")
     with pytest.raises(inf.InputError, match=r"none of the [\d,]+ trained numbers is in the selected layers"):
-        inf.build_store(tmp_path / "t", model, given, frozen, progress=False)
+        inf.build_store(tmp_path / "t", model, given, "embedding", progress=False)
+    # Named one by one they are meant.
+    caplog.clear()
+    inf.build_store(tmp_path / "t", model, given, inf.select_layers(model, "embedding")[:1], progress=False)
+    assert "no selected layer covers" in caplog.text
 
 
 def test_capture_by_hand_tells_what_it_cannot_see() -> None:

@@ -53,7 +53,7 @@ def test_negated_views_are_read_as_their_values() -> None:
 def test_tensors_without_memory_are_refused() -> None:
     with FakeTensorMode():
         x, dy = torch.empty(2, 3, 5), torch.empty(2, 3, 6)
-    with pytest.raises(InputError, match="x: expected a tensor with values, got FakeTensor"):
+    with pytest.raises(InputError, match="x: expected a tensor with values in memory, got a FakeTensor"):
         cpu.ghost_norm(x, dy, None)
     with pytest.raises(InputError, match="p_in: expected a tensor in main memory, got one on meta"):
         ops.project_outer(

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
+from influence_fast._csv import as_text
 from influence_fast.auditing.result import AuditResult
 
 _PREFERRED = ("rank-c", "rank", "mean")
@@ -22,7 +21,7 @@ def scores_csv(result: AuditResult) -> str:
     main = result.rankings[result.main]
     columns: dict[str, Callable[[int], Any]] = {
         "id": lambda i: result.ids[i],
-        "score": lambda i: repr(float(main[i])),
+        "score": lambda i: float(main[i]),
         "rank": lambda i: int(place[i]),
     }
     if result.labels is not None:
@@ -32,21 +31,17 @@ def scores_csv(result: AuditResult) -> str:
         noise = result.noise
         columns["noise"] = lambda i: int(noise[i])
     baselines = result.baselines
-    columns["loss"] = lambda i: repr(float(-baselines["loss"][i]))
-    columns["self_influence"] = lambda i: repr(float(-baselines["self-influence"][i]))
+    columns["loss"] = lambda i: float(-baselines["loss"][i])
+    columns["self_influence"] = lambda i: float(-baselines["self-influence"][i])
     method, aggregation = _by_group(result)
     for key, values in result.rankings.items():
         if (key.method, key.aggregation) == (method, aggregation):
-            columns[f"{method} {aggregation}: {key.group}"] = lambda i, values=values: repr(float(values[i]))  # type: ignore[misc]
+            columns[f"{method} {aggregation}: {key.group}"] = lambda i, values=values: float(values[i])  # type: ignore[misc]
     if result.texts is not None:
         texts = result.texts
         columns["text"] = lambda i: texts[i]
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(columns)
-    cells = list(columns.values())
-    writer.writerows([cell(i) for cell in cells] for i in range(len(result.ids)))
-    return text.getvalue()
+    makers = list(columns.values())
+    return as_text(list(columns), ([make(i) for make in makers] for i in range(len(result.ids))))
 
 
 def _by_group(result: AuditResult) -> tuple[str, str]:
