@@ -36,8 +36,9 @@ PROJECTIONS = (
     "rademacher:8x8",
     "rademacher:16x16",
     "rademacher:32x32",
+    "sjlt:16",
+    "sjlt:64",
     "sjlt:256",
-    "sjlt:1024",
     "sjlt:4096",
 )
 METHODS = ("dot", "cosine")
@@ -77,7 +78,7 @@ def main(
     torch.set_num_threads(threads)
     header = protocol.header("default_projection")
     header |= {"model": Path(model).name, "samples": samples, "queries": query_samples, "epochs": epochs, "seed": seed}
-    file = protocol.result_file(out, protocol.dated_name(header, "default-projection"))
+    file = protocol.result_file(out, protocol.dated_name(header, "default-projection", f"seed{seed}"))
     protocol.previous(file, "default_projection")
     chosen = projections.split(",")
     with (
@@ -86,7 +87,7 @@ def main(
         tempfile.TemporaryDirectory() as folder,
     ):
         network, rows, trusted, noise = trained(
-            model, train, queries, samples, query_samples, epochs, flip, seed, progress
+            model, (train, samples), (queries, query_samples), epochs, flip, seed, progress
         )
         layers = inf.select_layers(network, default_layers(network))
         with progress.step("exact influence"):
@@ -109,16 +110,17 @@ def main(
 
 def trained(
     folder: str,
-    train: str,
-    queries: str,
-    samples: int,
-    query_samples: int,
+    train: tuple[str, int],
+    queries: tuple[str, int],
     epochs: int,
     flip: float,
     seed: int,
     progress: protocol.Progress,
 ) -> tuple[nn.Module, Samples, Samples, Tensor]:
-    """The encoder with all its weights trained on flipped labels, its samples and queries, and which were flipped."""
+    """The encoder with all its weights trained on flipped labels, its samples and queries, and which were flipped.
+
+    ``train`` and ``queries`` are files and how many of their rows are drawn.
+    """
     from transformers import AutoModelForSequenceClassification, AutoTokenizer, logging
 
     logging.set_verbosity_error()
@@ -127,7 +129,7 @@ def trained(
     tokenizer = AutoTokenizer.from_pretrained(folder)
     random = torch.Generator().manual_seed(seed)
     parts = []
-    for argument, source, count in (("train", train, samples), ("queries", queries, query_samples)):
+    for argument, (source, count) in (("train", train), ("queries", queries)):
         table = read_table(argument, source)
         drawn = [table.rows[i] for i in torch.randperm(len(table), generator=random)[:count].tolist()]
         parts.append(prepare(argument, drawn, DataSettings(truncate=True), "classification", network, tokenizer))
@@ -187,10 +189,8 @@ def of(scores: Tensor, truth: Tensor, noise: Tensor) -> dict[str, float]:
 
 def show(document: dict[str, Any]) -> None:
     click.echo(f"{document['samples']} samples, {document['queries']} queries, {document['layers']} layers")
-    click.echo(
-        f"{'projection':<18}{f'{ROWS:,} rows':>12}"
-        + "".join(f"{m + ' rho':>13}{'overlap':>9}{'AUC':>7}" for m in METHODS)
-    )
+    head = "".join(f"{f'{method} rho':>13}{'overlap':>9}{'AUC':>7}" for method in METHODS)
+    click.echo(f"{'projection':<18}{f'{ROWS:,} rows':>12}{head}")
     for name, row in document["projections"].items():
         cells = "".join(
             f"{row[m]['spearman']:>13.3f}{row[m]['overlap']:>9.3f}{row[m]['auc_ndr']:>7.3f}" for m in METHODS

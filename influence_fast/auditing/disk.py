@@ -80,7 +80,7 @@ def check_disk(plan: AuditPlan, out: str | Path | None) -> None:
 
 
 def _smaller(plan: AuditPlan) -> Iterable[Projection]:
-    return [SMALL] if plan.build.projection != SMALL else [Projection("rademacher", (8, 8))]
+    return [SMALL] if plan.build.projection != SMALL else [Projection("sjlt", 64)]
 
 
 def _written(out: str | Path | None) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -56,6 +56,11 @@ def checked_rows(
     """
     if isinstance(dataset, Rows) and dataset.kind:
         return dataset, dataset.kind
+    if hasattr(dataset, "iterrows"):
+        dataset = cast(Any, dataset).to_dict("records")
+    elif not hasattr(dataset, "__len__"):
+        # A stream of unknown length is read to its end.
+        dataset = list(dataset)
     # A loss of one's own may name columns that it reads beside what the forward takes.
     inputs = inputs_of(model) | set(getattr(loss, "columns", ()))
     rows = Rows(dataset, ids, longest_row(model) if truncate else None, inputs, head_of(model) == "multiple-choice")

@@ -10,7 +10,7 @@ from influence_fast.gradients.capture import GradientCapture
 from influence_fast.gradients.layers import is_partly_trained
 from influence_fast.ops.projections import Projection
 
-SMALL = Projection("rademacher", (16, 16))
+SMALL = Projection("sjlt", 256)
 """Of the projections that ``python -m benchmarks.default_projection`` measures, the smallest store with rankings next to
 those of whole gradients."""
 # Whole gradients up to this many times the size of projected ones are kept whole.

@@ -42,7 +42,7 @@ def test_bytes_are_those_of_the_settings() -> None:
 def test_what_takes_less_is_named(tmp_path: Path) -> None:
     large = plan(layers="attention[0]", projection="identity", max_disk="1MB")
     with pytest.raises(
-        TooLarge, match=r"take [\d.]+MB .*more than 1MB. --projection rademacher:16x16 takes [\d.]+kB"
+        TooLarge, match=r"take [\d.]+MB .*more than 1MB. --projection sjlt:256 takes [\d.]+kB"
     ) as caught:
         check_disk(large, tmp_path / "a")
     assert caught.value.bytes == stored_bytes(large)
@@ -56,10 +56,10 @@ def test_what_takes_less_is_named(tmp_path: Path) -> None:
 
 
 def test_the_default_projection_keeps_stores_small() -> None:
-    assert str(plan(layers="attention[0]").build.projection) == "rademacher:16x16"
+    assert str(plan(layers="attention[0]").build.projection) == "sjlt:256"
     assert str(plan(layers=["classifier"]).build.projection) == "identity"
     assert str(plan(layers="attention[0]", methods=["ekfac"]).build.projection) == "identity"
-    assert plan(layers="attention[0]").config.document()["projection"] == "rademacher:16x16"
+    assert plan(layers="attention[0]").config.document()["projection"] == "sjlt:256"
     adapted = models.make("bert", lora=True)
     assert str(plan_audit(adapted, models.rows(), models.rows(), None, {}).build.projection) == "identity"
 

@@ -19,11 +19,11 @@ from audits import tokenizer, write_rows
 from click.testing import CliRunner, Result
 
 import influence_fast as inf
-from benchmarks import capture, finetune, million, naive, protocol
+from benchmarks import capture, default_projection, finetune, million, naive, protocol
 from influence_fast.data.models import load_model
 from influence_fast.diagnostics import kernel_bench as bench
 
-BENCHMARKS = ("capture", "finetune", "million", "naive", "paper", "paper_tables", "run")
+BENCHMARKS = ("capture", "default_projection", "finetune", "million", "naive", "paper", "paper_tables", "run")
 
 
 def invoke(command: click.Command, *arguments: object) -> Result:
@@ -249,3 +249,25 @@ def test_an_encoder_is_fine_tuned_and_its_gradients_are_those_of_a_plain_loop(tm
     flipped = [{**json.loads(line), "label": 1} for line in (out / "train.jsonl").read_text().splitlines()]
     write_rows(out / "train.jsonl", flipped)
     assert invoke(naive.main, *given).exit_code == 1
+
+
+def test_projections_are_held_against_whole_gradients(tmp_path: Path) -> None:
+    config = hf.BertConfig(
+        vocab_size=37,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        max_position_embeddings=40,
+    )
+    hf.BertForSequenceClassification(config).save_pretrained(tmp_path / "model")
+    tokenizer().save_pretrained(tmp_path / "model")
+    rows = write_rows(tmp_path / "rows.jsonl", [{"sentence": f"w{i % 7} w{i % 3}", "label": i % 2} for i in range(60)])
+    given = ["--model", tmp_path / "model", "--train", rows, "--queries", rows, "--samples", 40, "--query-samples", 8]
+    given += ["--epochs", 1, "--threads", 1, "--out", tmp_path / "a.json", "--json"]
+    result = invoke(default_projection.main, *given, "--projections", "identity,sjlt:4,sjlt:128")
+    found = json.loads(result.stdout)["projections"]
+    assert json.loads((tmp_path / "a.json").read_text())["projections"] == found
+    assert found["identity"]["dot"]["spearman"] > 0.999
+    assert found["sjlt:4"]["dot"]["spearman"] < found["sjlt:128"]["dot"]["spearman"]
+    assert found["sjlt:4"]["bytes"] < found["sjlt:128"]["bytes"] < found["identity"]["bytes"]

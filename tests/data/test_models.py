@@ -8,7 +8,7 @@ import models
 import pytest
 import torch
 import transformers as hf
-from audits import run
+from audits import run, tokenizer
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
@@ -126,3 +126,24 @@ def test_texts_need_a_classifier_or_a_language_model(saved: Path, tmp_path: Path
     data.write_text('{"text": "a", "label": 1}\n')
     code, _, err = run("build", "--model", saved / "ForMaskedLM", "--data", data, "--out", tmp_path / "store")
     assert (code, "this is a BertForMaskedLM; give rows with 'input_ids'" in err) == (1, True), err
+
+
+def test_an_adapter_with_added_tokens(tmp_path: Path) -> None:
+    base = models.make("llama", "causal")
+    base.save_pretrained(tmp_path / "base")
+    tokens = tokenizer()
+    tokens.add_tokens(["<a>", "<b>"])
+    model = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    model.resize_token_embeddings(len(tokens))
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    adapted.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
+    for name, brings in (("whole", True), ("bare", False)):
+        adapted.save_pretrained(tmp_path / name, save_embedding_layers=brings)
+        tokens.save_pretrained(tmp_path / name)
+    found, own = load_model(str(tmp_path / "whole"))
+    assert len(own) == len(tokens) == models.VOCAB + 2
+    batch = {"input_ids": torch.tensor([[3, models.VOCAB, models.VOCAB + 1]])}
+    torch.testing.assert_close(found(**batch).logits, adapted.eval()(**batch).logits)
+    with pytest.raises(inf.InputError, match="has 39 tokens, its base 37 word vectors"):
+        load_model(str(tmp_path / "bare"))
+    assert load_model(str(tmp_path / "bare"), allow_new_weights=True)[0].get_input_embeddings().num_embeddings == 39
