@@ -207,21 +207,16 @@ class BlockFile(PlainFile):
         if self._good[first:last].all():
             return
         table = self._table
-        if view is None:
-            numbers = first + np.flatnonzero(~self._good[first:last])
-            source = memoryview(self.mapped)  # type: ignore[arg-type]
-            found = [
-                xxh3_64_intdigest(source[n * BLOCK : min((n + 1) * BLOCK, self.covered)]) for n in numbers.tolist()
-            ]
-        else:
-            numbers = np.arange(first, last)
-            # Blocks at the ends are read as a whole; what the caller gets is what was checked.
-            edges = {n for n in (first, last - 1) if n * BLOCK < begin or min((n + 1) * BLOCK, self.covered) > end}
-            found = []
-            for n in range(first, last):
-                stop = min((n + 1) * BLOCK, self.covered)
-                piece = view[max(n * BLOCK - begin, 0) : stop - begin]
-                found.append(self._edge(n, begin, end, view) if n in edges else xxh3_64_intdigest(piece))
+        numbers = first + np.flatnonzero(~self._good[first:last])
+        source = memoryview(self.mapped) if view is None else view  # type: ignore[arg-type]
+        offset = 0 if view is None else begin
+        found = []
+        for n in numbers.tolist():
+            start, stop = n * BLOCK, min((n + 1) * BLOCK, self.covered)
+            if view is not None and (start < begin or stop > end):
+                found.append(self._edge(start, stop, begin, end, view))
+            else:
+                found.append(xxh3_64_intdigest(source[start - offset : stop - offset]))
         wrong = np.flatnonzero(np.array(found, np.uint64) != table[numbers])
         if len(wrong):
             number = int(numbers[wrong[0]])
@@ -229,8 +224,8 @@ class BlockFile(PlainFile):
             raise self.damaged(f"the checksum of bytes {number * BLOCK} to {stop - 1} is wrong", number * BLOCK, stop)
         self._good[numbers] = True
 
-    def _edge(self, number: int, begin: int, end: int, view: memoryview) -> int:
-        start, stop = number * BLOCK, min((number + 1) * BLOCK, self.covered)
+    def _edge(self, start: int, stop: int, begin: int, end: int, view: memoryview) -> int:
+        """A block at the end of what is read is read as a whole; what the caller gets is what was checked."""
         data = bytearray(stop - start)
         self._fill(memoryview(data), start)
         low, high = max(start, begin), min(stop, end)
