@@ -12,7 +12,7 @@ import click
 from tests.reliability import corruption
 
 _BEGIN, _END = "<!-- corruption -->", "<!-- end of corruption -->"
-_STEP = 2000
+_STEP = 5000
 
 
 @click.command()
