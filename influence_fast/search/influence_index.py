@@ -328,7 +328,9 @@ class InfluenceIndex:
         given = [store] if isinstance(store, GradientStore) else list(store or [])
         if store is not None and len(given) != len(entries):
             raise InputError(f"store: the index is of {len(entries)} stores, got {len(given)}")
-        found = given or [GradientStore.open(folder / entry["path"], verify) for entry in entries]
+        found = given or [
+            GradientStore.open(os.path.normpath(folder.resolve() / entry["path"]), verify) for entry in entries
+        ]
         pairs = []
         for entry, one in zip(entries, found, strict=True):
             if one.digest != entry["digest"]:
