@@ -27,7 +27,7 @@ _PATHS = [
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, _PATHS))
 
 # Inputs are fresh in every run; a failure is repeated with the seed of the report's header.
-SEED = int(os.environ.get("INFLUENCE_FAST_TEST_SEED") or secrets.randbits(32))
+SEED = int(os.environ.setdefault("INFLUENCE_FAST_TEST_SEED", str(secrets.randbits(32))))
 
 
 def pytest_report_header() -> str:

@@ -20,6 +20,9 @@ from influence_fast.attribution.query_weighting import fitted_influence
 from influence_fast.attribution.representations import class_votes, neighbour_count
 from influence_fast.errors import InputError
 
+CLASSES = "class log-probabilities"
+"""What the pool keeps for whoever asks for more than its ranking (``MethodInputs.kept``)."""
+
 # How far pooled weights stray from those of the model alone before the queries are seen: standard deviation.
 _PRIOR_DEVIATION = 0.3
 # Multiplications that whitening all layers may take within a pool: about a minute on two cores.
@@ -56,7 +59,10 @@ def make_pool(inputs: MethodInputs) -> InMemory:
         ]
         estimates["influence"] = one_hot[0], one_hot[1]
     parts = [(train, queries[fit_on]) for train, queries in estimates.values()]
-    scores, weights = pooled(parts, labels, trusted[fit_on])
+    by_class, weights = _pool(parts, labels, trusted[fit_on])
+    if inputs.fit_on is None:
+        inputs.once(CLASSES, lambda: by_class)
+    scores = by_class.gather(1, labels[:, None])[:, 0]
     inputs.facts["pool_weights"] = dict(zip(estimates, weights.tolist(), strict=True))
     return of_no_query({"pool": scores[None].float()})
 
@@ -96,7 +102,13 @@ def pooled(
     Raises:
         InputError: estimates or labels of other shapes.
     """
-    given, trusted = torch.as_tensor(labels).long(), torch.as_tensor(query_labels).long()
+    given = torch.as_tensor(labels).long()
+    found, weights = _pool(estimates, given, torch.as_tensor(query_labels).long())
+    return found.gather(1, given[:, None])[:, 0], weights
+
+
+def _pool(estimates: Sequence[ClassEstimate], given: Tensor, trusted: Tensor) -> tuple[Tensor, Tensor]:
+    """Pooled log-probabilities of the classes, float64 ``(n, classes)``, and the weights of the estimates."""
     classes = estimates[0][0].shape[1]
     for place, estimate in enumerate(estimates):
         shapes = [tuple(part.shape) for part in estimate]
@@ -120,8 +132,7 @@ def pooled(
 
     optimizer.step(closure)
     with torch.no_grad():
-        scores = (train @ weights + bias).log_softmax(1).gather(1, given[:, None])[:, 0]
-    return scores, weights.detach()
+        return (train @ weights + bias).log_softmax(1), weights.detach()
 
 
 def _log_shares(votes: Tensor) -> Tensor:

@@ -152,6 +152,10 @@ class MethodInputs:
             self._kept[what] = make()
         return self._kept[what]
 
+    def kept(self, what: str) -> Any:
+        """What :meth:`once` has made under this name, None if nothing yet."""
+        return self._kept.get(what)
+
     def for_samples(self, samples: Samples, train: GradientStore, folder: Path) -> MethodInputs:
         """The same queries for other training samples. What follows from the queries alone is kept."""
         kept = {name: value for name, value in self._kept.items() if name == "mislabelled queries"}

@@ -25,6 +25,9 @@ class AuditResult:
         main: the ranking that orders ``scores.csv``.
         config: the audit's settings, as ``config.json`` has them.
         facts: sizes, times and counts that the report states.
+        predicted, suggested: labels of each sample by the model and by all that the pool knows, as ``labels`` are; None
+            where there are no classes, or no pool.
+        label_probability: that the given label is right, float64 ``(n,)``; None without a pool.
     """
 
     ids: Sequence[int | str]
@@ -36,6 +39,9 @@ class AuditResult:
     main: RankingKey
     config: dict[str, Any]
     facts: dict[str, Any]
+    predicted: list[Any] | None = None
+    suggested: list[Any] | None = None
+    label_probability: Tensor | None = None
 
     @property
     def scores(self) -> dict[str, dict[str, dict[str, Tensor]]]:

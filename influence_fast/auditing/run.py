@@ -14,16 +14,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from influence_fast._files import atomic_write, locked, remove_leftovers
 from influence_fast.attribution.influence_matrix import METHODS as INNER_PRODUCTS
 from influence_fast.attribution.influence_matrix import InfluenceMatrix
+from influence_fast.attribution.label_quality import CLASSES
 from influence_fast.attribution.method_inputs import AuditInputs, MethodInputs
 from influence_fast.attribution.model_passes import ModelPasses
 from influence_fast.attribution.registry import NEEDS, PROBE_FOLDS, get_method
 from influence_fast.auditing.config import SELF_CHECK_ROWS, AuditConfig, AuditPlan, RankingPlan
 from influence_fast.auditing.disk import check_disk
+from influence_fast.auditing.findings import label_findings
 from influence_fast.auditing.held_out import hold_out
 from influence_fast.auditing.report.page import write_report
 from influence_fast.auditing.report.table import scores_csv
@@ -159,6 +162,7 @@ def run_plan(audit: AuditPlan, out: str | Path | None, progress: bool = True) ->
         result = _score(inputs, stores["train"], config, plan, times)
         result.texts, result.labels, result.noise = samples.texts, samples.labels, samples.noise
         result.facts["task"] = task
+        _judge_labels(result, inputs, stores["train"], samples)
         result.facts["form"] = samples.form
         if audit.held_out:
             result.facts["held_out"] = audit.held_out
@@ -240,6 +244,20 @@ def _plan(
             f"{', '.join(choices[2])}, got {config.rank_by!r}"
         )
     return RankingPlan(methods, aggregations, groups, RankingKey(*parts), config.fraction)
+
+
+def _judge_labels(result: AuditResult, inputs: MethodInputs, train: GradientStore, samples: Samples) -> None:
+    """What the model and the pool say of each label."""
+    if inputs.task != "classification":
+        return
+    if "prediction" in train.columns:
+        result.predicted = [samples.shown(number) for number in train.column("prediction").tolist()]
+    classes = inputs.kept(CLASSES)
+    if classes is not None:
+        found = label_findings(classes, torch.tensor(inputs.labels()[0]))
+        result.suggested = [samples.shown(number) for number in found.suggested.tolist()]
+        result.label_probability = found.probability
+        result.facts["wrong_labels"] = found.share
 
 
 def groups_of(model: nn.Module, layers: list[str]) -> dict[str, list[str]]:

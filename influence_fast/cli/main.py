@@ -27,6 +27,8 @@ COMMANDS = {
     "demo": "audit",
     "audit": "audit",
     "inspect": "inspect",
+    "clean": "cleaning",
+    "select": "cleaning",
     "build": "stores",
     "index": "stores",
     "search": "stores",

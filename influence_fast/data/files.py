@@ -11,7 +11,7 @@ import io
 import itertools
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,8 +73,8 @@ def read_file(argument: str, path: Path) -> NumberedRows:
     readers: dict[str, Callable[[str, Path], NumberedRows]] = {
         ".parquet": _parquet,
         ".json": _json,
-        ".csv": _csv,
-        ".tsv": _tsv,
+        ".csv": _cells,
+        ".tsv": _cells,
     }
     try:
         if path.stat().st_size == 0:
@@ -122,17 +122,25 @@ def _features(schema: Any) -> Any:
         return {}
 
 
-@contextmanager
-def _opened(path: Path) -> Iterator[TextIO]:
-    """The text of a file as it is: no line end translated, a byte order mark left out."""
+def encoding_of(path: Path) -> str:
+    """Of a text file, by its byte order mark."""
     import pyarrow as pa
 
     with pa.input_stream(str(path), compression="detect") as stream:
         start = stream.read(4)
-    wide = start.startswith((b"\xff\xfe", b"\xfe\xff"))
+    if start.startswith((b"\xff\xfe", b"\xfe\xff")):
+        return "utf-16"
+    return "utf-8-sig" if start.startswith(b"\xef\xbb\xbf") else "utf-8"
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[TextIO]:
+    """The text of a file as it is: no line end translated, a byte order mark left out."""
+    import pyarrow as pa
+
     with (
         pa.input_stream(str(path), compression="detect") as stream,
-        io.TextIOWrapper(stream, "utf-16" if wide else "utf-8-sig", newline="") as text,
+        io.TextIOWrapper(stream, encoding_of(path), newline="") as text,
     ):
         yield text
 
@@ -143,7 +151,7 @@ def _lines(text: TextIO) -> Iterator[tuple[int, str]]:
 
 
 def _json_lines(argument: str, path: Path) -> NumberedRows:
-    with _opened(path) as text:
+    with opened(path) as text:
         for number, line in _lines(text):
             if not line.strip():
                 continue
@@ -160,7 +168,7 @@ def _object(text: str) -> Row | BadLine:
 
 def _json(argument: str, path: Path) -> NumberedRows:
     """A list of objects, an object with one such list, or lines of objects."""
-    with _opened(path) as text:
+    with opened(path) as text:
         whole = text.read()
     try:
         found = json.loads(whole, parse_float=WrittenNumber)
@@ -182,30 +190,57 @@ def _parquet(argument: str, path: Path) -> NumberedRows:
         yield from ((next(number), row) for row in batch.to_pylist())
 
 
-def _csv(argument: str, path: Path) -> NumberedRows:
-    with _opened(path) as text:
+@dataclass(frozen=True)
+class TableFormat:
+    """How a CSV or TSV file separates its cells, and what its header says."""
+
+    separator: str
+    quoted: bool
+    header: list[str]
+
+    def reader(self, text: Iterable[str]) -> Any:
+        """Rows of cells, as ``csv.reader`` gives them."""
+        quoting = {"strict": True} if self.quoted else {"quoting": csv.QUOTE_NONE}
+        return csv.reader(text, delimiter=self.separator, **quoting)
+
+    def writer(self, text: TextIO) -> Any:
+        """What writes a row."""
+        quoting: Any = csv.QUOTE_MINIMAL if self.quoted else csv.QUOTE_NONE
+        quote = _QUOTE if self.quoted else None
+        return csv.writer(text, delimiter=self.separator, quoting=quoting, quotechar=quote)
+
+
+def table_format(path: Path) -> TableFormat:
+    """The format of a CSV or TSV file, found in all of it."""
+    csv.field_size_limit(sys.maxsize)
+    if format_of(path.name) == ".tsv":
+        separator, quoted = "\t", _quotes_cells(path)
+    else:
+        separator, quoted = _csv_quotes(path)
+    form = TableFormat(separator, quoted, [])
+    with opened(path) as text:
+        return TableFormat(separator, quoted, next(form.reader(text), []))
+
+
+def _csv_quotes(path: Path) -> tuple[str, bool]:
+    with opened(path) as text:
         header = text.readline()
     # A header without a comma is that of a table that something else separates.
     separator = "," if "," in header else max(",;\t|", key=header.count)
-    with _opened(path) as text:
+    with opened(path) as text:
         try:
             for _ in csv.reader(text, delimiter=separator, strict=True):
                 pass
-            quoted = True
+            return separator, True
         except csv.Error:
             # Quotes that do not close, or do not end a cell, quote nothing, if every line has its cells without them.
-            quoted = _widths(path, separator) > 1
-    yield from _cells(argument, path, separator, quoted)
+            return separator, _widths(path, separator) > 1
 
 
 def _widths(path: Path, separator: str) -> int:
     """How many different numbers of cells lines have where quotes mean nothing."""
-    with _opened(path) as text:
+    with opened(path) as text:
         return len({line.count(separator) for _, line in _lines(text) if line})
-
-
-def _tsv(argument: str, path: Path) -> NumberedRows:
-    yield from _cells(argument, path, "\t", _quotes_cells(path))
 
 
 def _quotes_cells(path: Path) -> bool:
@@ -215,7 +250,7 @@ def _quotes_cells(path: Path) -> bool:
     where every line has as many cells as the header, quotes count as such only if each that occurs stands around a whole
     cell that needs it, or around all cells of a column.
     """
-    with _opened(path) as text:
+    with opened(path) as text:
         rows = [line.split("\t") for _, line in _lines(text) if line]
     if not any(_QUOTE in cell for row in rows for cell in row):
         return False
@@ -234,31 +269,27 @@ def _is_quoted(cell: str) -> bool:
     return len(cell) > 1 and cell[0] == cell[-1] == _QUOTE and _QUOTE not in cell[1:-1].replace('""', "")
 
 
-def _cells(argument: str, path: Path, separator: str, quoted: bool) -> NumberedRows:
+def _cells(argument: str, path: Path) -> NumberedRows:
     """Rows of a table by its header's names, every cell as text."""
-    csv.field_size_limit(sys.maxsize)
-    with _opened(path) as text:
-        reader = (
-            csv.reader(text, delimiter=separator, strict=True)
-            if quoted
-            else csv.reader(text, delimiter=separator, quoting=csv.QUOTE_NONE)
-        )
-        begin = 1
-        try:
-            header = next(reader, [])
-            doubled = sorted({name for name in header if header.count(name) > 1})
-            if doubled:
-                raise InputError(f"{argument}: {str(path)!r} has more than one column {doubled[0]!r}")
+    begin = 1
+    try:
+        form = table_format(path)
+        doubled = sorted({name for name in form.header if form.header.count(name) > 1})
+        if doubled:
+            raise InputError(f"{argument}: {str(path)!r} has more than one column {doubled[0]!r}")
+        with opened(path) as text:
+            reader = form.reader(text)
+            next(reader, None)
             begin = reader.line_num + 1
             for cells in reader:
                 if cells:
-                    fits = len(cells) == len(header)
+                    fits = len(cells) == len(form.header)
                     yield (
                         begin,
-                        dict(zip(header, cells, strict=True))
+                        dict(zip(form.header, cells, strict=True))
                         if fits
-                        else BadLine(f"has {len(cells)} cells, the header {len(header)}"),
+                        else BadLine(f"has {len(cells)} cells, the header {len(form.header)}"),
                     )
                 begin = reader.line_num + 1
-        except csv.Error as error:
-            raise InputError(f"{argument}: cannot read {str(path)!r}, line {begin} ({error})") from None
+    except csv.Error as error:
+        raise InputError(f"{argument}: cannot read {str(path)!r}, line {begin} ({error})") from None

@@ -156,9 +156,8 @@ def _parts(argument: str, source: Any) -> list[Any]:
 
 
 def _read_path(argument: str, path: str, split: str | None, limit: int | None, table: Table) -> None:
-    place, _, named = path.rpartition(":")
-    if place and not Path(path).exists() and re.fullmatch(r"\w+", named):
-        path, split = place, named
+    path, named = _path_and_split(path)
+    split = named or split
     file = Path(path)
     if file.is_dir():
         _read_folder(argument, file, split, limit, table)
@@ -185,24 +184,59 @@ def _read_files(argument: str, files: Iterable[Path], limit: int | None, table: 
                 table.lines.append(line)
 
 
+def files_of(argument: str, source: Any, split: str | None = None) -> list[Path]:
+    """The data files that :func:`read_table` reads, in its order.
+
+    Raises:
+        InputError: no data files: a saved data set, a hub name, or something in memory.
+    """
+    out: list[Path] = []
+    for part in _parts(argument, source):
+        if not isinstance(part, str | Path):
+            raise InputError(f"{argument}: expected data files, got a {type(part).__name__} in memory")
+        path, named = _path_and_split(str(part))
+        file = Path(path)
+        if file.is_dir() and not is_saved(file):
+            out += _folder_files(argument, file, named or split)
+        elif file.is_file():
+            out.append(file)
+        else:
+            raise InputError(f"{argument}: expected data files, and {path!r} is none")
+    return out
+
+
+def is_saved(folder: Path) -> bool:
+    """Whether ``datasets`` saved a data set in a folder."""
+    return (folder / "dataset_dict.json").exists() or (folder / "state.json").exists()
+
+
+def _path_and_split(path: str) -> tuple[str, str | None]:
+    place, _, named = path.rpartition(":")
+    return (place, named) if place and not Path(path).exists() and re.fullmatch(r"\w+", named) else (path, None)
+
+
 def _read_folder(argument: str, folder: Path, split: str | None, limit: int | None, table: Table) -> None:
     """A data set that ``datasets`` saved, or data files, which a split's name in their names tells apart."""
     import datasets
 
-    if (folder / "dataset_dict.json").exists() or (folder / "state.json").exists():
+    if is_saved(folder):
         try:
             found = datasets.load_from_disk(str(folder))
         except (OSError, ValueError) as error:
             raise InputError(f"{argument}: {str(folder)!r} is no folder of a saved data set ({error})") from None
         _read_object(argument, found, split, limit, table, str(folder))
         return
+    _read_files(argument, _folder_files(argument, folder, split), limit, table)
+
+
+def _folder_files(argument: str, folder: Path, split: str | None) -> list[Path]:
     by_split: dict[str, list[Path]] = {}
     for file in sorted(path for path in folder.rglob("*") if path.is_file() and format_of(path.name)):
         if not any(part.startswith(".") for part in file.relative_to(folder).parts):
             by_split.setdefault(_split_of(file.relative_to(folder)), []).append(file)
     if not by_split:
         raise InputError(f"{argument}: {str(folder)!r} is no folder of a saved data set, and has no data files")
-    _read_files(argument, by_split[_chosen(argument, str(folder), list(by_split), split)], limit, table)
+    return by_split[_chosen(argument, str(folder), list(by_split), split)]
 
 
 def _split_of(file: Path) -> str:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import random
 from pathlib import Path
 
 import pytest
-from conftest import SEED
 
 from tests.reliability import kills
 
@@ -16,7 +16,7 @@ def test_a_killed_command_ends_in_the_same_bytes(tmp_path: Path, command: str) -
     pytest.importorskip("influence_fast_cpu")
     target = kills.Target(command, tmp_path)
     # Less than the file operations of any of them.
-    at = random.Random(f"{SEED} {command}").randrange(9)
+    at = random.Random(f"{os.environ['INFLUENCE_FAST_TEST_SEED']} {command}").randrange(9)
     for torn in (False, True):
         outcome = target.kill(at % 2 if torn else at, torn)
         assert outcome is not None

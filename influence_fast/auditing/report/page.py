@@ -55,6 +55,12 @@ def findings(result: AuditResult, evaluation: list[dict[str, Any]]) -> list[str]
         out += _measured(result, evaluation)
     else:
         out.append("No column says which samples are bad, so the quality of the ranking is not measured here.")
+    if "wrong_labels" in facts:
+        share = facts["wrong_labels"]
+        out.append(
+            f"By the pool's estimate {share:.1%} of the labels are wrong, about {round(share * len(result.ids))}. "
+            "Labels that the model has learned by heart look right to it, so there may be more."
+        )
     if result.main.method == "pool" and "pool_weights" in facts:
         weights = ", ".join(f"{name} {weight:.2f}" for name, weight in facts["pool_weights"].items())
         out.append(

@@ -30,6 +30,15 @@ def scores_csv(result: AuditResult) -> str:
     if result.noise is not None:
         noise = result.noise
         columns["noise"] = lambda i: int(noise[i])
+    probability = result.label_probability
+    judged = {
+        "predicted_label": result.predicted,
+        "suggested_label": result.suggested,
+        "label_probability": None if probability is None else probability.tolist(),
+    }
+    for name, found in judged.items():
+        if found is not None:
+            columns[name] = lambda i, found=found: found[i]  # type: ignore[misc]
     baselines = result.baselines
     columns["loss"] = lambda i: float(-baselines["loss"][i])
     columns["self_influence"] = lambda i: float(-baselines["self-influence"][i])
