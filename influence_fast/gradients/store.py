@@ -385,26 +385,28 @@ def read_lines(folder: Path, manifest: Mapping[str, Any]) -> list[dict[str, Any]
         chain = read_journal(folder, manifest)
         if chain.damage is not None:
             raise StoreError(f"{chain.damage}; build the store again to mend it")
+        settings = fingerprint(manifest)
         for line in chain.entries:
-            check_line(where, manifest, line)
+            check_line(where, settings, line)
         lines = sorted(chain.entries, key=lambda line: line["first"])
     if len({line["file"] for line in lines}) != len(lines):
         raise StoreError(f"{where} is damaged: a shard is named twice")
     for line, after in pairwise(lines):
         if line["first"] + line["rows"] > after["first"]:
             raise StoreError(f"{where} is damaged: {line['file']} and {after['file']} hold the same rows")
+    width = row_bytes(manifest)
     for line in lines:
-        if line["first"] + line["rows"] > manifest["rows"] or line["rows"] * row_bytes(manifest) > line["bytes"]:
+        if line["first"] + line["rows"] > manifest["rows"] or line["rows"] * width > line["bytes"]:
             raise StoreError(f"{where} is damaged: {line['file']} cannot hold rows {line['first']} and on")
     return lines
 
 
-def check_line(where: str, manifest: Mapping[str, Any], line: Mapping[str, Any]) -> None:
-    """StoreError unless a line of a journal is one of this store's shards."""
+def check_line(where: str, settings: str, line: Mapping[str, Any]) -> None:
+    """StoreError unless a line of a journal is a shard of the store with this :func:`fingerprint`."""
     if line.get("kind") != "shard":
         raise StoreError(f"{where}: has a line of kind {line.get('kind')!r}, which this library does not know")
     _LINE(where, "", line)
-    if line["settings"] != fingerprint(manifest):
+    if line["settings"] != settings:
         raise StoreError(f"{where} is damaged: {line['file']} belongs to another store")
 
 

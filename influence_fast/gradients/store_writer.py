@@ -183,7 +183,7 @@ class StoreWriter:
         found: dict[str, dict[str, Any]] = {}
         for line in read_journal(self.path, self.manifest).entries:
             try:
-                check_line(f"{self.path}: {JOURNAL}", self.manifest, line)
+                check_line(f"{self.path}: {JOURNAL}", self._settings, line)
             except StoreError as error:
                 _log.warning("%s; left out", error)
                 continue

@@ -351,6 +351,9 @@ class InfluenceIndex:
         layers, dims = meta["layers"], meta["dims"]
         if not pairs or not layers or any({name: one.dims.get(name) for name in layers} != dims for one in found):
             raise StoreError(f"{folder}: damaged index, its layers are not those of its stores")
+        for key in ("model", "projection"):
+            if any(one.meta[key] != meta[key] for one in found):
+                raise StoreError(f"{folder}: damaged index, its {key} is not that of its stores")
         rows = Rows(pairs, layers)
         exact = meta["factory"] == "Flat"
         scan = Scan.open(folder, rows.dims, document["segments"]) if exact else None

@@ -195,6 +195,14 @@ def test_a_stopped_job_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         inf.aggregate_many(inf.influence(store, queries, memory=300 * 290), names, checkpoint=tmp_path / "c")
     with pytest.raises(inf.StoreError, match="partial sums of another job"):
         inf.aggregate_many(inf.influence(store, queries, "cosine"), names, checkpoint=tmp_path / "c")
+    # What is done decides what is left out: another number there is seen.
+    partial = tmp_path / "c" / "partial.safetensors"
+    raw = partial.read_bytes()
+    at = next(i for i in range(raw.index(b"done"), len(raw)) if raw[i : i + 1].isdigit())
+    partial.write_bytes(raw[:at] + bytes([raw[at] ^ 1]) + raw[at + 1 :])
+    with pytest.raises(inf.StoreError, match="damaged partial sums"):
+        inf.aggregate_many(inf.influence(store, queries, memory=300 * 290), names, checkpoint=tmp_path / "c")
+    partial.write_bytes(raw)
     stop = 100
     # Blocks of another size may follow.
     found = inf.aggregate_many(inf.influence(store, queries, memory=300 * 310), names, checkpoint=tmp_path / "c")["all"]

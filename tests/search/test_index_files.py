@@ -88,6 +88,8 @@ def test_leftovers_of_a_killed_process_are_removed(tmp_path: Path, store: inf.Gr
         ({"layers": "ab"}, "layers: expected a list"),
         ({"layers": ["a"]}, "its layers are not those of its stores"),
         ({"dims": {"a": 6, "b": 2**40}}, "its layers are not those of its stores"),
+        ({"model": "x"}, "its model is not that of its stores"),
+        ({"projection": "sjlt:4"}, "its projection is not that of its stores"),
         ({"stores": []}, "its layers are not those of its stores"),
         ({"partitions": 1}, "partitions: expected a list"),
         ({"segments": []}, "0 vectors where 300 are named"),
