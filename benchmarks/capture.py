@@ -6,6 +6,7 @@ gradients, no graph below it, the same batches, the same dtype. Everything above
     python -m benchmarks.capture                      # every workload
     python -m benchmarks.capture --work minilm-all --repeats 9 --json
     python -m benchmarks.capture --estimates          # dry runs against builds
+    python -m benchmarks.capture --verification       # what checking capture costs of a build of 10^4 rows
 
 Models have random weights in the shapes of the real ones, which cost the same. All methods see the same rows in one
 process, in turn, in both orders; figures are medians, and every method's gradients are compared with ours first.
@@ -20,7 +21,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
@@ -37,9 +38,12 @@ from benchmarks import protocol
 from influence_fast.data.batching import Loss, Rows, batches, collate
 from influence_fast.gradients import job as jobs
 from influence_fast.gradients import losses
+from influence_fast.gradients.build import build_from, verified_settings
 from influence_fast.gradients.layers import named_layers
 from influence_fast.gradients.model_state import autocast
+from influence_fast.gradients.settings import BuildSettings
 
+_VERIFIED_ROWS = 10_000
 Samples = list[dict[str, Any]]
 Gradients = dict[str, Tensor]
 
@@ -322,6 +326,23 @@ def hold(work: Work) -> dict[str, float]:
     }
 
 
+def verification(work: Work) -> dict[str, float]:
+    """Seconds of verifying capture before a build, and their share of one of 10^4 rows such as these."""
+    torch.manual_seed(0)
+    model, rows = work.model(), work.rows()
+    settings = BuildSettings(
+        work.layers, inf.Projection.parse(work.projection), batch_tokens=work.tokens, precision=work.precision
+    )
+    begin = time.perf_counter()
+    verified_settings(model, rows, settings)
+    verifying = time.perf_counter() - begin
+    with tempfile.TemporaryDirectory() as folder:
+        begin = time.perf_counter()
+        build_from(Path(folder) / "store", model, rows, replace(settings, verify=False), progress=False)
+        building = (time.perf_counter() - begin) * _VERIFIED_ROWS / len(rows)
+    return {"verifying_s": verifying, "building_10000_rows_s": building, "share": verifying / building}
+
+
 @click.command()
 @click.option("--work", "names", multiple=True, type=click.Choice(list(WORKS)), help="Workload; all by default.")
 @click.option("--repeats", default=5, show_default=True)
@@ -329,7 +350,18 @@ def hold(work: Work) -> dict[str, float]:
 @protocol.out_option("Figures of other workloads that the file has from this machine stay.")
 @protocol.json_option
 @click.option("--estimates", is_flag=True, help="Hold dry runs against builds instead: estimated / taken.")
-def main(names: tuple[str, ...], repeats: int, threads: int, out: Path | None, as_json: bool, estimates: bool) -> None:
+@click.option(
+    "--verification", "verifies", is_flag=True, help="Time the check of capture instead, as a share of a build."
+)
+def main(
+    names: tuple[str, ...],
+    repeats: int,
+    threads: int,
+    out: Path | None,
+    as_json: bool,
+    estimates: bool,
+    verifies: bool,
+) -> None:
     """Measure gradient capture against its floor and its alternatives."""
     torch.set_num_threads(threads)
     names = names or tuple(WORKS)
@@ -340,17 +372,17 @@ def main(names: tuple[str, ...], repeats: int, threads: int, out: Path | None, a
         raise click.UsageError(
             f"--out: {file} was measured on another machine or with other versions; name another file"
         )
-    part: dict[str, Any] = there.get("estimates" if estimates else "results", {})
-    steps = len(names) * (1 if estimates else repeats + 2)
+    kind = "estimates" if estimates else "verification" if verifies else "results"
+    part: dict[str, Any] = there.get(kind, {})
+    steps = len(names) * (repeats + 2 if kind == "results" else 1)
     with protocol.Results(file, {**there, **header}) as results, protocol.Progress(steps) as progress:
         for name in names:
-            if estimates:
-                with progress.step(name):
-                    part[name] = hold(WORKS[name])
-                results.add(estimates=part)
-            else:
+            if kind == "results":
                 part[name] = measure(name, WORKS[name], repeats, progress)
-                results.add(results=part)
+            else:
+                with progress.step(name):
+                    part[name] = (hold if estimates else verification)(WORKS[name])
+            results.add(**{kind: part})
     protocol.show(results.document, as_json, _show)
 
 
@@ -364,7 +396,11 @@ def _show(document: dict[str, Any]) -> None:
     held = Table("work", "time", "disk", "memory", title="estimated / taken")
     for name, row in document.get("estimates", {}).items():
         held.add_row(name, *(f"{row[key]:.2f}" for key in ("time", "disk", "memory")))
-    for found in (table, held):
+    checked = Table("work", "verifying, s", "building 10^4 rows, s", "share", title="verification")
+    for name, row in document.get("verification", {}).items():
+        figures = [f"{row[key]:.1f}" for key in ("verifying_s", "building_10000_rows_s")]
+        checked.add_row(name, *figures, f"{100 * row['share']:.1f} %")
+    for found in (table, held, checked):
         if found.row_count:
             Console().print(found)
 

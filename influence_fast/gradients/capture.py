@@ -67,7 +67,7 @@ class GradientCapture:
             embeddings that are scaled, weights that are also read beside their module. Routers always are.
         layouts: where the samples of some layers are, if not in the first dimension of what they see: ``second``;
             ``grouped`` for several rows a sample, one behind the other; ``parts`` for all samples in each of several
-            parts.
+            parts; ``shared`` for ids ``(T,)`` that all samples have, also where there are T samples.
         batched: :meth:`differentiate` gives the exact layers of batches of any size.
 
     The loss must be the **sum** of per-sample losses: with a mean every gradient is divided by the batch size. A weight
@@ -100,6 +100,8 @@ class GradientCapture:
         self.projection = Projection.parse(projection)
         self.layers = select_layers(model, layers)
         self._layouts, self._batched = dict(layouts or {}), batched
+        self.shared = {name for name, place in self._layouts.items() if place == "shared"}
+        """Layers whose ids are those of all samples."""
         self._matrices = ops.Matrices()
         self._records = self._kept_in(self._matrices, self._formed, ops.outer)
         places = Places.of(model, self.layers, self.projection, bias, frozenset(exact), frozenset(followed))
@@ -341,8 +343,10 @@ class GradientCapture:
 
     def _watch_ids(self, module: nn.Module | None, uses: Uses, x: Tensor, output: Tensor, ids: TokenIds) -> Tensor:
         name, batch = uses[0][0].name, self._batch
-        shared = (x.dim() == 1 and len(x) != batch) or (x.dim() == 2 and len(x) == 1)
-        if shared and batch is not None and batch > 1:
+        once = x.dim() == 1 and (len(x) != batch or name in self.shared)
+        if (once or (x.dim() == 2 and len(x) == 1)) and batch is not None and batch > 1:
+            if once:
+                self.shared.add(name)
             # Positions come once for the whole batch; only a copy for each sample has a gradient for each.
             self.expanded.add(name)
             x, output = x.expand(self._rows, x.shape[-1]), output.expand(self._rows, *output.shape[-2:])

@@ -127,7 +127,7 @@ class ExactLayers:
         try:
             for parameter in self._parameters:
                 parameter.requires_grad_(True)
-            return gradients(loss(self._model, batch).sum(), self._parameters)
+            return gradients(lambda: loss(self._model, batch).sum(), self._parameters)
         finally:
             for parameter, flag in zip(self._parameters, flags, strict=True):
                 parameter.requires_grad_(flag)
@@ -157,17 +157,25 @@ class ExactLayers:
         return out
 
 
-def gradients(loss: Tensor, parameters: list[nn.Parameter]) -> list[Tensor]:
-    """What a backward from ``loss`` leaves on parameters; zeros where it does not depend on one.
+def gradients(loss: Callable[[], Tensor], parameters: list[nn.Parameter]) -> list[Tensor]:
+    """Gradients of ``loss()`` by parameters; zeros where it does not depend on one."""
+    try:
+        found: tuple[Tensor | None, ...] = torch.autograd.grad(loss(), parameters, allow_unused=True)
+    except RuntimeError as error:
+        if "heckpoint" not in str(error):
+            raise
+        # Checkpoints that run a part of the model again (``use_reentrant``) take no autograd.grad.
+        found = _left_by_backward(loss(), parameters)
+    return [torch.zeros_like(p) if g is None else g.to_dense() for p, g in zip(parameters, found, strict=True)]
 
-    ``autograd.grad`` is refused by checkpoints that run a part of the model again (``use_reentrant``).
-    """
+
+def _left_by_backward(loss: Tensor, parameters: list[nn.Parameter]) -> tuple[Tensor | None, ...]:
     earlier = [parameter.grad for parameter in parameters]
     try:
         for parameter in parameters:
             parameter.grad = None
         loss.backward()
-        return [torch.zeros_like(p) if p.grad is None else p.grad.to_dense() for p in parameters]
+        return tuple(parameter.grad for parameter in parameters)
     finally:
         for parameter, grad in zip(parameters, earlier, strict=True):
             parameter.grad = grad

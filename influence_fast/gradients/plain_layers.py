@@ -44,7 +44,7 @@ def plain_kind(module: nn.Module, x: Tensor, output: Any) -> str:
                 x, output = _spaced_rows(module, x, output) if is_matrix(module) else (x, output)
                 return "plain" if _close(output, _plain_output(module, x)) else ""
             return _norm_kind(module, weight, x, output)
-    except (RuntimeError, TypeError):
+    except (RuntimeError, TypeError, AttributeError):
         # Not even called as a plain one is.
         return ""
 

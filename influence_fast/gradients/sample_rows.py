@@ -60,7 +60,7 @@ class SampleRows:
                 raise InputError(f"layer {name!r}: expected {self.tokens} packed tokens, got shape {tuple(x.shape)}")
             return nn.functional.pad(x.reshape(tokens, features), (0, 0, 0, 1))[self.index.to(x.device)]
         count = self.count
-        if count != 1 and (x.shape[0] != count or self.layout != "first"):
+        if count != 1 and (x.shape[0] != count or self.layout not in ("first", "shared")):
             if not self._fits(x):
                 raise self._misfit(x, name)
             if self.layout in ("second", "parts"):
@@ -71,7 +71,7 @@ class SampleRows:
     def _fits(self, x: Tensor) -> bool:
         if self.layout == "second":
             return x.dim() > 2 and x.shape[1] == self.count
-        return x.shape[0] % max(self.count, 1) == 0 and (self.layout != "first" or x.dim() == 2)
+        return x.shape[0] % max(self.count, 1) == 0 and (self.layout not in ("first", "shared") or x.dim() == 2)
 
     @classmethod
     def packed(cls, lengths: Iterable[int]) -> SampleRows:

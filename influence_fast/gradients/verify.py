@@ -13,6 +13,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -249,9 +250,11 @@ class _Trial:
                     # Batches of the build adapt to memory; here one row at a time has to do.
                     together = [[row] for row in self.chosen]
                     continue
-                # Of tables that come once for a batch, some models make copies themselves.
+                # Of tables that come once for a batch, some models make copies themselves; and some operations stand
+                # within functions that take no hook.
                 self.failure = str(error).splitlines()[0]
-                if not ways.take(dict.fromkeys(capture.expanded, "exact"), self.failure):
+                suspects = capture.expanded or ways.followed
+                if not ways.take(dict.fromkeys(suspects, "exact"), self.failure):
                     raise
                 continue
             if not ways.one_row and capture.one_by_one:
@@ -259,6 +262,8 @@ class _Trial:
                 return None
             wrong = {name: error for name, error in errors.items() if not error <= self.tolerance}
             if not wrong:
+                # Batches come in which their ids are as many as the samples.
+                ways.layouts |= dict.fromkeys(sorted(capture.shared), "shared")
                 return errors
             self.failure = _sentence(wrong, "alone" if ways.one_row else "in a batch", self.tolerance)
             if not ways.advance({name: _sentence({name: error}, "by hooks", 0) for name, error in wrong.items()}):
@@ -321,9 +326,8 @@ class _Trial:
                 weight.requires_grad_(True)
             try:
                 for row in self.chosen:
-                    with autocast(self.model, self.settings.precision):
-                        loss = self.whole_loss(self.model, self._batch([row])).sum()
-                    grads = dict(zip(map(id, weights), gradients(loss, weights), strict=True))
+                    found = gradients(partial(self._loss_of, row), weights)
+                    grads = dict(zip(map(id, weights), found, strict=True))
                     for layer in part:
                         whole = [grads[id(weight)][None] for weight in owned[layer.name]]
                         out[row][layer.name] = layer.as_kept(whole, matrices)[0]
@@ -331,6 +335,10 @@ class _Trial:
                 for weight, flag in zip(weights, flags, strict=True):
                     weight.requires_grad_(flag)
         return out
+
+    def _loss_of(self, row: int) -> Tensor:
+        with autocast(self.model, self.settings.precision):
+            return self.whole_loss(self.model, self._batch([row])).sum()
 
     def _batch(self, chosen: list[int]) -> dict[str, Tensor]:
         batch = self.rows.batch(chosen, self.model)

@@ -70,7 +70,8 @@ class Ways:
         moved = []
         for name, remedy in remedies.items():
             # Where samples are not in the place that was looked at last, another place is tried first.
-            first = _ORDER.index(self.layouts[name]) + 1 if name in self.layouts else _ORDER.index(remedy)
+            place = self.layouts.get(name)
+            first = _ORDER.index(place) + 1 if place in _LAYOUTS else _ORDER.index(remedy)
             moved.append(self._move(name, first, why))
         return any(moved)
 
