@@ -110,7 +110,8 @@ class FollowedUses(TorchFunctionMode):
         forms = self._forms
         if not _has_floats(output) or func in _CUT:
             return output
-        uses = self._uses(func, args, kwargs)
+        # Within a transform of torch.func, such as a vmap over the samples, what enters is no batch.
+        uses = [] if _is_transformed(output) else self._uses(func, args, kwargs)
         if uses:
             return self._see(uses, output)
         first = args[0] if args else None
@@ -173,6 +174,11 @@ class FollowedUses(TorchFunctionMode):
 def _has_floats(output: Any) -> bool:
     parts = output if isinstance(output, tuple | list) else [output]
     return any(isinstance(part, Tensor) and part.is_floating_point() for part in parts)
+
+
+def _is_transformed(output: Any) -> bool:
+    parts = output if isinstance(output, tuple | list) else [output]
+    return any(isinstance(part, Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(part) for part in parts)
 
 
 def _swapped(func: Any, dims: tuple[Any, ...], kwargs: dict[str, Any]) -> bool | None:

@@ -16,6 +16,9 @@ from influence_fast.gradients.layers import uncompiled
 
 _WITHIN = {"use_cache": False, "return_dict": True}
 
+# What DistributedDataParallel.no_sync switches off.
+_SYNC = ("require_backward_grad_sync", "require_forward_param_sync")
+
 
 @contextmanager
 def as_evaluated(model: nn.Module) -> Iterator[None]:
@@ -25,9 +28,15 @@ def as_evaluated(model: nn.Module) -> Iterator[None]:
     configs = [config for config in (config_of(model), getattr(unwrapped(model), "config", None)) if config is not None]
     names = {*_WITHIN, "pad_token_id"}
     kept = [(config, name, getattr(config, name)) for config in configs for name in names if hasattr(config, name)]
+    # DistributedDataParallel would wait for gradients of all its parameters, and average those of one row over processes.
+    synchronised = [
+        (module, name, getattr(module, name)) for module in model.modules() for name in _SYNC if hasattr(module, name)
+    ]
     model.eval()
     for parameter, _ in flags:
         parameter.requires_grad_(False)
+    for module, name, _ in synchronised:
+        setattr(module, name, False)
     for config, name, value in kept:
         setattr(config, name, _WITHIN.get(name, value))
     try:
@@ -36,6 +45,8 @@ def as_evaluated(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
+        for module, name, value in synchronised:
+            setattr(module, name, value)
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
         for config, name, value in kept:

@@ -8,6 +8,7 @@ import models
 from torch import nn
 
 import influence_fast as inf
+from influence_fast.gradients.model_state import as_evaluated
 
 IDENTITY = inf.Projection("identity")
 
@@ -24,3 +25,17 @@ def test_the_model_is_put_back(tmp_path: Path) -> None:
     make_store(tmp_path / "s", model, models.rows(), layers="head")
     assert flags == ([p.requires_grad for p in model.parameters()], [m.training for m in model.modules()])
     assert all(p.grad is None for p in model.parameters())
+
+
+def test_nothing_is_synchronised_within() -> None:
+    """DistributedDataParallel would average the gradients of different rows over processes."""
+
+    class Synchronised(nn.Module):
+        require_backward_grad_sync, require_forward_param_sync = True, True
+
+    model = Synchronised()
+    with as_evaluated(model):
+        assert not model.require_backward_grad_sync
+        assert not model.require_forward_param_sync
+    assert model.require_backward_grad_sync
+    assert model.require_forward_param_sync

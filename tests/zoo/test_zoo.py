@@ -15,7 +15,15 @@ from zoo.page import page, silent_errors
 
 ROOT = Path(__file__).parents[2]
 FAMILIES = ["bert/choice", "gpt2/causal", "llama/token", "roberta/masked", "distilbert/answer"]
-SITUATIONS = ["hook_that_scales", "lstm", "packed_by_hand", "shared_weight", "sorted_inside", "two_views"]
+SITUATIONS = [
+    "hook_that_scales",
+    "lstm",
+    "packed_by_hand",
+    "shared_weight",
+    "sorted_inside",
+    "two_views",
+    "vmap_inside",
+]
 
 
 @pytest.mark.parametrize("name", FAMILIES)
