@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
+from influence_fast.data.parquet import most_bytes, read_parquet
 from influence_fast.errors import InputError
 
 FORMATS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
@@ -119,6 +120,24 @@ def _features(schema: Any) -> Any:
         return {}
 
 
+class _Bounded(io.RawIOBase):
+    """What a compressed file holds, as far as a file of its size may: a few bytes can stand for any amount."""
+
+    def __init__(self, stream: Any, path: Path) -> None:
+        self._stream, self._left = stream, most_bytes(path)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        data = self._stream.read(len(buffer))
+        self._left -= len(data)
+        if self._left < 0:
+            raise OSError("it holds more than a file of its size may; unpack it first")
+        buffer[: len(data)] = data
+        return len(data)
+
+
 @contextmanager
 def _opened(path: Path) -> Iterator[TextIO]:
     """The text of a file as it is: no line end translated, a byte order mark left out."""
@@ -129,7 +148,8 @@ def _opened(path: Path) -> Iterator[TextIO]:
     wide = start.startswith((b"\xff\xfe", b"\xfe\xff"))
     with (
         pa.input_stream(str(path), compression="detect") as stream,
-        io.TextIOWrapper(stream, "utf-16" if wide else "utf-8-sig", newline="") as text,
+        io.BufferedReader(_Bounded(stream, path), 1 << 20) as bounded,
+        io.TextIOWrapper(bounded, "utf-16" if wide else "utf-8-sig", newline="") as text,
     ):
         yield text
 
@@ -174,16 +194,9 @@ def _json(argument: str, path: Path) -> NumberedRows:
 
 
 def _parquet(argument: str, path: Path) -> NumberedRows:
-    import pyarrow as pa
-    import pyarrow.parquet as parquet
-
-    try:
-        with parquet.ParquetFile(path) as file:
-            number = itertools.count(1)
-            for batch in file.iter_batches(_BATCH):
-                yield from ((next(number), row) for row in batch.to_pylist())
-    except pa.ArrowException as error:
-        raise InputError(f"{argument}: cannot read {str(path)!r} ({str(error).splitlines()[0]})") from None
+    number = itertools.count(1)
+    for batch in read_parquet(argument, path).to_batches(_BATCH):
+        yield from ((next(number), row) for row in batch.to_pylist())
 
 
 def _csv(argument: str, path: Path) -> NumberedRows:
