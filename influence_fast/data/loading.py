@@ -189,6 +189,7 @@ def _read_folder(argument: str, folder: Path, split: str | None, limit: int | No
     """A data set that ``datasets`` saved, or data files, which a split's name in their names tells apart."""
     import datasets
 
+    datasets.disable_progress_bars()
     if (folder / "dataset_dict.json").exists() or (folder / "state.json").exists():
         try:
             found = datasets.load_from_disk(str(folder))
