@@ -104,6 +104,9 @@ class PlainFile:
     def ensure(self, begin: int, end: int) -> None:
         """Check bytes that are about to be read, or were read, through :attr:`mapped`."""
 
+    def ensure_each(self, begins: np.ndarray, size: int) -> None:
+        """:meth:`ensure` of ``size`` bytes from each of many places, int64, on."""
+
     def check_all(self) -> None:
         """Check every byte."""
         self.check_size()
@@ -168,6 +171,9 @@ class HashedFile(PlainFile):
             raise self.damaged(f"its SHA-256 is {found}, {self.sha256} was written", 0, self.size)
         self._good = True
 
+    def ensure_each(self, begins: np.ndarray, size: int) -> None:
+        self.ensure(0, self.size)
+
 
 class BlockFile(PlainFile):
     """A block file, whose table has the checksum ``root``."""
@@ -188,6 +194,13 @@ class BlockFile(PlainFile):
     def ensure(self, begin: int, end: int) -> None:
         self._check(begin, end, None)
 
+    def ensure_each(self, begins: np.ndarray, size: int) -> None:
+        first, last = begins // BLOCK, np.minimum(begins + max(size - 1, 0), self.covered - 1) // BLOCK
+        asked = np.zeros(self.blocks, bool)
+        for step in range(int((last - first).max(initial=0)) + 1):
+            asked[np.minimum(first + step, last)] = True
+        self._compare(np.flatnonzero(asked & ~self._good), 0, self.size, None)
+
     @cached_property
     def _table(self) -> np.ndarray:
         self.check_size()
@@ -204,24 +217,22 @@ class BlockFile(PlainFile):
             self._table  # noqa: B018 (which checks itself)
             return
         first, last = begin // BLOCK, -(-end // BLOCK)
-        if self._good[first:last].all():
+        self._compare(first + np.flatnonzero(~self._good[first:last]), begin, end, view)
+
+    def _compare(self, numbers: np.ndarray, begin: int, end: int, view: memoryview | None) -> None:
+        """Check blocks, from ``view`` of the bytes ``begin .. end`` or else from the map."""
+        if not len(numbers):
             return
         table = self._table
-        if view is None:
-            numbers = first + np.flatnonzero(~self._good[first:last])
-            source = memoryview(self.mapped)  # type: ignore[arg-type]
-            found = [
-                xxh3_64_intdigest(source[n * BLOCK : min((n + 1) * BLOCK, self.covered)]) for n in numbers.tolist()
-            ]
-        else:
-            numbers = np.arange(first, last)
-            # Blocks at the ends are read as a whole; what the caller gets is what was checked.
-            edges = {n for n in (first, last - 1) if n * BLOCK < begin or min((n + 1) * BLOCK, self.covered) > end}
-            found = []
-            for n in range(first, last):
-                stop = min((n + 1) * BLOCK, self.covered)
-                piece = view[max(n * BLOCK - begin, 0) : stop - begin]
-                found.append(self._edge(n, begin, end, view) if n in edges else xxh3_64_intdigest(piece))
+        source = memoryview(self.mapped) if view is None else view  # type: ignore[arg-type]
+        offset = 0 if view is None else begin
+        found = []
+        for n in numbers.tolist():
+            start, stop = n * BLOCK, min((n + 1) * BLOCK, self.covered)
+            if view is not None and (start < begin or stop > end):
+                found.append(self._edge(start, stop, begin, end, view))
+            else:
+                found.append(xxh3_64_intdigest(source[start - offset : stop - offset]))
         wrong = np.flatnonzero(np.array(found, np.uint64) != table[numbers])
         if len(wrong):
             number = int(numbers[wrong[0]])
@@ -229,8 +240,8 @@ class BlockFile(PlainFile):
             raise self.damaged(f"the checksum of bytes {number * BLOCK} to {stop - 1} is wrong", number * BLOCK, stop)
         self._good[numbers] = True
 
-    def _edge(self, number: int, begin: int, end: int, view: memoryview) -> int:
-        start, stop = number * BLOCK, min((number + 1) * BLOCK, self.covered)
+    def _edge(self, start: int, stop: int, begin: int, end: int, view: memoryview) -> int:
+        """A block at the end of what is read is read as a whole; what the caller gets is what was checked."""
         data = bytearray(stop - start)
         self._fill(memoryview(data), start)
         low, high = max(start, begin), min(stop, end)

@@ -36,6 +36,8 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     temporary = target.with_name(f"{target.name}.part")
     with disk_errors(target):
         try:
+            # What is there is nobody's, and may be a link that leads elsewhere.
+            temporary.unlink(missing_ok=True)
             yield temporary
             with open(temporary, "rb") as file:
                 os.fsync(file.fileno())
@@ -129,8 +131,11 @@ def locked(path: Path, wait: bool = False) -> Iterator[None]:
     """Hold the lock file ``path``, which stays where it is afterwards: removing it would let two in at once.
 
     Raises:
-        StoreError: another process holds it, and ``wait`` is false.
+        StoreError: another process holds it, and ``wait`` is false; or it is a link.
     """
+    if path.is_symlink():
+        # Locking would empty what it leads to.
+        raise StoreError(f"{path}: is a link, expected a file; remove it")
     lock = FileLock(path, timeout=-1 if wait else 0)
     with disk_errors(path):
         try:

@@ -74,7 +74,10 @@ def in_words(hint: Any) -> str:
     """What a hint allows, for a person."""
     origin, arguments = get_origin(hint), get_args(hint)
     if origin in (typing.Union, types.UnionType):
-        return " or ".join(dict.fromkeys(in_words(option) for option in arguments))
+        # Unions of the same types are one object, in the order of whoever wrote the first.
+        return " or ".join(
+            sorted({in_words(option) for option in arguments}, key=lambda words: (words == "null", words))
+        )
     if origin is Literal:
         return f"one of {', '.join(map(repr, arguments))}"
     if hint in _WORDS:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from influence_fast._files import atomic_path, atomic_write, locked, remove_leftovers, sha256
+from influence_fast._files import append_line, atomic_path, atomic_write, locked, make_folder, remove_leftovers, sha256
 from influence_fast.errors import InfluenceError, StoreError
 
 
@@ -86,3 +86,46 @@ def test_leftovers_are_removed_and_nothing_else(tmp_path: Path) -> None:
         (tmp_path / name).write_text("x")
     remove_leftovers(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "part"]
+
+
+@pytest.mark.parametrize("before", [b"", b"one\n", b"one\ntwo\n", b"x" * 5000 + b"\n" + b"y" * 9000 + b"\n"])
+@pytest.mark.parametrize("torn", [b"", b"half", b"z" * 6000])
+def test_a_line_is_added_behind_the_last_whole_one(tmp_path: Path, before: bytes, torn: bytes) -> None:
+    (tmp_path / "a").write_bytes(before + torn)
+    seen: list[bytes] = []
+    append_line(tmp_path / "a", lambda last: (seen.append(last), b"new\n")[1])
+    assert (tmp_path / "a").read_bytes() == before + b"new\n"
+    assert seen == [before.splitlines(keepends=True)[-1] if before else b""]
+
+
+def test_a_line_that_does_not_fit_leaves_the_file_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a").write_bytes(b"one\n")
+
+    def full(number: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(InfluenceError, match="the disk is full"):
+        append_line(tmp_path / "a", lambda last: b"two\n")
+    assert (tmp_path / "a").read_bytes() == b"one\n"
+
+
+def test_nothing_is_written_through_a_link(tmp_path: Path) -> None:
+    """Folders from strangers may hold links under the names that we write."""
+    victim = tmp_path / "victim"
+    victim.write_text("mine")
+    for name in (".lock", "a.part"):
+        (tmp_path / name).symlink_to(victim)
+    with pytest.raises(StoreError, match=r"\.lock: is a link"), locked(tmp_path / ".lock"):
+        pass
+    atomic_write(tmp_path / "a", "theirs")
+    assert victim.read_text() == "mine"
+    assert (tmp_path / "a").read_text() == "theirs"
+    assert not (tmp_path / "a").is_symlink()
+
+
+def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "file", tmp_path / "file" / "below", tmp_path / ("x" * 300)):
+        with pytest.raises(InfluenceError, match=r"cannot be written \("):
+            make_folder(path)

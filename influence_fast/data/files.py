@@ -22,8 +22,6 @@ from influence_fast.errors import InputError
 
 FORMATS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 COMPRESSED = (".gz", ".zst", ".bz2")
-# Rows of a Parquet file that are held as Python objects at once.
-_BATCH = 4096
 _QUOTE = '"'
 
 
@@ -94,9 +92,13 @@ def class_names(path: Path) -> dict[str, list[str]]:
     """Names of the classes by column, where a Parquet file that ``datasets`` wrote knows them."""
     if format_of(path.name) != ".parquet":
         return {}
+    import pyarrow as pa
     import pyarrow.parquet as parquet
 
-    return feature_names(_features(parquet.read_schema(path)))
+    try:
+        return feature_names(_features(parquet.read_schema(path)))
+    except (pa.ArrowException, OSError):
+        return {}  # What is wrong with the file is said when its rows are read.
 
 
 def feature_names(features: Any) -> dict[str, list[str]]:
@@ -195,7 +197,7 @@ def _json(argument: str, path: Path) -> NumberedRows:
 
 def _parquet(argument: str, path: Path) -> NumberedRows:
     number = itertools.count(1)
-    for batch in read_parquet(argument, path).to_batches(_BATCH):
+    for batch in read_parquet(argument, path):
         yield from ((next(number), row) for row in batch.to_pylist())
 
 

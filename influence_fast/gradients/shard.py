@@ -46,7 +46,7 @@ class Bytes(Protocol):
     def check_size(self) -> None: ...
     def read(self, at: int, size: int) -> bytes: ...
     def read_into(self, view: memoryview, at: int) -> None: ...
-    def ensure(self, begin: int, end: int) -> None: ...
+    def ensure_each(self, begins: np.ndarray, size: int) -> None: ...
     def check_all(self) -> None: ...
     @property
     def mapped(self) -> np.memmap[Any, np.dtype[np.uint8]]: ...
@@ -209,14 +209,10 @@ class Shard:
         return int(self.file.mapped.ctypes.data) + self._found(name).start
 
     def ensure(self, names: list[str], rows: np.ndarray) -> None:
-        """Check the bytes of some rows (counted from the shard's first, ascending) that are read through addresses."""
-        # Rows that follow each other are one run.
-        cuts = np.flatnonzero(np.diff(rows) > 1) + 1
-        begins, ends = rows[np.r_[0, cuts]].tolist(), (rows[np.r_[cuts - 1, len(rows) - 1]] + 1).tolist()
+        """Check the bytes of some rows (counted from the shard's first) that are read through addresses."""
         for name in names:
             place = self._found(name)
-            for begin, end in zip(begins, ends, strict=True):
-                self.file.ensure(place.start + begin * place.width, place.start + end * place.width)
+            self.file.ensure_each(place.start + rows * place.width, place.width)
 
     def tensor(self, name: str, rows: slice | np.ndarray = slice(None)) -> Tensor:
         """A copy of some rows of a tensor, in its own dtype."""

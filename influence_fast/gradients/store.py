@@ -336,7 +336,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         StoreError: there is none, it is damaged, or of another version.
     """
     where = f"{folder}: {MANIFEST}"
-    raw = records.read_bytes(folder / MANIFEST, f"{folder}: no gradient store (no {MANIFEST})")
+    raw = records.read_bytes(records.inside(folder, MANIFEST), f"{folder}: no gradient store (no {MANIFEST})")
     manifest = records.parse(where, raw)
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise StoreError(f"{where} is not that of a gradient store")
@@ -364,9 +364,10 @@ def fingerprint(manifest: Mapping[str, Any]) -> str:
 def read_journal(folder: Path, manifest: Mapping[str, Any]) -> records.Chain:
     """The lines of a journal whose own checksum holds; none where there is no journal yet."""
     start = fingerprint(manifest)
-    if not (folder / JOURNAL).exists():
+    path = records.inside(folder, JOURNAL)
+    if not path.exists():
         return records.Chain(start)
-    raw = records.read_bytes(folder / JOURNAL, f"{folder}: no {JOURNAL}")
+    raw = records.read_bytes(path, f"{folder}: no {JOURNAL}")
     return records.unchain(f"{folder}: {JOURNAL}", raw, start)
 
 

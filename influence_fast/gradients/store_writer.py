@@ -277,7 +277,8 @@ class StoreWriter:
         line |= {"bytes": size + len(table), "sha256": digest.hexdigest(), "blocks": root_of(table)}
         with self._alone():
             append_line(
-                self.path / JOURNAL, lambda last: records.chained(records.last_seal(last, self._settings), line)[0]
+                records.inside(self.path, JOURNAL),
+                lambda last: records.chained(records.last_seal(last, self._settings), line)[0],
             )
         self._lines.append(line)
 

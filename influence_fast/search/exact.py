@@ -263,7 +263,10 @@ class Scan:
             # What the answer follows from: the copy, which was checked when it was mapped, and these rows.
             rows.check(layers, scored)
             if bad >= 0:
-                raise StoreError(f"{rows.shard_of(bad)}: damaged, or another than was indexed (row {bad})")
+                raise StoreError(
+                    f"{rows.shard_of(bad)}: its row {bad} has not the score that the index allows; one of them is damaged, "
+                    "or the store is another than was indexed"
+                )
         if len(found) and int(found.min()) < 0:
             raise StoreError(f"index: damaged, it finds fewer than {k} rows; build it again")
         return scores, found

@@ -68,7 +68,7 @@ def read_document(folder: Path) -> dict[str, Any]:
         StoreError: there is none, it is damaged, or of another version; a file that it names is missing or of another size.
     """
     where = f"{folder}: {DOCUMENT}"
-    raw = records.read_bytes(folder / DOCUMENT, f"{folder}: no index (no {DOCUMENT})")
+    raw = records.read_bytes(records.inside(folder, DOCUMENT), f"{folder}: no index (no {DOCUMENT})")
     try:
         document = records.parse(where, raw)
     except StoreError as error:

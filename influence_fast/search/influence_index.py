@@ -29,6 +29,7 @@ from influence_fast import ops
 from influence_fast._memory import parse_memory
 from influence_fast.attribution.gradient_source import Gradients, GradientSource, chosen_layers
 from influence_fast.errors import BackendError, InfluenceError, InputError, StoreError
+from influence_fast.gradients.differences import other_space, recorded_identity
 from influence_fast.gradients.store import GradientStore, verifying
 from influence_fast.search.exact import Rows, Scan, parts_of, rescore
 from influence_fast.search.index_files import IndexFolder, check_files, read_document, writing
@@ -84,6 +85,11 @@ class InfluenceIndex:
         if len(self._rows.stores) > 1 and all(isinstance(store.ids, range) for store, _ in self._rows.stores):
             return row
         return self._rows.id_of(row)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What computed the rows, as their store keeps it: class, config, adapters, loss and tokenizer by name."""
+        return recorded_identity(self._rows.stores[0][0].meta)
 
     def __len__(self) -> int:
         return self._rows.count
@@ -197,6 +203,8 @@ class InfluenceIndex:
         for key in ("model", "projection"):
             if store.meta[key] != self.meta[key]:
                 raise StoreError(f"store: another {key} than the index ({store.meta[key]}, {self.meta[key]})")
+        if other := other_space(self.identity, recorded_identity(store.meta)):
+            raise StoreError(f"store: made by another computation than the index ({other})")
         for name in self.layers:
             if store.dims.get(name) != self.meta["dims"][name]:
                 raise StoreError(
@@ -328,7 +336,9 @@ class InfluenceIndex:
         given = [store] if isinstance(store, GradientStore) else list(store or [])
         if store is not None and len(given) != len(entries):
             raise InputError(f"store: the index is of {len(entries)} stores, got {len(given)}")
-        found = given or [GradientStore.open(folder / entry["path"], verify) for entry in entries]
+        found = given or [
+            GradientStore.open(os.path.normpath(folder.resolve() / entry["path"]), verify) for entry in entries
+        ]
         pairs = []
         for entry, one in zip(entries, found, strict=True):
             if one.digest != entry["digest"]:
@@ -406,6 +416,8 @@ class InfluenceIndex:
                     raise StoreError(
                         f"queries: another {key} than the index ({found.store.meta[key]}, {self.meta[key]})"
                     )
+            if other := other_space(self.identity, recorded_identity(found.store.meta)):
+                raise StoreError(f"queries: made by another computation than the index ({other})")
         values = torch.cat([found.read(name) for name in layers], 1)
         if not values.isfinite().all():
             row = int(values.isfinite().all(1).logical_not().nonzero()[0])

@@ -177,3 +177,54 @@ def test_to_parquet(tmp_path: Path, gradients: dict[str, Tensor], dtype: str) ->
     with pytest.raises(inf.InputError, match="no 'x'"):
         store.to_parquet(tmp_path / "two.parquet", layers=["x"])
     assert not list(tmp_path.glob("two*"))
+
+
+def test_what_a_store_claims_is_held_against_its_files(tmp_path: Path, gradients: dict[str, Tensor]) -> None:
+    """Hundreds of millions of rows in a few hundred bytes are refused before anything of their size is allocated."""
+    import tracemalloc
+
+    from influence_fast import _records as records
+    from influence_fast.gradients.store import fingerprint
+
+    write_store(tmp_path, gradients)
+    manifest = records.unseal("m", (tmp_path / "manifest.json").read_bytes())
+    first = json.loads((tmp_path / "journal").read_text().splitlines()[0])
+    manifest["rows"] = manifest["shard_rows"] = first["rows"] = 3 * 10**8
+    first["settings"] = fingerprint(manifest)
+    line, _ = records.chained(first["settings"], {key: first[key] for key in first if key not in ("before", "seal")})
+    (tmp_path / "manifest.json").write_bytes(records.seal(manifest))
+    (tmp_path / "journal").write_bytes(line)
+    old = {**manifest, "version": 1, "shards": [first]}
+    for content in (None, json.dumps(old)):
+        if content is not None:
+            (tmp_path / "manifest.json").write_text(content)
+        tracemalloc.start()
+        with pytest.raises(inf.StoreError, match=r"is damaged: shard-00000\.safetensors cannot hold rows 0 and on"):
+            inf.GradientStore.open(tmp_path)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "journal", "ids.bin", "shard-00001.safetensors"])
+def test_files_that_lead_out_of_the_folder_are_not_read(
+    tmp_path: Path, gradients: dict[str, Tensor], name: str
+) -> None:
+    store = write_store(tmp_path / "s", gradients, ids=[f"r{row}" for row in range(10)])
+    outside = tmp_path / f"outside-{name}"
+    (store.path / name).rename(outside)
+    (store.path / name).symlink_to(outside)
+    with pytest.raises(inf.StoreError, match=f"{name}: is a link that leads out of its folder"):
+        inf.GradientStore.open(store.path)
+
+
+def test_a_store_that_needs_a_later_version(tmp_path: Path, gradients: dict[str, Tensor]) -> None:
+    from influence_fast import _records as records
+
+    write_store(tmp_path, gradients)
+    manifest = records.unseal("m", (tmp_path / "manifest.json").read_bytes())
+    (tmp_path / "manifest.json").write_bytes(records.seal({**manifest, "requires": ["tombstones"]}))
+    with pytest.raises(inf.StoreError, match="needs a later version of this library, which knows 'tombstones'"):
+        inf.GradientStore.open(tmp_path)
+    (tmp_path / "manifest.json").write_bytes(records.seal({**manifest, "later": 1}))
+    with pytest.raises(inf.StoreError, match=r"belongs to another store|does not follow"):
+        inf.GradientStore.open(tmp_path)

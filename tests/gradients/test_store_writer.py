@@ -93,3 +93,100 @@ def test_a_power_of_two_changes_no_bit_of_float16(tmp_path: Path, gradients: dic
     store = write_store(tmp_path / "s", exact, dtype="float16")
     for name, expected in exact.items():
         assert torch.equal(store.read(name), expected)
+
+
+def files(path: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in sorted(path.iterdir())}
+
+
+@pytest.mark.parametrize("how", ["flipped", "truncated", "missing", "swapped", "torn line", "lost line", "moved lines"])
+def test_building_again_mends_what_is_damaged_and_nothing_else(
+    tmp_path: Path, gradients: dict[str, Tensor], caplog: pytest.LogCaptureFixture, how: str
+) -> None:
+    write_store(tmp_path, gradients)
+    whole = files(tmp_path)
+    shard, journal = tmp_path / "shard-00001.safetensors", tmp_path / "journal"
+    again = [1]
+    if how == "flipped":
+        shard.write_bytes(whole[shard.name][:-30] + b"x" + whole[shard.name][-29:])
+    elif how == "truncated":
+        shard.write_bytes(whole[shard.name][:-1])
+    elif how == "missing":
+        shard.unlink()
+    elif how == "swapped":
+        shard.write_bytes(whole["shard-00000.safetensors"])
+        (tmp_path / "shard-00000.safetensors").write_bytes(whole[shard.name])
+        again = [0, 1]
+    elif how == "torn line":
+        journal.write_bytes(whole["journal"][:-9])
+        again = [2]
+    elif how == "lost line":
+        journal.write_bytes(b"".join(whole["journal"].splitlines(keepends=True)[::2]))
+    else:
+        journal.write_bytes(b"".join(whole["journal"].splitlines(keepends=True)[::-1]))
+        again = []
+    with pytest.raises(inf.StoreError, match=r"shard-0000|journal|unfinished"):
+        inf.GradientStore.open(tmp_path).verify()
+    with writer(tmp_path, gradients) as out:
+        assert out.missing == again
+        said = [record.getMessage() for record in caplog.records]
+        assert len(said) == (len(again) if "line" not in how else 0)
+        assert all("it is computed again" in line and "rows" in line for line in said)
+    write_store(tmp_path, gradients).verify()
+    assert files(tmp_path) == whole
+
+
+@pytest.mark.parametrize(
+    "left", [[], [".lock"], [".lock", "ids.bin"], [".lock", "ids.bin", "journal", "manifest.json.part"]]
+)
+def test_a_build_that_was_killed_before_its_manifest_goes_on(
+    tmp_path: Path, gradients: dict[str, Tensor], left: list[str]
+) -> None:
+    for name in left:
+        (tmp_path / name).write_bytes(b"half")
+    names = [f"r{row}" for row in range(10)]
+    store = write_store(tmp_path, gradients, ids=names)
+    store.verify()
+    assert list(store.ids) == names
+    assert not (tmp_path / "manifest.json.part").exists()
+
+
+def test_adding_a_shard_writes_as_much_however_many_there_are(tmp_path: Path) -> None:
+    rows = 300
+    gradients = {"a": torch.arange(2.0 * rows).reshape(rows, 2)}
+    sizes, stamps = [], []
+    with writer(tmp_path, gradients, shard_rows=1) as out:
+        manifest = (tmp_path / "manifest.json").stat().st_mtime_ns
+        before = os.stat(tmp_path / "journal").st_ino, os.stat(tmp_path / "journal").st_size
+        for shard in out.missing:
+            out.write(shard, {"a": gradients["a"][shard : shard + 1]}, {})
+            now = os.stat(tmp_path / "journal")
+            assert now.st_ino == before[0], "it only grows"
+            sizes.append(now.st_size - before[1])
+            before = now.st_ino, now.st_size
+        stamps.append((tmp_path / "manifest.json").stat().st_mtime_ns)
+    assert max(sizes) - min(sizes) <= 10, "digits of numbers alone"
+    assert stamps == [manifest]
+    inf.GradientStore.open(tmp_path).verify()
+
+
+@pytest.mark.parametrize("name", ["no-permission", "file", "x" * 300, "file/below"])
+def test_where_nothing_can_be_written(tmp_path: Path, gradients: dict[str, Tensor], name: str) -> None:
+    (tmp_path / "file").write_text("mine")
+    if name == "no-permission":
+        if os.geteuid() == 0:
+            pytest.skip("root may write everywhere")
+        (tmp_path / name).mkdir(mode=0o500)
+        name += "/store"
+    with pytest.raises(inf.InfluenceError, match=r"cannot be written \("):
+        write_store(tmp_path / name, gradients)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_ranks_that_finish_in_any_order_give_the_same_bytes(tmp_path: Path, gradients: dict[str, Tensor]) -> None:
+    write_store(tmp_path / "one", gradients)
+    with writer(tmp_path / "two", gradients) as out:
+        for shard in (2, 0, 1):
+            rows = slice(out.span(shard).start, out.span(shard).stop)
+            out.write(shard, {name: tensor[rows] for name, tensor in gradients.items()}, {})
+    assert files(tmp_path / "one") == files(tmp_path / "two")
