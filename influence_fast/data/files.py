@@ -151,7 +151,7 @@ def _opened(path: Path) -> Iterator[TextIO]:
     with (
         pa.input_stream(str(path), compression="detect") as stream,
         io.BufferedReader(_Bounded(stream, path), 1 << 20) as bounded,
-        io.TextIOWrapper(bounded, "utf-16" if wide else "utf-8-sig", newline="") as text,
+        io.TextIOWrapper(bounded, encoding="utf-16" if wide else "utf-8-sig", newline="") as text,
     ):
         yield text
 
