@@ -33,7 +33,7 @@ from influence_fast.auditing.report.table import scores_csv
 from influence_fast.auditing.result import AuditResult
 from influence_fast.auditing.self_check import plant, self_check
 from influence_fast.data.batching import Loss, checked_rows
-from influence_fast.data.loading import describe, read_table
+from influence_fast.data.loading import SHOWN, describe, read_table
 from influence_fast.data.models import load_model
 from influence_fast.data.samples import Samples, prepare, task_of
 from influence_fast.errors import InputError
@@ -115,7 +115,9 @@ def plan_audit(
         trusted = prepare("queries", given, replace(data, noise=None, limit=None), task, network, tokenizer)
     for argument, part in (("train", samples), ("queries", trusted)):
         if part.skipped:
-            _log.warning("%s: left out %s", argument, "; ".join(map(str, part.skipped)))
+            shown = "; ".join(map(str, part.skipped[:SHOWN]))
+            more = f"; and {len(part.skipped) - SHOWN} more" if len(part.skipped) > SHOWN else ""
+            _log.warning("%s: left out %d rows: %s%s", argument, len(part.skipped), shown, more)
     reference = None if config.reference is None else load_model(config.reference, task, config.allow_new_weights)[0]
     loss = find_loss(config.loss, task, config.beta, reference)
     layers = select_layers(network, config.layers or default_layers(network))
@@ -169,6 +171,7 @@ def run_plan(audit: AuditPlan, out: str | Path | None, progress: bool = True) ->
         skipped = [*samples.skipped, *(trusted.skipped if not audit.held_out else [])]
         if skipped:
             result.facts["skipped"] = [str(problem) for problem in skipped]
+            atomic_write(folder / "skipped.txt", "".join(f"{problem}\n" for problem in skipped))
         if config.self_check is not None:
             with _timed(times, "self-check"):
                 result.facts["self_check"] = self_check(
@@ -223,6 +226,8 @@ def _check(
     for method in map(get_method, config.methods or ()):
         if "classes" in method.needs and task != "classification":
             raise InputError(f"methods: {method.name} needs {NEEDS['classes']}, and this model has none")
+        if "model" in method.needs and task == "preference":
+            raise InputError(f"methods: {method.name} sees one text a sample, and preferences have two")
         if "whole gradients" in method.needs and config.build.projection.kind != "identity":
             raise InputError(f"methods: {method.name} needs {NEEDS['whole gradients']}, got {config.build.projection}")
 

@@ -30,7 +30,7 @@ _SOURCES = ("model", "train", "queries")
 
 @click.command(epilog=example("influence-fast demo --out demo"))
 @click.option("--out", default="influence-fast-demo", type=click.Path(path_type=Path), help="Folder of the report.")
-@click.option("--samples", default=1200, help="Training samples.")
+@click.option("--samples", default=1200, help="How many training samples are made.")
 @click.option("--seed", default=0, help="Seed of the reviews, the flips and the model's initial weights.")
 @json_option
 def demo(out: Path, samples: int, seed: int, as_json: bool) -> None:
@@ -65,8 +65,8 @@ def demo(out: Path, samples: int, seed: int, as_json: bool) -> None:
     "--methods",
     help=f"{methods_help()}  [default: dot,cosine,datainf, and pool for classifiers]",
 )
-@click.option("--aggregations", help="Such as mean,rank-c,vote-c, the default where predictions are known.")
-@click.option("--rank-by", help="METHOD:GROUP:AGGREGATION that orders scores.csv.")
+@click.option("--aggregations", help="How to aggregate: mean,rank-c,vote-c where predictions are known, or others.")
+@click.option("--rank-by", help="Ranking that orders scores.csv, as METHOD:GROUP:AGGREGATION.")
 @click.option("--fraction", default=0.2, help="Share of the samples that a vote goes against.")
 @click.option("--seed", default=0, help="Seed of the random baseline, of planted flips and of held-out rows.")
 @click.option(
@@ -104,11 +104,13 @@ def _run_audit(out: Path, dry_run: bool, as_json: bool, options: dict[str, Any])
     try:
         check_disk(plan, out)
     except TooLarge as error:
-        if not (sys.stdin.isatty() and sys.stderr.isatty()):
-            raise
-        if not click.confirm(f"{str(error).removeprefix('out: ')}.\nWrite it?", err=True):
+        if not _somebody_is_there() or not click.confirm(f"{str(error).removeprefix('out: ')}.\nWrite it?", err=True):
             raise
     _print_audit(run_plan(plan, out), out, as_json)
+
+
+def _somebody_is_there() -> bool:
+    return sys.stdin.isatty() and sys.stderr.isatty()
 
 
 def _show_plan(plan: Any, out: Path, as_json: bool) -> None:

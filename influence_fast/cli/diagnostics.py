@@ -81,10 +81,10 @@ def _verify(model: str, data: tuple[str, ...], as_json: bool, options: dict[str,
 
 
 @click.command(epilog=example("influence-fast bench --op rank --op vote"))
-@click.option("--op", "op_names", multiple=True, help="Operation; all by default.")
+@click.option("--op", "op_names", multiple=True, help="Operation to time; all by default.")
 @click.option("--device", default="cpu", type=click.Choice(["cpu", "cuda"]), help="Where the tensors are.")
 @click.option(
-    "--dtype", default="float32", type=click.Choice(["float32", "float16", "bfloat16"]), help="Of the inputs."
+    "--dtype", default="float32", type=click.Choice(["float32", "float16", "bfloat16"]), help="Type of the inputs."
 )
 @click.option("--repeats", default=9, help="Rounds, in which each candidate takes its turn.")
 @json_option

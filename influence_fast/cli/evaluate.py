@@ -31,12 +31,14 @@ from influence_fast.errors import InputError
 @click.option("--queries", required=True, type=click.Path(path_type=Path), help="A store of query gradients.")
 @click.option("--method", default="cosine", help=methods_help())
 @click.option(
-    "--aggregation", default="rank", help="mean, rank, vote, min, median or trimmed; -c: correct queries only."
+    "--aggregation",
+    default="rank",
+    help="mean, rank, vote, min, median or trimmed; with -c over correct queries alone.",
 )
 @click.option("--fraction", default=0.2, help="Share of the samples that a vote goes against.")
-@click.option("--layers", help="Names joined by commas; all by default.")
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="CSV: id, score, rank.")
-@click.option("--memory", default="512MiB", help="What blocks of influence may take.")
+@click.option("--layers", help="Names of layers joined by commas; all by default.")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="CSV file for id, score and rank.")
+@click.option("--memory", default="512MiB", help="Memory that blocks of influence may take.")
 @click.option("--checkpoint", type=click.Path(path_type=Path), help="Folder from which a stopped job goes on.")
 @verify_option
 @json_option
@@ -84,15 +86,15 @@ def score(
     ),
 )
 @click.argument("scores", type=click.Path(path_type=Path))
-@click.option("--score-column", default="score", help="Lowest = most harmful.")
-@click.option("--noise-column", default="noise", help="1 or true where a sample is known to be bad.")
+@click.option("--score-column", default="score", help="Column of the scores, lowest for the most harmful sample.")
+@click.option("--noise-column", default="noise", help="Column that is 1 or true where a sample is known to be bad.")
 @click.option("--at", default=0.3, help="Share of the samples that are looked at.")
 @click.option(
-    "--train", type=click.Path(path_type=Path), help="Store of the samples, in the file's order: whole table."
+    "--train", type=click.Path(path_type=Path), help="Store of the samples in the file's order, for the whole table."
 )
 @click.option("--queries", type=click.Path(path_type=Path), help="Store of the queries, for the whole table.")
 @click.option("--methods", default="dot,cosine,datainf", help=f"For the whole table. {methods_help()}")
-@click.option("--aggregations", help="For the whole table; such as mean,rank-c,vote-c.")
+@click.option("--aggregations", help="Aggregations of the whole table, such as mean,rank-c,vote-c.")
 @click.option("--fraction", default=0.2, help="Share of the samples that a vote goes against.")
 @verify_option
 @json_option

@@ -97,19 +97,22 @@ def model_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option(
             "--loss",
             default="auto",
-            help="The model's own by default; a name such as masked-lm; or package.module:function, (model, batch) -> (N,).",
+            help="Whose gradient is taken: the model's own, one by name such as masked-lm, or package.module:function.",
         ),
         click.option("--beta", type=float, help="Strength of the loss of preferences.  [default: 0.1]"),
         click.option(
             "--reference",
             help="Folder of the model before preference training. By default the adapter is switched off.",
         ),
-        click.option("--layers", help="Such as attention[middle],head, or trained. By default what training changed."),
+        click.option(
+            "--layers",
+            help="Layers such as attention[middle],head; by default those that training changed.",
+        ),
         click.option(
             "--projection",
             default="auto",
-            help="identity, rademacher:16x16, sjlt:4096 and others. By default whole gradients of adapters and small "
-            "layers, and a small projection of a model that was trained as a whole.",
+            help="How to project gradients: identity, rademacher:16x16, sjlt:4096 and others. By default those of "
+            "adapters and small layers stay whole, and those of a model that was trained as a whole become small.",
         ),
         click.option("--dtype", default="float32", help="How stores keep numbers: float32, float16, bfloat16 or int8."),
         click.option(

@@ -92,11 +92,11 @@ def _show_estimate(found: Any, world: int) -> None:
 @click.argument("store", type=click.Path(path_type=Path))
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder of the index.")
 @click.option("--factory", default="auto", help="Flat (exact), auto, or a FAISS factory string such as IVF256,SQ8.")
-@click.option("--metric", default="dot", help="dot or cosine.")
-@click.option("--layers", help="Names joined by commas; all by default.")
+@click.option("--metric", default="dot", help="Which influence it serves: dot or cosine.")
+@click.option("--layers", help="Names of layers joined by commas; all by default.")
 @click.option("--recall", default=0.95, help="Share of the best 10 that an approximate index is to find.")
-@click.option("--memory", help="What the index may take, such as 512MiB.")
-@click.option("--rows", help="A range such as 0:500000, for one of several machines.")
+@click.option("--memory", help="Memory that the index may take, such as 512MiB.")
+@click.option("--rows", help="Rows to index, such as 0:500000, for one of several machines.")
 @verify_option
 @json_option
 def index(

@@ -7,6 +7,7 @@ a turn begins where the conversation before it ends, asked for an answer, and en
 from __future__ import annotations
 
 import itertools
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -52,6 +53,29 @@ def messages_of(value: Any) -> list[Message]:
     if not isinstance(value, Sequence) or isinstance(value, str) or not value:
         raise RowError("has no conversation, a list of messages")
     return [_message(place, message) for place, message in enumerate(value)]
+
+
+def turns(prompt: str, answer: str) -> list[dict[str, Any]]:
+    """A prompt and its answer as two messages."""
+    return [{"role": "user", "content": prompt}, {"role": ASSISTANT, "content": answer}]
+
+
+def turns_of(value: Any, role: str) -> list[dict[str, Any]]:
+    """Messages as they are; a text as one of ``role``."""
+    if isinstance(value, str):
+        return [{"role": role, "content": value}]
+    return messages_of(value)
+
+
+def tools_of(row: dict[str, Any]) -> Any:
+    """The tools of a conversation, which some files hold as the text of a JSON list."""
+    tools = row.get("tools")
+    if not isinstance(tools, str):
+        return tools
+    try:
+        return json.loads(tools)
+    except ValueError as error:
+        raise RowError(f"has tools that are no JSON ({error})") from None
 
 
 def _message(place: int, message: Any) -> Message:
@@ -110,10 +134,8 @@ class ChatEncoder:
         text = self.template or (own if isinstance(own, str) else own.get("default", "") if own else "")
         self._marks = bool(_GENERATION.search(text))
 
-    def __call__(
-        self, messages: list[Message], tools: Any = None, last_only: bool = False
-    ) -> tuple[list[int], list[bool]]:
-        """Tokens of a conversation, and which of them an assistant wrote; with ``last_only`` those of its last message.
+    def __call__(self, messages: list[Message], tools: Any = None, begin: int = 0) -> tuple[list[int], list[bool]]:
+        """Tokens of a conversation, and which of them an assistant wrote in message ``begin`` or later.
 
         Raises:
             RowError: no turn of the assistant; a template that refuses the conversation, or writes a turn in another way
@@ -121,9 +143,7 @@ class ChatEncoder:
         """
         # A weight of 0 is how some files say that a turn is context alone.
         spoken = [place for place, message in enumerate(messages) if message["role"] == ASSISTANT]
-        turns = [place for place in spoken if messages[place].get("weight", 1)]
-        if last_only:
-            turns = [place for place in turns if place == len(messages) - 1]
+        turns = [place for place in spoken if place >= begin and messages[place].get("weight", 1)]
         if not turns:
             raise RowError("has no turn of the assistant, so nothing to learn from")
         if self._marks and turns == spoken:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from influence_fast.data.parquet import read_parquet
+from influence_fast.data.parquet import most_bytes, read_parquet
 from influence_fast.errors import InputError
 
 FORMATS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
@@ -122,6 +122,24 @@ def _features(schema: Any) -> Any:
         return {}
 
 
+class _Bounded(io.RawIOBase):
+    """What a compressed file holds, as far as a file of its size may: a few bytes can stand for any amount."""
+
+    def __init__(self, stream: Any, path: Path) -> None:
+        self._stream, self._left = stream, most_bytes(path)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        data = self._stream.read(len(buffer))
+        self._left -= len(data)
+        if self._left < 0:
+            raise OSError("it holds more than a file of its size may; unpack it first")
+        buffer[: len(data)] = data
+        return len(data)
+
+
 def encoding_of(path: Path) -> str:
     """Of a text file, by its byte order mark."""
     import pyarrow as pa
@@ -140,7 +158,8 @@ def opened(path: Path) -> Iterator[TextIO]:
 
     with (
         pa.input_stream(str(path), compression="detect") as stream,
-        io.TextIOWrapper(stream, encoding_of(path), newline="") as text,
+        io.BufferedReader(_Bounded(stream, path), 1 << 20) as bounded,
+        io.TextIOWrapper(bounded, encoding=encoding_of(path), newline="") as text,
     ):
         yield text
 

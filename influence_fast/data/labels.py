@@ -153,3 +153,12 @@ def is_hot(values: Sequence[Any], count: int | None) -> bool:
     """Whether lists hold a 0 or 1 for each class, rather than the classes that apply."""
     lists = [value for value in values if isinstance(value, list | tuple)]
     return bool(lists) and all(len(value) == count and all(one in (0, 1) for one in value) for value in lists)
+
+
+def flag_of(value: Any) -> bool | None:
+    """True or false, as a flag, a number or a word; None for anything else."""
+    if isinstance(value, str):
+        return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}.get(
+            value.strip().lower()
+        )
+    return bool(value) if isinstance(value, bool | int | float) and value in (0, 1) else None

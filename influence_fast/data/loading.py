@@ -219,6 +219,7 @@ def _read_folder(argument: str, folder: Path, split: str | None, limit: int | No
     """A data set that ``datasets`` saved, or data files, which a split's name in their names tells apart."""
     import datasets
 
+    datasets.disable_progress_bars()
     if is_saved(folder):
         try:
             found = datasets.load_from_disk(str(folder))

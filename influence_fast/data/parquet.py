@@ -17,6 +17,11 @@ _FREE_BYTES, _TIMES = 256 << 20, 100
 _ROWS = 1024
 
 
+def most_bytes(path: Path) -> int:
+    """What a compressed file may hold: 256 MiB, or 100 times its size."""
+    return max(_FREE_BYTES, _TIMES * path.stat().st_size)
+
+
 def read_parquet(argument: str, path: Path) -> Iterator[Any]:
     """Each ``pyarrow.RecordBatch`` of a Parquet file.
 
@@ -26,7 +31,7 @@ def read_parquet(argument: str, path: Path) -> Iterator[Any]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    limit = max(_FREE_BYTES, _TIMES * path.stat().st_size)
+    limit = most_bytes(path)
     try:
         with pq.ParquetFile(path) as file:
             groups = [file.metadata.row_group(number) for number in range(file.metadata.num_row_groups)]

@@ -196,5 +196,5 @@ def _written(path: Path, encoding: str, ending: str) -> Iterator[TextIO]:
             binary = stack.enter_context(gzip.GzipFile("", "wb", fileobj=binary, mtime=0))
         elif ending in _ARROW:
             binary = stack.enter_context(pa.CompressedOutputStream(pa.PythonFile(binary, "w"), _ARROW[ending]))
-        with io.TextIOWrapper(binary, encoding, newline="") as text:
+        with io.TextIOWrapper(binary, encoding=encoding, newline="") as text:
             yield text

@@ -10,10 +10,19 @@ import torch
 from torch import Tensor, nn
 
 from influence_fast.data import forms
-from influence_fast.data.chat import ChatEncoder, RowError, messages_of, read_template
+from influence_fast.data.chat import (
+    ASSISTANT,
+    ChatEncoder,
+    RowError,
+    messages_of,
+    read_template,
+    tools_of,
+    turns,
+    turns_of,
+)
 from influence_fast.data.encoding import TextEncoder, longest_input
 from influence_fast.data.forms import Form, is_tokenised, recognise
-from influence_fast.data.labels import Classes, classes_of, is_hot, is_missing, numbers_of, several_classes
+from influence_fast.data.labels import Classes, classes_of, flag_of, is_hot, is_missing, numbers_of, several_classes
 from influence_fast.data.loading import Problem, Table, read_table, refuse
 from influence_fast.data.packing import check_boundaries, pack
 from influence_fast.data.settings import TASKS, DataSettings
@@ -219,7 +228,7 @@ class _Maker:
         if name == forms.TAGGED:
             return self._tagged_reader()
         if name == forms.CHAT:
-            return lambda number, row: (messages_of(row.get(form.inputs[0])), row.get("tools"))
+            return lambda number, row: (messages_of(row.get(form.inputs[0])), tools_of(row), 0)
         if name == forms.PREFERENCE:
             return lambda number, row: self._preference(row)
         if name == forms.PLAIN:
@@ -292,7 +301,7 @@ class _Maker:
             given = row.get(form.inputs[0]) if form.inputs else None
             extra = None if is_missing(given) else str(given)
             if self.given.as_chat:
-                return _turns(instruction if extra is None else f"{instruction}\n\n{extra}", answer), None
+                return turns(instruction if extra is None else f"{instruction}\n\n{extra}", answer), None, 1
             return _ALPACA[extra is None].format(instruction=instruction, input=extra), answer
         if form.inputs == ("translation",):
             pair = list((row.get("translation") or {}).values())
@@ -302,25 +311,29 @@ class _Maker:
         (column,) = form.targets
         both = [row.get(name) for name in (form.inputs[0], column)]
         if any(isinstance(value, list) for value in both):
-            return [*_turns_of(both[0], "user"), *_turns_of(both[1], "assistant")], row.get("tools")
+            asked, told = turns_of(both[0], "user"), turns_of(both[1], ASSISTANT)
+            return [*asked, *told], tools_of(row), len(asked)
         text = "\n".join(self._texts(row, form.inputs))
         # An answer may be empty, the end alone; it may not be missing.
-        told = self._text(row, column, empty=True)
-        return (_turns(text, told), None) if self.given.as_chat else (text, told)
+        answer = self._text(row, column, empty=True)
+        return (turns(text, answer), None, 1) if self.given.as_chat else (text, answer)
 
     def _preference(self, row: dict[str, Any]) -> Any:
         """Both answers as ``(prompt, answer)`` or as conversations."""
         prompt = row.get(self.form.prompt) if self.form.prompt else None
         both = [row.get(name) for name in self.form.inputs]
         if any(isinstance(value, list) for value in (prompt, *both)):
-            before = _turns_of(prompt, "user") if prompt else []
-            return [([*before, *_turns_of(value, "assistant")], row.get("tools")) for value in both]
+            before = turns_of(prompt, "user") if prompt else []
+            talks = [[*before, *turns_of(value, ASSISTANT)] for value in both]
+            # Without a prompt it is the messages that both begin with.
+            begin = next((i for i, (a, b) in enumerate(zip(*talks, strict=False)) if a != b), min(map(len, talks)))
+            return [(talk, tools_of(row), begin) for talk in talks]
         text = self._text(row, self.form.prompt) if self.form.prompt else ""
         answers = self._texts(row, self.form.inputs)
         if answers[0] == answers[1]:
             raise RowError("has the same text in 'chosen' and 'rejected'")
         if self.given.as_chat:
-            return [(_turns(text, answer), None) for answer in answers]
+            return [(turns(text, answer), None, 1) for answer in answers]
         if not text:
             shared = _common(*answers)
             return [(answer[:shared], answer[shared:]) for answer in answers]
@@ -341,25 +354,27 @@ class _Maker:
             return [_attempt(text.tagged, *piece) for piece in pieces]
         if name == forms.PLAIN:
             return [{"input_ids": ids, "labels": list(ids)} for ids in text.plain([piece[0] for piece in pieces])]
-        if self.task == "seq2seq":
-            return text.translated([str(one) for one, _ in pieces], [str(other) for _, other in pieces])
         chat = any(
             isinstance(part[0], list) for piece in pieces for part in (piece if name == forms.PREFERENCE else [piece])
         )
+        if self.task == "seq2seq":
+            if chat:
+                raise InputError(f"{self.argument}: an encoder-decoder takes texts, and some rows hold conversations")
+            return text.translated([one for one, _ in pieces], [other for _, other in pieces])
         encode = self._chat() if chat else None
 
-        def encoded(piece: Any, last_only: bool) -> Any:
+        def encoded(piece: Any) -> Any:
             if isinstance(piece[0], list):
                 assert encode is not None
-                ids, target = encode(piece[0], piece[1], last_only)
+                ids, target = encode(*piece)
                 labels = [token if told else IGNORED for token, told in zip(ids, target, strict=True)]
                 return text.shortened({"input_ids": list(ids), "labels": labels})
             return text.answered([piece[0]], [piece[1]])[0]
 
         if name == forms.PREFERENCE:
-            return [_attempt(self._pair, [_attempt(encoded, part, True) for part in piece]) for piece in pieces]
+            return [_attempt(self._pair, [_attempt(encoded, part) for part in piece]) for piece in pieces]
         if chat:
-            return [_attempt(encoded, piece, name == forms.ANSWER) for piece in pieces]
+            return [_attempt(encoded, piece) for piece in pieces]
         return text.answered([prompt for prompt, _ in pieces], [answer for _, answer in pieces])
 
     def _chat(self) -> ChatEncoder:
@@ -428,7 +443,7 @@ class _Maker:
             return None
         if column not in self.table.columns:
             raise InputError(f"{self.argument}: has no column {column!r}; there are {', '.join(self.table.columns)}")
-        values = [_flag(self.table.rows[number].get(column)) for number in kept]
+        values = [flag_of(self.table.rows[number].get(column)) for number in kept]
         bad = [place for place, value in enumerate(values) if value is None]
         if bad:
             raise InputError(
@@ -463,17 +478,6 @@ def _attempt(make: Callable[..., Any], *given: Any) -> Any:
         return error
 
 
-def _turns(prompt: str, answer: str) -> list[dict[str, Any]]:
-    return [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
-
-
-def _turns_of(value: Any, role: str) -> list[dict[str, Any]]:
-    """Messages as they are; a text as one of ``role``."""
-    if isinstance(value, str):
-        return [{"role": role, "content": value}]
-    return messages_of(value)
-
-
 def _common(one: str, other: str) -> int:
     """Characters that both texts begin with, up to the last line end or the last space among them."""
     same = next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
@@ -493,12 +497,3 @@ def _as_text(value: Any) -> str:
 
 def _listed(value: Any) -> Any:
     return value.tolist() if hasattr(value, "tolist") else value
-
-
-def _flag(value: Any) -> bool | None:
-    """True or false, as a flag, a number or a word; None for anything else."""
-    if isinstance(value, str):
-        return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}.get(
-            value.strip().lower()
-        )
-    return bool(value) if isinstance(value, bool | int | float) and value in (0, 1) else None

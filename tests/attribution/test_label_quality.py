@@ -27,7 +27,7 @@ def test_a_probe_never_saw_the_sample_it_judges(monkeypatch: pytest.MonkeyPatch)
     assert sure.shape == (200, 3)
     assert asked.shape == (50, 3)
     assert torch.isneginf(sure[:, 2]).all()
-    monkeypatch.setattr("influence_fast.attribution.label_quality._PROBE_ROWS", 40)
+    monkeypatch.setattr("influence_fast.attribution.probe._PROBE_ROWS", 40)
     labels[:5] = 2  # too rare to be among the few that are learned from, every time
     few, _ = inf.probe_estimate(states, labels, states[:3])
     assert few.shape == (200, 3)

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 from audits import options, read_csv, run, sentences, write_rows
+from click.testing import CliRunner
 
 from influence_fast.auditing import disk
+from influence_fast.cli import main
 
 
 def test_all_missing_options_are_named() -> None:
@@ -52,6 +54,16 @@ def test_what_does_not_fit_is_not_begun(folder: Path, tmp_path: Path, monkeypatc
     assert not (tmp_path / "a").exists()
 
 
+def test_a_terminal_is_asked(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("influence_fast.cli.audit._somebody_is_there", lambda: True)
+    given = ["audit", *options(folder), "--layers", "head", "--out", tmp_path / "a", "--max-disk", "1kB"]
+    for answer, code in (("n\n", 1), ("y\n", 0)):
+        result = CliRunner().invoke(main, [str(part) for part in given], input=answer)
+        assert result.exit_code == code
+        assert "Write it? [y/N]" in result.stderr
+        assert (tmp_path / "a" / "scores.csv").exists() == (code == 0)
+
+
 def test_without_queries_some_rows_stand_for_them(folder: Path, tmp_path: Path) -> None:
     data = write_rows(tmp_path / "train.jsonl", sentences(90, 1))
     code, out, err = run(
@@ -82,6 +94,7 @@ def test_bad_rows_are_left_out_and_listed(folder: Path, tmp_path: Path) -> None:
     code, out, err = run("audit", *given, "--skip-bad")
     assert code == 0, err
     assert "1 rows were left out: row 3 (train.jsonl, line 4) has no label" in " ".join(out.split())
+    assert "row 3 (train.jsonl, line 4) has no label" in (tmp_path / "a" / "skipped.txt").read_text()
     assert "3" not in {row["id"] for row in read_csv(tmp_path / "a" / "scores.csv")}
 
 

@@ -46,7 +46,7 @@ def tokenizer() -> hf.PreTrainedTokenizerFast:
     return made
 
 
-def targets(tokenizer: hf.PreTrainedTokenizerFast, template: str, talk: list = TALK, **how: bool) -> tuple[str, str]:
+def targets(tokenizer: hf.PreTrainedTokenizerFast, template: str, talk: list = TALK, **how: int) -> tuple[str, str]:
     found = list(zip(*ChatEncoder(tokenizer, template)(talk, **how), strict=True))
     runs = [[token for token, _ in run] for told, run in itertools.groupby(found, key=lambda pair: pair[1]) if told]
     return tokenizer.decode([token for token, _ in found]), "|".join(map(tokenizer.decode, runs))
@@ -79,7 +79,7 @@ def test_some_turns_are_context(tokenizer: hf.PreTrainedTokenizerFast) -> None:
     quiet = [*TALK[:2], {**TALK[2], "weight": 0}, *TALK[3:]]
     for template in (PLAIN, MARKED):
         assert targets(tokenizer, template, quiet)[1] == "yes, hi<|im_end|>\n"
-    assert targets(tokenizer, PLAIN, last_only=True)[1] == "yes, hi<|im_end|>\n"
+    assert targets(tokenizer, PLAIN, begin=3)[1] == "yes, hi<|im_end|>\n"
 
 
 def test_a_slow_tokenizer_finds_the_same(

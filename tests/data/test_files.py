@@ -130,3 +130,18 @@ def test_parquet_knows_names_of_classes(tmp_path: Path) -> None:
     data.to_parquet(tmp_path / "a.parquet")
     assert rows(tmp_path / "a.parquet") == [{"text": "a", "label": 1}, {"text": "b", "label": 0}]
     assert class_names(tmp_path / "a.parquet") == {"label": ["no", "yes"]}
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.zst", "a.csv.zst", "a.parquet"])
+def test_a_few_bytes_do_not_fill_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    import pandas as pd
+    import pyarrow as pa
+
+    monkeypatch.setattr("influence_fast.data.parquet._FREE_BYTES", 1 << 16)
+    if name.endswith("parquet"):
+        pd.DataFrame({"text": ["x" * 999] * 9999}).to_parquet(tmp_path / name)
+    else:
+        line = '{"text": "x"}\n' if "jsonl" in name else "text,label\n"
+        (tmp_path / name).write_bytes(pa.compress((line * 99999).encode(), "zstd", asbytes=True))
+    with pytest.raises(inf.InputError, match="holds more than"):
+        rows(tmp_path / name)

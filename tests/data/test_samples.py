@@ -131,6 +131,12 @@ def test_pairs_of_answers() -> None:
     chat = made([{"chosen": talks[0], "rejected": talks[1]}])
     assert [encode.decode(ids) for ids in chat.rows[0]["input_ids"]] == ["w0 w2 w1 w0 w3 w1", "w0 w2 w1 w0 w4 w1"]
     assert [labels.count(-100) for labels in chat.rows[0]["labels"]] == [4, 4]
+    # Turns that both share are context, whoever spoke.
+    longer = [
+        [*talks[0], {"role": "user", "content": "w5"}, {"role": "assistant", "content": word}] for word in ("w6", "w7")
+    ]
+    chat = made([{"chosen": longer[0], "rejected": longer[1]}])
+    assert [len(labels) - labels.count(-100) for labels in chat.rows[0]["labels"]] == [2, 2]
     with pytest.raises(inf.InputError, match="row 0 has the same text in 'chosen' and 'rejected'"):
         made([{"prompt": "w2", "chosen": "w3", "rejected": "w3"}])
 

@@ -44,7 +44,7 @@ def findings(result: AuditResult, evaluation: list[dict[str, Any]]) -> list[str]
         out.append(f"{facts['held_out']}.")
     if "skipped" in facts:
         problems = facts["skipped"]
-        more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
+        more = f"; and {len(problems) - 5} more (skipped.txt)" if len(problems) > 5 else ""
         out.append(f"{len(problems)} rows were left out: {'; '.join(problems[:5])}{more}.")
     if "queries_correct" in facts:
         right, queries = facts["queries_correct"], facts["queries"]
