@@ -17,12 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
+from influence_fast.data.parquet import bounded_batches
 from influence_fast.errors import InputError
 
 FORMATS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 COMPRESSED = (".gz", ".zst", ".bz2")
-# Rows of a Parquet file that are held as Python objects at once.
-_BATCH = 4096
 _QUOTE = '"'
 
 
@@ -93,9 +92,14 @@ def class_names(path: Path) -> dict[str, list[str]]:
     """Names of the classes by column, where a Parquet file that ``datasets`` wrote knows them."""
     if format_of(path.name) != ".parquet":
         return {}
+    import pyarrow as pa
     import pyarrow.parquet as parquet
 
-    return feature_names(_features(parquet.read_schema(path)))
+    try:
+        return feature_names(_features(parquet.read_schema(path)))
+    except (pa.ArrowException, OSError):
+        # Whoever reads the rows says what is wrong.
+        return {}
 
 
 def feature_names(features: Any) -> dict[str, list[str]]:
@@ -174,16 +178,9 @@ def _json(argument: str, path: Path) -> NumberedRows:
 
 
 def _parquet(argument: str, path: Path) -> NumberedRows:
-    import pyarrow as pa
-    import pyarrow.parquet as parquet
-
-    try:
-        with parquet.ParquetFile(path) as file:
-            number = itertools.count(1)
-            for batch in file.iter_batches(_BATCH):
-                yield from ((next(number), row) for row in batch.to_pylist())
-    except pa.ArrowException as error:
-        raise InputError(f"{argument}: cannot read {str(path)!r} ({str(error).splitlines()[0]})") from None
+    number = itertools.count(1)
+    for batch in bounded_batches(argument, path):
+        yield from ((next(number), row) for row in batch.to_pylist())
 
 
 def _csv(argument: str, path: Path) -> NumberedRows:

@@ -226,7 +226,7 @@ def _read_hub(argument: str, name: str, split: str | None, limit: int | None, ta
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity_error()
     try:
-        found = datasets.load_dataset(name, streaming=limit is not None)
+        found = datasets.load_dataset(name, streaming=limit is not None, **_no_code(datasets.__version__))
     except Exception as error:
         raise InputError(f"{argument}: {name!r} is no file, and no data set on the hub ({error})") from None
     _read_object(argument, found, split, limit, table, name)
@@ -277,3 +277,8 @@ def plain(value: Any) -> Any:
     if getattr(value, "ndim", None) == 0 or (hasattr(value, "item") and getattr(value, "shape", None) == ()):
         return value.item()
     return None if type(value).__name__ in ("NAType", "NaTType") else value
+
+
+def _no_code(version: str) -> dict[str, bool]:
+    """Versions below 4 may ask whether to run a data set's script; later ones run none, and refuse the argument."""
+    return {"trust_remote_code": False} if int(version.split(".")[0]) < 4 else {}

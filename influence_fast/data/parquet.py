@@ -1,4 +1,4 @@
-"""Parquet files to tables: in batches, and no larger than the file's own size allows.
+"""Parquet files: in batches, and no larger than the file's own size allows.
 
 A column of one repeated text takes a few bytes on disk and gigabytes in memory, so what a file claims is compared with its
 size before anything is read, and what comes out is counted while it is.
@@ -6,6 +6,7 @@ size before anything is read, and what comes out is counted while it is.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,8 @@ _FREE_BYTES, _TIMES = 256 << 20, 100
 _ROWS = 1024
 
 
-def read_parquet(argument: str, path: Path) -> Any:
-    """A Parquet file as a ``pyarrow.Table``.
+def bounded_batches(argument: str, path: Path) -> Iterator[Any]:
+    """The record batches of a Parquet file.
 
     Raises:
         InputError: what is no Parquet file, is damaged, or would take more than 256 MiB and 100 times its size.
@@ -30,12 +31,11 @@ def read_parquet(argument: str, path: Path) -> Any:
         with pq.ParquetFile(path) as file:
             groups = [file.metadata.row_group(number) for number in range(file.metadata.num_row_groups)]
             _check(argument, path, sum(group.total_byte_size for group in groups), limit)
-            batches, held = [], 0
+            held = 0
             for batch in file.iter_batches(batch_size=_ROWS):
                 held += batch.nbytes
                 _check(argument, path, held, limit)
-                batches.append(batch)
-            return pa.Table.from_batches(batches, schema=file.schema_arrow)
+                yield batch
     except (pa.ArrowException, OSError) as error:
         raise InputError(f"{argument}: cannot read {str(path)!r} ({str(error).strip().splitlines()[0]})") from None
 
