@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from influence_fast.errors import InputError, StoreError
-from influence_fast.gradients.differences import difference
+from influence_fast.gradients.differences import other_space, recorded_identity
 from influence_fast.gradients.store import GradientStore
 
 Gradients = GradientStore | Mapping[str, Tensor]
@@ -125,9 +125,7 @@ class GradientSource:
                     f"{other.argument}: made with another {key} than {self.argument} "
                     f"({other.store.meta[key]} and {self.store.meta[key]})"
                 )
-        known = [store.meta.get("facts", {}).get("identity", {}) for store in (self.store, other.store)]
-        # Queries may well have a loss of their own.
-        found = difference(*({part: what for part, what in identity.items() if part != "loss"} for identity in known))
+        found = other_space(recorded_identity(self.store.meta), recorded_identity(other.store.meta))
         if found is not None:
             raise StoreError(f"{other.argument}: made by another computation than {self.argument} ({found})")
         for name in self.layers:

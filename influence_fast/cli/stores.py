@@ -236,11 +236,15 @@ def _text_gradient(index: Any, model: str, text: str, label: str | None, answer:
     from influence_fast.data.settings import DataSettings
     from influence_fast.errors import StoreError
     from influence_fast.gradients.build import gradients_of
+    from influence_fast.gradients.differences import other_space
+    from influence_fast.gradients.identity import identity_of
     from influence_fast.gradients.model_state import fingerprint
 
     network, tokenizer = load_model(model, "auto")
     if fingerprint(network) != index.meta["model"]:
         raise StoreError(f"model: {model} is another than the index was made with")
+    if other := other_space(index.identity, identity_of(network, None, tokenizer)):
+        raise StoreError(f"model: {model} computes something else than the index was made with ({other})")
     row: dict[str, Any] = {"text": text}
     if label is not None:
         row["label"] = int(label) if label.lstrip("-").isdigit() else label

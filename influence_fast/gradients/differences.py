@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ def difference(earlier: Identity, now: Identity) -> str | None:
     """
     for part in ("class", "config", "adapters", "loss", "tokenizer"):
         was, is_ = earlier.get(part), now.get(part)
-        if part == "adapters" and "class" in earlier and (was or is_) and not (was and is_):
+        if part == "adapters" and "class" in earlier and "class" in now and bool(was) != bool(is_):
             return f"adapters: {_short(was or 'none')}, not {_short(is_ or 'none')}"
         if was is None or is_ is None or was == is_:
             continue
@@ -42,6 +42,18 @@ def difference(earlier: Identity, now: Identity) -> str | None:
                     return f"{part}: its code differs"
                 return f"{part}: {name} was {_short(was.get(name))}, is {_short(is_.get(name))}"
     return None
+
+
+def other_space(earlier: Identity, now: Identity) -> str | None:
+    """:func:`difference` of gradients that are compared with each other: queries may well have a loss of their own."""
+    return difference(*({part: what for part, what in one.items() if part != "loss"} for one in (earlier, now)))
+
+
+def recorded_identity(manifest: Mapping[str, Any]) -> Identity:
+    """What the manifest of a store keeps, nothing where it was built by a version that kept none."""
+    facts = manifest.get("facts")
+    found = facts.get("identity") if isinstance(facts, Mapping) else None
+    return dict(found) if isinstance(found, Mapping) else {}
 
 
 def best_rows(probe: Probe) -> Probe:

@@ -29,6 +29,7 @@ from influence_fast import ops
 from influence_fast._memory import parse_memory
 from influence_fast.attribution.gradient_source import Gradients, GradientSource, chosen_layers
 from influence_fast.errors import BackendError, InfluenceError, InputError, StoreError
+from influence_fast.gradients.differences import other_space, recorded_identity
 from influence_fast.gradients.store import GradientStore, verifying
 from influence_fast.search.exact import Rows, Scan, parts_of, rescore
 from influence_fast.search.index_files import IndexFolder, check_files, read_document, writing
@@ -84,6 +85,11 @@ class InfluenceIndex:
         if len(self._rows.stores) > 1 and all(isinstance(store.ids, range) for store, _ in self._rows.stores):
             return row
         return self._rows.id_of(row)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What computed the rows, as their store keeps it: class, config, adapters, loss and tokenizer by name."""
+        return recorded_identity(self._rows.stores[0][0].meta)
 
     def __len__(self) -> int:
         return self._rows.count
@@ -197,6 +203,8 @@ class InfluenceIndex:
         for key in ("model", "projection"):
             if store.meta[key] != self.meta[key]:
                 raise StoreError(f"store: another {key} than the index ({store.meta[key]}, {self.meta[key]})")
+        if other := other_space(self.identity, recorded_identity(store.meta)):
+            raise StoreError(f"store: made by another computation than the index ({other})")
         for name in self.layers:
             if store.dims.get(name) != self.meta["dims"][name]:
                 raise StoreError(
@@ -408,6 +416,8 @@ class InfluenceIndex:
                     raise StoreError(
                         f"queries: another {key} than the index ({found.store.meta[key]}, {self.meta[key]})"
                     )
+            if other := other_space(self.identity, recorded_identity(found.store.meta)):
+                raise StoreError(f"queries: made by another computation than the index ({other})")
         values = torch.cat([found.read(name) for name in layers], 1)
         if not values.isfinite().all():
             row = int(values.isfinite().all(1).logical_not().nonzero()[0])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 from audits import read_csv, run
@@ -41,3 +42,19 @@ def test_build_index_search_score_evaluate(folder: Path, tmp_path: Path) -> None
     code, out, err = run("evaluate", tmp_path / "noisy.csv", "--json")
     assert code == 0, err
     assert 0 < json.loads(out)["auc_ndr"] < 1.2
+
+
+def test_a_text_is_searched_by_the_model_and_tokenizer_of_the_index(folder: Path, tmp_path: Path) -> None:
+    given = ["--layers", "head", "--projection", "rademacher:4x4"]
+    shutil.copytree(folder / "model", tmp_path / "model")
+    model, data = tmp_path / "model", folder / "train.jsonl"
+    assert run("build", "--model", model, "--data", data, *given, "--out", tmp_path / "s")[0] == 0
+    assert run("index", tmp_path / "s", "--out", tmp_path / "i")[0] == 0
+    asked = ["search", tmp_path / "i", "--model", model, "--text", "w1 w2", "--label", "1", "-k", 2]
+    code, _, err = run(*asked)
+    assert code == 0, err
+    (model / "chat_template.jinja").write_text("{{ messages }}", encoding="utf-8")
+    code, _, err = run(*asked)
+    assert (code, "computes something else than the index was made with (tokenizer: template" in err) == (1, True), err
+    code, _, err = run("build", "--model", model, "--data", data, *given, "--out", tmp_path / "s")
+    assert (code, "was built by another computation (tokenizer: template" in err) == (1, True), err

@@ -177,6 +177,13 @@ def test_queries_of_another_computation_are_refused(tmp_path: Path) -> None:
     model.config.layer_norm_eps = 1e-12
     own_loss = build(tmp_path / "own", model, loss=scaled)
     inf.influence(train, own_loss)
+    index = inf.InfluenceIndex.build(train, "Flat")
+    index.search(own_loss, 2)
+    for given in (index.search, index.add):
+        with pytest.raises(
+            inf.StoreError, match=r"made by another computation than the index \(config: layer_norm_eps"
+        ):
+            given(queries)
 
 
 def test_probes_survive_another_machine_and_nothing_more() -> None:

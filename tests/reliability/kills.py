@@ -1,0 +1,342 @@
+"""Kill a command at every file operation that it makes, run it again, and compare with one that nobody disturbed.
+
+``python -m tests.reliability.kills --write docs/reliability.md``; a sample is in ``test_kills.py``. An audit hook counts
+what changes files within the folder (open for writing, rename, remove, truncate, mkdir) and a wrapper counts ``fsync``.
+The process is killed (SIGKILL) right before the operation with a given number. At an ``fsync`` it is also killed after the
+file lost its tail, as a file that was not synced may.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import re
+import shutil
+import signal
+import stat
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import click
+
+_server = multiprocessing.get_context("forkserver")
+_server.set_forkserver_preload(
+    [
+        "torch",
+        "transformers",
+        "datasets",
+        "influence_fast.auditing.run",
+        "influence_fast.search.influence_index",
+        "tests.models",
+    ]
+)
+_EVENTS = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "os.link", "os.symlink")
+_WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+_BEGIN, _END = "<!-- kills -->", "<!-- end of kills -->"
+
+
+# ------------------------------------------------------------------------------------------------------- what is killed
+
+
+def _rows(seed: int, count: int) -> list[dict[str, Any]]:
+    from tests import models
+
+    return models.rows(count=count, seed=seed)
+
+
+def _store(path: Path, seed: int, count: int, **settings: Any) -> None:
+    import influence_fast as inf
+    from tests import models
+
+    given = {"layers": "head,attention[0]", "projection": "rademacher:2x2", "shard_rows": 4, "progress": False}
+    ids = [f"row {i}" for i in range(count)]
+    inf.build_store(path, models.make("bert"), _rows(seed, count), ids=ids, **{**given, **settings})
+
+
+def _prepare_nothing(folder: Path) -> None:
+    folder.mkdir()
+
+
+def _prepare_stores(folder: Path) -> None:
+    folder.mkdir()
+    _store(folder / "train", 1, 10)
+    _store(folder / "queries", 2, 5)
+
+
+def _prepare_damage(folder: Path) -> None:
+    """A shard of which a bit has changed, and one that is gone."""
+    folder.mkdir()
+    _store(folder / "out", 1, 10)
+    shards = sorted((folder / "out").glob("shard-*"))
+    data = bytearray(shards[0].read_bytes())
+    data[-200] ^= 1
+    shards[0].write_bytes(data)
+    shards[1].unlink()
+
+
+def _prepare_index(folder: Path) -> None:
+    """An index of another metric, which the command replaces."""
+    import influence_fast as inf
+
+    _prepare_stores(folder)
+    inf.InfluenceIndex.build(inf.GradientStore.open(folder / "train"), "Flat", "cosine", path=folder / "out")
+
+
+def _prepare_old(folder: Path) -> None:
+    shutil.copytree(Path(__file__).parents[1] / "fixtures" / "store-0.1" / "int8" / "train", folder / "out")
+
+
+def build(folder: Path) -> None:
+    _store(folder / "out", 1, 10)
+
+
+def index(folder: Path) -> None:
+    import influence_fast as inf
+
+    inf.InfluenceIndex.build(inf.GradientStore.open(folder / "train"), "Flat", "dot", path=folder / "out")
+
+
+def score(folder: Path) -> None:
+    from influence_fast.attribution import aggregation
+    from influence_fast.cli import main
+
+    aggregation._SAVE_SECONDS = 0
+    given = ["--train", folder / "train", "--queries", folder / "queries", "--aggregation", "vote", "--memory", "4096"]
+    _call(main, ["score", *given, "--checkpoint", folder / "partial", "--out", folder / "scores.csv"])
+
+
+def audit(folder: Path) -> None:
+    import influence_fast as inf
+    from tests import models
+
+    rows = [_rows(1, 9), _rows(2, 5)]
+    settings = {"methods": ["dot"], "layers": "head", "projection": "rademacher:2x2"}
+    inf.audit(models.make("bert"), *rows, out=folder / "out", progress=False, **settings)
+
+
+def upgrade(folder: Path) -> None:
+    from influence_fast.cli import main
+
+    _call(main, ["upgrade", folder / "out"])
+
+
+def _call(main: Any, arguments: list[Any]) -> None:
+    try:
+        main([str(argument) for argument in arguments], standalone_mode=False)
+    except (SystemExit, click.exceptions.Exit) as error:
+        code = getattr(error, "exit_code", getattr(error, "code", 0))
+        if code:
+            raise RuntimeError(f"exit code {code}") from None
+
+
+COMMANDS: dict[str, tuple[Callable[[Path], None], Callable[[Path], None]]] = {
+    "build": (_prepare_nothing, build),
+    "build over damage": (_prepare_damage, build),
+    "index": (_prepare_stores, index),
+    "index over another": (_prepare_index, index),
+    "score": (_prepare_stores, score),
+    "upgrade": (_prepare_old, upgrade),
+    "audit": (_prepare_nothing, audit),
+}
+
+
+# ------------------------------------------------------------------------------------------------------------ the killing
+
+
+class _Killer:
+    """Counts file operations within a folder, and ends the process before the one with the number ``at``."""
+
+    def __init__(self, folder: Path, at: int, torn: bool) -> None:
+        self.folder, self.left, self.torn = os.path.realpath(folder) + os.sep, at, torn
+        self._fsync = os.fsync
+        os.fsync = self._syncing
+        if not torn:
+            sys.addaudithook(self._hook)
+
+    def _hook(self, event: str, arguments: tuple[Any, ...]) -> None:
+        if event == "open":
+            path, _, flags = arguments
+            if not isinstance(flags, int) or not flags & _WRITING:
+                return
+        elif event in _EVENTS:
+            path = arguments[0]
+        else:
+            return
+        if self._ours(path):
+            self._count()
+
+    def _syncing(self, number: Any) -> None:
+        file = number if isinstance(number, int) else number.fileno()
+        if self._ours(file):
+            if not self.torn:
+                self._count()
+            elif stat.S_ISREG(os.fstat(file).st_mode):
+                self.left -= 1
+                if self.left < 0:
+                    size, name = os.fstat(file).st_size, os.readlink(f"/proc/self/fd/{file}")
+                    # What was appended may be torn, what was synced before is there.
+                    os.truncate(name, size // 2 if name.endswith(".part") else max(0, size - 7))
+                    os.kill(os.getpid(), signal.SIGKILL)
+        self._fsync(number)
+
+    def _ours(self, path: Any) -> bool:
+        if isinstance(path, int):
+            path = os.readlink(f"/proc/self/fd/{path}") if path >= 0 else ""
+        name = os.fsdecode(path) if isinstance(path, str | bytes | os.PathLike) else ""
+        # Locks stay where they are, and their files say nothing.
+        return os.path.realpath(name).startswith(self.folder) and not name.endswith(".lock")
+
+    def _count(self) -> None:
+        self.left -= 1
+        if self.left < 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _work(job: Callable[[Path], None], folder: Path, log: Path, at: int | None, torn: bool) -> None:
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    import torch
+    from tqdm import tqdm
+
+    torch.set_num_threads(1)
+    # Its own lock is a semaphore of the system, which a killed process leaves behind.
+    tqdm.set_lock(threading.RLock())
+    if at is not None:
+        _Killer(folder, at, torn)
+    try:
+        job(folder)
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
+    os._exit(0)
+
+
+def _run(job: Callable[[Path], None], folder: Path, log: Path, at: int | None = None, torn: bool = False) -> int:
+    log.unlink(missing_ok=True)
+    process = _server.Process(target=_work, args=(job, folder, log, at, torn))
+    process.start()
+    process.join(120)
+    if process.is_alive():
+        process.kill()
+        process.join()
+        raise TimeoutError(f"{job.__name__} hangs")
+    return process.exitcode or 0
+
+
+class Outcome(NamedTuple):
+    """What came of one kill: ``same bytes``, ``other bytes``, ``refused`` or ``left over``."""
+
+    command: str
+    at: int
+    torn: bool
+    what: str
+    detail: str = ""
+
+
+class Target:
+    """A command with what it leaves when nobody disturbs it."""
+
+    def __init__(self, name: str, scratch: Path) -> None:
+        self.name, self.scratch = name, scratch / name.replace(" ", "-")
+        self.scratch.mkdir()
+        prepare, self.job = COMMANDS[name]
+        self.log = self.scratch / "log"
+        self._checked(prepare, self.scratch / "before")
+        shutil.copytree(self.scratch / "before", self.scratch / "whole")
+        self._checked(self.job, self.scratch / "whole")
+        self.expected = contents(self.scratch / "whole")
+
+    def _checked(self, job: Callable[[Path], None], folder: Path) -> None:
+        code = _run(job, folder, self.log)
+        assert code == 0, self.log.read_text(encoding="utf-8")
+
+    def kill(self, at: int, torn: bool = False) -> Outcome | None:
+        """The outcome of a kill at an operation, None where the command makes fewer."""
+        folder = self.scratch / "folder"
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(self.scratch / "before", folder)
+        code = _run(self.job, folder, self.log, at, torn)
+        if code == 0:
+            return None
+        assert code == -signal.SIGKILL, self.log.read_text(encoding="utf-8")
+        if _run(self.job, folder, self.log) != 0:
+            last = self.log.read_text(encoding="utf-8").strip().splitlines()
+            return Outcome(self.name, at, torn, "refused", last[-1] if last else "")
+        found = contents(folder)
+        extra = sorted(set(found) - set(self.expected))
+        if extra:
+            return Outcome(self.name, at, torn, "left over", ", ".join(extra))
+        other = sorted(name for name in self.expected if found.get(name) != self.expected[name])
+        return Outcome(self.name, at, torn, "other bytes" if other else "same bytes", ", ".join(other))
+
+    def kills(self, step: int = 1) -> Iterator[Outcome]:
+        """Every ``step``-th kill of either kind."""
+        for torn in (False, True):
+            at = 0
+            while (outcome := self.kill(at, torn)) is not None:
+                yield outcome
+                at += step
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file but locks; of reports what does not depend on the clock."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and not path.name.endswith(".lock"):
+            data = path.read_bytes()
+            found[str(path.relative_to(folder))] = re.sub(rb"[\d.]+ s\b", b"", data) if path.suffix == ".html" else data
+    return found
+
+
+def table(outcomes: list[Outcome]) -> str:
+    """Counts by command, as Markdown."""
+    kinds = ("same bytes", "other bytes", "left over", "refused")
+    lines = [f"| command | kills | {' | '.join(kinds)} |", "| --- |" + " ---: |" * (len(kinds) + 1)]
+    for command in dict.fromkeys(outcome.command for outcome in outcomes):
+        counts = Counter(outcome.what for outcome in outcomes if outcome.command == command)
+        cells = [str(counts.total()), *(str(counts[kind]) for kind in kinds)]
+        lines.append(f"| {command} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+@click.command()
+@click.option("--only", multiple=True, type=click.Choice(list(COMMANDS)), help="Commands; all by default.")
+@click.option("--every", default=1, show_default=True, help="Of the operations, every so many.")
+@click.option("--write", type=click.Path(path_type=Path), help="Put the counts into this page.")
+def main(only: tuple[str, ...], every: int, write: Path | None) -> None:
+    """Kill commands at their file operations, run them again, and count what comes of it."""
+    outcomes: list[Outcome] = []
+    with tempfile.TemporaryDirectory() as scratch:
+        for name in only or COMMANDS:
+            begin = time.monotonic()
+            for outcome in Target(name, Path(scratch)).kills(every):
+                outcomes.append(outcome)
+                if outcome.what != "same bytes":
+                    torn = ", torn" if outcome.torn else ""
+                    click.echo(f"{name} killed at operation {outcome.at}{torn}: {outcome.what} {outcome.detail}")
+            click.echo(f"{name}: {time.monotonic() - begin:.0f} s", err=True)
+    text = table(outcomes)
+    click.echo(text)
+    if write is not None:
+        page = write.read_text(encoding="utf-8") if write.exists() else "# Reliability\n"
+        if _BEGIN not in page:
+            about = "Killed at every file operation, and run again (`python -m tests.reliability.kills`)"
+            page += f"\n## Kills\n\n{about}:\n\n{_BEGIN}\n{_END}\n"
+        found = re.sub(f"{_BEGIN}.*?{_END}", lambda _: f"{_BEGIN}\n{text}\n{_END}", page, flags=re.S)
+        write.write_text(found, encoding="utf-8")
+    sys.exit(any(outcome.what != "same bytes" for outcome in outcomes))
+
+
+if __name__ == "__main__":
+    # Under its own name, so that the processes that do the work can find the jobs.
+    from tests.reliability.kills import main as run
+
+    run()

@@ -1,0 +1,30 @@
+"""A few kills of each command, other ones in every run; ``python -m tests.reliability.kills`` makes all of them."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+from conftest import SEED
+
+from tests.reliability import kills
+
+
+@pytest.mark.parametrize("command", ["build", "build over damage", "index over another", "score", "upgrade"])
+def test_a_killed_command_ends_in_the_same_bytes(tmp_path: Path, command: str) -> None:
+    pytest.importorskip("influence_fast_cpu")
+    target = kills.Target(command, tmp_path)
+    # Less than the file operations of any of them.
+    at = random.Random(f"{SEED} {command}").randrange(9)
+    for torn in (False, True):
+        outcome = target.kill(at % 2 if torn else at, torn)
+        assert outcome is not None
+        assert outcome.what == "same bytes", outcome
+
+
+def test_the_command_makes_no_more_operations_than_it_makes(tmp_path: Path) -> None:
+    """A number beyond the last is no kill: that is how a run knows that it saw all of them."""
+    target = kills.Target("upgrade", tmp_path)
+    assert target.kill(10_000) is None
+    assert kills.contents(tmp_path / "upgrade" / "folder") == target.expected
