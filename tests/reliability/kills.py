@@ -128,12 +128,9 @@ def upgrade(folder: Path) -> None:
 
 
 def _call(main: Any, arguments: list[Any]) -> None:
-    try:
-        main([str(argument) for argument in arguments], standalone_mode=False)
-    except (SystemExit, click.exceptions.Exit) as error:
-        code = getattr(error, "exit_code", getattr(error, "code", 0))
-        if code:
-            raise RuntimeError(f"exit code {code}") from None
+    code = main([str(argument) for argument in arguments], standalone_mode=False)
+    if isinstance(code, int) and code:
+        raise RuntimeError(f"exit code {code}")
 
 
 COMMANDS: dict[str, tuple[Callable[[Path], None], Callable[[Path], None]]] = {
@@ -323,16 +320,19 @@ def main(only: tuple[str, ...], every: int, write: Path | None) -> None:
                     torn = ", torn" if outcome.torn else ""
                     click.echo(f"{name} killed at operation {outcome.at}{torn}: {outcome.what} {outcome.detail}")
             click.echo(f"{name}: {time.monotonic() - begin:.0f} s", err=True)
-    text = table(outcomes)
-    click.echo(text)
-    if write is not None:
-        page = write.read_text(encoding="utf-8") if write.exists() else "# Reliability\n"
-        if _BEGIN not in page:
-            about = "Killed at every file operation, and run again (`python -m tests.reliability.kills`)"
-            page += f"\n## Kills\n\n{about}:\n\n{_BEGIN}\n{_END}\n"
-        found = re.sub(f"{_BEGIN}.*?{_END}", lambda _: f"{_BEGIN}\n{text}\n{_END}", page, flags=re.S)
-        write.write_text(found, encoding="utf-8")
+            if write is not None:
+                _write(write, table(outcomes))
+    click.echo(table(outcomes))
     sys.exit(any(outcome.what != "same bytes" for outcome in outcomes))
+
+
+def _write(path: Path, text: str) -> None:
+    page = path.read_text(encoding="utf-8") if path.exists() else "# Reliability\n"
+    if _BEGIN not in page:
+        about = "Killed at every file operation, and run again (`python -m tests.reliability.kills`)"
+        page += f"\n## Kills\n\n{about}:\n\n{_BEGIN}\n{_END}\n"
+    found = re.sub(f"{_BEGIN}.*?{_END}", lambda _: f"{_BEGIN}\n{text}\n{_END}", page, flags=re.S)
+    path.write_text(found, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import pytest
 from tests.reliability import kills
 
 
-@pytest.mark.parametrize(("command", "count"), [("build", 2), ("build", 3), ("index over another", 3), ("audit", 2)])
+@pytest.mark.parametrize(("command", "count"), [("build", 2), ("build", 3), ("index over another", 3)])
 def test_at_once(tmp_path: Path, command: str, count: int) -> None:
     target = kills.Target(command, tmp_path)
     folder, logs = tmp_path / "folder", [tmp_path / f"log {i}" for i in range(count)]
