@@ -123,7 +123,9 @@ def estimate_of(
     width = DTYPES[settings.dtype].itemsize
     header = sum(150 + 2 * len(name) for name in dims) + 200
     shards = -(-rows // size)
-    row_bytes = sum(dim * width + 8 + (4 if settings.dtype in ("int8", "float16") else 0) for dim in dims.values()) + columns
+    row_bytes = (
+        sum(dim * width + 8 + (4 if settings.dtype in ("int8", "float16") else 0) for dim in dims.values()) + columns
+    )
     held = min(size, rows) * (4 * sum(dims.values()) * min(2, shards) + row_bytes + 8 * max(dims.values()))
     return Estimate(
         rows=rows,

@@ -36,7 +36,7 @@ def test_other_errors_of_the_command_line(folder: Path, tmp_path: Path) -> None:
     [
         ("[]", "expected a JSON object, got a list"),
         ("{", "no valid JSON"),
-        ('{"model": "m", "train": "t"}', "'queries' is missing"),
+        ('{"model": "m"}', "'train' is missing"),
         ('{"model": 3, "train": "t", "queries": "q"}', "model: expected a text, got 3"),
         (
             '{"model": "m", "train": "t", "queries": "q", "truncate": "no"}',
