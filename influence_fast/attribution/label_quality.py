@@ -13,15 +13,12 @@ from torch import Tensor, nn
 
 from influence_fast.attribution.gradient_source import GradientSource
 from influence_fast.attribution.influence_matrix import InMemory, inner_products
-from influence_fast.attribution.method_inputs import MethodInputs, of_no_query
+from influence_fast.attribution.method_inputs import CLASSES, MethodInputs, of_no_query
 from influence_fast.attribution.probe import LEAST, ClassEstimate
 from influence_fast.attribution.probe import probe_estimate as probe_estimate
 from influence_fast.attribution.query_weighting import fitted_influence
 from influence_fast.attribution.representations import class_votes, neighbour_count
 from influence_fast.errors import InputError
-
-CLASSES = "class log-probabilities"
-"""What the pool keeps for whoever asks for more than its ranking (``MethodInputs.kept``)."""
 
 # How far pooled weights stray from those of the model alone before the queries are seen: standard deviation.
 _PRIOR_DEVIATION = 0.3

@@ -27,6 +27,10 @@ _FITTED_QUERIES = 2000
 T = TypeVar("T")
 
 
+CLASSES = "class log-probabilities"
+"""What a pool keeps for whoever asks for more than its ranking: :meth:`MethodInputs.kept`."""
+
+
 @dataclass(frozen=True)
 class MislabelledQueries:
     """Some trusted queries, half of them with a wrong label on purpose.

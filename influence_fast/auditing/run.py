@@ -20,8 +20,7 @@ from torch import nn
 from influence_fast._files import atomic_write, locked, remove_leftovers
 from influence_fast.attribution.influence_matrix import METHODS as INNER_PRODUCTS
 from influence_fast.attribution.influence_matrix import InfluenceMatrix
-from influence_fast.attribution.label_quality import CLASSES
-from influence_fast.attribution.method_inputs import AuditInputs, MethodInputs
+from influence_fast.attribution.method_inputs import CLASSES, AuditInputs, MethodInputs
 from influence_fast.attribution.model_passes import ModelPasses
 from influence_fast.attribution.registry import NEEDS, PROBE_FOLDS, get_method
 from influence_fast.auditing.config import SELF_CHECK_ROWS, AuditConfig, AuditPlan, RankingPlan
