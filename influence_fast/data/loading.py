@@ -317,8 +317,3 @@ def plain(value: Any) -> Any:
     if getattr(value, "ndim", None) == 0 or (hasattr(value, "item") and getattr(value, "shape", None) == ()):
         return value.item()
     return None if type(value).__name__ in ("NAType", "NaTType") else value
-
-
-def _no_code(version: str) -> dict[str, bool]:
-    """Versions below 4 may ask whether to run a data set's script; later ones run none, and refuse the argument."""
-    return {"trust_remote_code": False} if int(version.split(".")[0]) < 4 else {}
