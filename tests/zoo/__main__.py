@@ -46,6 +46,7 @@ def main(
     kept["versions"] = run.versions()
     everything = run.groups()
     known = {f"{group.kind}/{group.name}/{part}" for group in everything for part in group.parts}
+    kept["total"] = len(known)
     kept["cases"] = {key: case for key, case in kept["cases"].items() if key in known}
     chosen = run.unfinished(run.groups(only, kinds or tuple(run.MAKERS)), kept, again, missing, outcomes)
     total = sum(len(group.parts) for group in chosen)

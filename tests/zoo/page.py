@@ -78,7 +78,7 @@ def page(results: dict[str, Any], texts: dict[str, str]) -> str:
     tolerances = ", ".join(f"{share:g} in {kind}" for kind, share in TOLERANCE.items())
     parts = [
         _INTRO.format(tolerances=tolerances),
-        f"With {versions}; {len(results['cases'])} cases, run on {of}:\n",
+        f"With {versions}; {len(results['cases'])} of {results['total']} cases, run on {of}:\n",
         summary(results),
         "",
     ]

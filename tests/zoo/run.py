@@ -150,13 +150,14 @@ def unfinished(
 
 
 def read(path: Path = RESULTS) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"versions": {}, "cases": {}}
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"versions": {}, "total": 0, "cases": {}}
 
 
 def write(results: dict[str, Any], path: Path = RESULTS) -> None:
     """One case a line, sorted, so that a change is seen in a diff."""
     lines = [f"{json.dumps(key)}: {json.dumps(case)}" for key, case in sorted(results["cases"].items())]
-    text = f'{{\n"versions": {json.dumps(results["versions"])},\n"cases": {{\n' + ",\n".join(lines) + "\n}\n}\n"
+    heads = {name: results[name] for name in ("versions", "total")}
+    text = f'{{\n{json.dumps(heads)[1:-1]},\n"cases": {{\n' + ",\n".join(lines) + "\n}\n}\n"
     part = path.with_suffix(".part")
     part.write_text(text, encoding="utf-8")
     part.replace(path)
