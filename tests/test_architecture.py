@@ -60,6 +60,25 @@ def test_every_module_says_what_it_is_for() -> None:
     assert silent == []
 
 
+def test_text_files_are_opened_with_an_encoding() -> None:
+    """Otherwise the locale of the machine decides, and ASCII loses what was computed."""
+    silent = []
+    for name, path in modules().items():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.Call):
+                continue
+            called = getattr(node.func, "attr", getattr(node.func, "id", ""))
+            if called not in ("open", "read_text", "write_text", "TextIOWrapper", "NamedTemporaryFile", "fdopen"):
+                continue
+            modes = [arg.value for arg in node.args if isinstance(arg, ast.Constant) and isinstance(arg.value, str)]
+            binary = called == "open" and any("b" in mode for mode in modes)
+            # Ours, and os.open.
+            other = isinstance(node.func, ast.Attribute) and called == "open"
+            if not binary and not other and "encoding" not in {keyword.arg for keyword in node.keywords}:
+                silent.append(f"{name}:{node.lineno}")
+    assert silent == []
+
+
 def test_words_are_those_of_the_field() -> None:
     """A stranger can search for what stands here."""
     private = re.compile(r"\b(rooms?|opinions?|heard|tally|taps?|acting)\b", re.IGNORECASE)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 from torch import nn
 
+from influence_fast._json import read_object
+from influence_fast.data.model_files import check_adapter, check_files, check_size
 from influence_fast.data.tasks import head_named
 from influence_fast.errors import InputError
 
@@ -48,24 +50,50 @@ def load_model(path: str, task: str = "auto", allow_new_weights: bool = False) -
         raise InputError(f"model: {path!r} has neither config.json nor adapter_config.json")
     hf.logging.set_verbosity_error()
     hf.logging.disable_progress_bar()
+    check_files(folder)
     try:
         if adapter.exists():
-            return _load_adapter(folder, json.loads(adapter.read_text()), task, allow_new_weights)
+            return _load_adapter(folder, read_object(adapter, "model"), task, allow_new_weights)
         kind = _architecture(hf.AutoConfig.from_pretrained(path, trust_remote_code=False), task)
         model, unmatched = _load(path, kind)
         if not allow_new_weights:
             _refuse(path, type(model).__name__, unmatched)
         return model, _load_tokenizer(path)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"model: cannot load {path!r} ({str(error).strip().splitlines()[0]})") from error
+    except InputError:
+        raise
+    except _failures() as error:
+        if isinstance(error, UnpicklingError):
+            raise InputError(
+                f"model: the weights of {path!r} are a pickle of more than tensors, which could run code and is refused; "
+                "save them as safetensors"
+            ) from error
+        if type(error).__module__.startswith("huggingface_hub"):
+            raise InputError(f"model: {folder / 'config.json'}: {_first_line(error)}") from error
+        raise InputError(f"model: cannot load {path!r} ({_first_line(error)})") from error
+
+
+def _failures() -> tuple[type[Exception], ...]:
+    """What libraries raise over files of wrong types, unknown kinds or cut short; our own mistakes are among them, and the
+    cause is kept."""
+    from huggingface_hub.errors import StrictDataclassError
+    from safetensors import SafetensorError
+
+    own = (OSError, ValueError, LookupError, RuntimeError, TypeError, AttributeError, ArithmeticError, AssertionError)
+    return (*own, ImportError, EOFError, UnpicklingError, SafetensorError, StrictDataclassError)
+
+
+def _first_line(error: Exception) -> str:
+    text = " ".join(line.strip() for line in str(error).strip().splitlines()[:2])
+    return text if len(text) <= 300 else f"{text[:297]}..."
 
 
 def _load(path: str, kind: str, **settings: Any) -> tuple[nn.Module, dict[str, list[str]]]:
     """A model by one of transformers' Auto classes, and names of the weights that its files lack or have too many."""
     import transformers as hf
 
+    if Path(path).is_dir():
+        config = hf.AutoConfig.from_pretrained(path, trust_remote_code=False, **settings)
+        check_size(Path(path), config, lambda: getattr(hf, kind).from_config(config, trust_remote_code=False))
     model, info = getattr(hf, kind).from_pretrained(
         path, output_loading_info=True, ignore_mismatched_sizes=True, trust_remote_code=False, **settings
     )
@@ -96,6 +124,7 @@ def _load_adapter(folder: Path, adapter: dict[str, Any], task: str, allow_new_we
     from peft import PeftModel, get_peft_model_state_dict
     from safetensors import safe_open
 
+    check_adapter(folder, adapter)
     base = str(adapter.get("base_model_name_or_path"))
     if not Path(base).is_dir() and (folder / base).is_dir():
         base = str(folder / base)

@@ -39,7 +39,7 @@ that was killed goes on with the shards that are missing. A reader in plain NumP
 
     def read_store(folder, layer):
         folder = pathlib.Path(folder)
-        manifest = json.loads((folder / "manifest.json").read_text())
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         parts = []
         for shard in manifest["shards"]:
             raw = np.memmap(folder / shard["file"], dtype=np.uint8, mode="r")
@@ -370,7 +370,7 @@ class _Shard:
 def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a store, finished or not; StoreError where there is none, or it is damaged or of another version."""
     try:
-        manifest = json.loads((folder / "manifest.json").read_text())
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise StoreError(f"{folder}: no gradient store (no manifest.json)") from None
     except (ValueError, OSError) as error:

@@ -110,7 +110,7 @@ class Projection:
         """
         if isinstance(text, Projection):
             return text
-        match = re.fullmatch(r"([a-z]+)(?::(\d+)(?:x(\d+))?)?(?::seed(-?\d+))?", text)
+        match = re.fullmatch(r"([a-z]+)(?::(\d+)(?:x(\d+))?)?(?::seed(-?\d+))?", str(text))
         if match is None or (match[1] != "identity" and match[2] is None):
             raise InputError(
                 "projection: expected identity, KIND:OUTxIN or KIND:K, each with an optional :seedS "

@@ -316,7 +316,7 @@ class InfluenceIndex:
         """
         folder = Path(path)
         try:
-            meta = json.loads((folder / "index.json").read_text())
+            meta = json.loads((folder / "index.json").read_text(encoding="utf-8"))
             if meta["version"] != 2:
                 raise StoreError(f"{folder}: index version {meta['version']}, this library reads 2; build it again")
             if verify:

@@ -53,6 +53,13 @@ def test_a_document_of_version_0_1_comes_back() -> None:
         ({"dtype": "float8"}, r"dtype: expected one of float32, .*got 'float8'"),
         ({"precision": "int8"}, r"precision: expected None or one of bfloat16, float16, got 'int8'"),
         ({"batch_tokens": 0}, r"batch_tokens: expected 'auto' or a positive int, got 0"),
+        ({"truncate": "no"}, r"truncate: expected true or false, got 'no'"),
+        ({"methods": "dot"}, r"methods: expected a list of texts or null, got 'dot'"),
+        ({"fraction": "0.2"}, r"fraction: expected a number, got '0.2'"),
+        ({"seed": True}, r"seed: expected a whole number, got True"),
+        ({"layers": 3}, r"layers: expected a text or a list of texts or null, got 3"),
+        ({"projection": 3}, r"projection: expected identity, KIND:OUTxIN .*got 3"),
+        ({"text_column": None}, r"text_column: expected a text, got None"),
         ({"checkpoints": ["a"]}, r"checkpoints: .*give self_check too"),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 from audits import options, run
 
 import influence_fast as inf
@@ -28,6 +29,30 @@ def test_other_errors_of_the_command_line(folder: Path, tmp_path: Path) -> None:
         code, _, err = run(*arguments)
         assert code == 1, arguments
         assert message in err
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[]", "expected a JSON object, got a list"),
+        ("{", "no valid JSON"),
+        ('{"model": "m", "train": "t"}', "'queries' is missing"),
+        ('{"model": 3, "train": "t", "queries": "q"}', "model: expected a text, got 3"),
+        (
+            '{"model": "m", "train": "t", "queries": "q", "truncate": "no"}',
+            "truncate: expected true or false, got 'no'",
+        ),
+        ('{"model": "m", "train": "t", "queries": "q", "nope": 1}', "no setting is called 'nope'"),
+    ],
+)
+def test_settings_that_are_replayed_are_checked(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "c.json").write_text(text, encoding="utf-8")
+    code, out, err = run("audit", "--config", tmp_path / "c.json", "--out", tmp_path / "out")
+    assert (code, out) == (1, "")
+    assert "c.json" in err
+    assert message in err
+    assert len(err.strip().splitlines()) == 1
+    assert not (tmp_path / "out").exists()
 
 
 def test_every_command_has_an_example() -> None:
