@@ -130,12 +130,18 @@ inline Kind kind_of(std::string_view name) {
   return Kind::sjlt;
 }
 
-inline Side make_side(std::string_view kind, uint32_t key0, uint32_t key1, int64_t k, int64_t features, float scale) {
+inline Side make_side(std::string_view kind_name, uint32_t key0, uint32_t key1, int64_t k, int64_t features, float scale,
+                      int64_t offset) {
   // Rows are counted by 32 bits where entries are made (philox.h).
   if (at_least("k", k, 1) >= int64_t{1} << 31) refuse("k", "less than 2^31", k);
   product("k x features", k, at_least("features", features, 1));
   if (!std::isfinite(scale)) refuse("scale", "a finite number", scale);
-  return {kind_of(kind), key0, key1, scale, k, features, nullptr, 0};
+  const Kind kind = kind_of(kind_name);
+  // Blocks of 128 signs or 4 normals are counted by 32 bits too.
+  const int64_t most = kind == Kind::rademacher ? int64_t{1} << 39 : kind == Kind::gaussian ? int64_t{1} << 34 : INT64_MAX - 128;
+  const int64_t end = sum("offset", at_least("offset", offset, 0), features);
+  if (end > most) refuse("offset", "columns up to " + std::to_string(most), end);
+  return {kind, key0, key1, scale, k, features, nullptr, 0, offset};
 }
 
 inline const int64_t* checked_spans(Address address) { return optional_pointer<const int64_t>("spans", address); }
@@ -148,7 +154,7 @@ inline void define_arguments(py::module_& m) {
       .def(py::init(&make_matrix), py::arg("data"), py::arg("dtype"), py::arg("shape"), py::arg("strides"));
   py::class_<Side>(m, "Side", py::module_local(), "A random matrix (k, features) of a projection.")
       .def(py::init(&make_side), py::arg("kind"), py::arg("key0"), py::arg("key1"), py::arg("k"), py::arg("features"),
-           py::arg("scale"));
+           py::arg("scale"), py::arg("offset") = 0);
 }
 
 }  // namespace influence_fast

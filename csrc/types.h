@@ -34,13 +34,15 @@ struct Matrix {
 };
 
 // A (k, features) matrix: a pure function of its key (philox.h), or dense float32. Results are multiplied by scale at the end.
+// A random one consists of the columns [offset, offset + features) of its key's; kernels on a GPU know offset 0 alone. Where a
+// Gaussian one has `dense`, that holds its entries as panels (cpu/kernels/sketch.inc).
 struct Side {
   Kind kind;
   uint32_t key0, key1;
   float scale;
   int64_t k, features;
   const float* dense;
-  int64_t row_stride;
+  int64_t row_stride, offset;
 };
 
 // [begin, end)

@@ -32,12 +32,27 @@ const Kernels* named(const std::string& isa) {
 }
 
 const Kernels* kernels = nullptr;
-constexpr Side kIdentity = {Kind::identity, 0, 0, 1.0f, 1, 1, nullptr, 0};
+constexpr Side kIdentity = {Kind::identity, 0, 0, 1.0f, 1, 1, nullptr, 0, 0};
 
 Side dense_side(Address data, const py::tuple& shape_in, const py::tuple& strides_in, float scale) {
   const Matrix matrix = make_matrix(data, "float32", shape_in, strides_in);
   if (matrix.columns > 1 && matrix.column_stride != 1) refuse("strides", "columns one after another", matrix.column_stride);
-  return {Kind::dense, 0, 0, scale, matrix.rows, matrix.columns, static_cast<const float*>(matrix.data), matrix.row_stride};
+  return {Kind::dense, 0, 0, scale, matrix.rows, matrix.columns, static_cast<const float*>(matrix.data), matrix.row_stride, 0};
+}
+
+// The side with the entries that fill_panels left there, which must outlive it.
+Side with_panels(Side side, Address panels) {
+  if (side.kind != Kind::gaussian) refuse("side", "a gaussian matrix", "another kind");
+  side.dense = pointer<const float>("panels", panels);
+  return side;
+}
+
+void fill_panels(const Side& side, Address panels, int threads) {
+  if (side.kind != Kind::gaussian) refuse("side", "a gaussian matrix", "another kind");
+  float* to = pointer<float>("panels", panels);
+  at_least("threads", threads, 1);
+  py::gil_scoped_release free;
+  kernels->fill_panels(side, to, threads);
 }
 
 // What acts on these features; null is the identity.
@@ -88,6 +103,22 @@ void sketch(const Matrix& g, const Side& side, Address out, int threads) {
   kernels->sketch(g, side, to, threads);
 }
 
+void sketch_wide(Address g, const py::tuple& shape_in, const py::tuple& strides_in, const Side& side, Address out, int threads) {
+  int64_t shape[2], strides[2];
+  unpack("shape", shape_in, shape);
+  unpack("strides", strides_in, strides);
+  if (shape[1] > 1 && strides[1] != 1) refuse("g: strides", "features one after another", strides[1]);
+  checked_side("side: features", &side, shape[1]);
+  if (side.kind == Kind::dense) refuse("side", "a random matrix", "a dense one");
+  const bool empty = product("shape", shape[0], shape[1]) == 0;
+  product("strides", sum("strides", product("strides", shape[0], strides[0]), shape[1]), 8);
+  const double* from = pointer<const double>("g", g, empty);
+  double* to = pointer<double>("out", out, product("out", shape[0], side.k) == 0);
+  at_least("threads", threads, 1);
+  py::gil_scoped_release free;
+  kernels->sketch_wide(from, shape[0], strides[0], side, to, threads);
+}
+
 void project_outer(const Tokens& x, const Tokens& dy, Address spans, const Side* p_in, const Side* p_out, Address out,
                    int threads) {
   const Batch batch = checked_batch(x, dy, spans);
@@ -98,14 +129,18 @@ void project_outer(const Tokens& x, const Tokens& dy, Address spans, const Side*
   kernels->project_outer(x, dy, batch, right, left, to, threads);
 }
 
-void sketch_outer(const Tokens& x, const Tokens& dy, Address spans, const Side& side, Address weight, Address out, int threads) {
+void sketch_outer(const Tokens& x, const Tokens& dy, Address spans, const Side& side, Address weight, Address m, Address v,
+                  float b1, float b2, float eps, Address out, int threads) {
   const Batch batch = checked_batch(x, dy, spans);
   checked_side("side: features", &side, product("x, dy: features", x.features, dy.features));
-  const float* factor = optional_pointer<const float>("weight", weight);
+  if ((m == 0) != (v == 0)) refuse("m, v", "both or none", m == 0 ? "v alone" : "m alone");
+  if (m != 0 && weight != 0) refuse("weight", "none beside m and v", weight);
+  const Change change = {optional_pointer<const float>("weight", weight), optional_pointer<const float>("m", m),
+                         optional_pointer<const float>("v", v), b1, b2, eps};
   float* to = output(out, x.samples, side.k);
   at_least("threads", threads, 1);
   py::gil_scoped_release free;
-  kernels->sketch_outer(x, dy, batch, side, factor, to, threads);
+  kernels->sketch_outer(x, dy, batch, side, change, to, threads);
 }
 
 void ghost_dot(const Tokens& xa, const Tokens& dya, Address spans_a, const Tokens& xb, const Tokens& dyb, Address spans_b,
@@ -349,7 +384,18 @@ PYBIND11_MODULE(influence_fast_cpu, m) {
   m.def("project_outer", &project_outer, py::arg("x"), py::arg("dy"), py::arg("spans"), py::arg("p_in"), py::arg("p_out"),
         py::arg("out"), py::arg("threads"));
   m.def("sketch_outer", &sketch_outer, py::arg("x"), py::arg("dy"), py::arg("spans"), py::arg("side"), py::arg("weight"),
-        py::arg("out"), py::arg("threads"));
+        py::arg("m"), py::arg("v"), py::arg("b1"), py::arg("b2"), py::arg("eps"), py::arg("out"), py::arg("threads"));
+  m.def("sketch_wide", &sketch_wide, py::arg("g"), py::arg("shape"), py::arg("strides"), py::arg("side"), py::arg("out"),
+        py::arg("threads"));
+  m.def("fill_panels", &fill_panels, py::arg("side"), py::arg("panels"), py::arg("threads"));
+  m.def(
+      "panel_numbers",
+      [](int64_t k, int64_t features) {
+        product("k x features", sum("k", at_least("k", k, 1), 64), sum("features", at_least("features", features, 1), 256));
+        return kernels->panel_numbers(k, features);
+      },
+      py::arg("k"), py::arg("features"));
+  m.def("with_panels", &with_panels, py::arg("side"), py::arg("panels"));
   m.def("ghost_dot", &ghost_dot, py::arg("xa"), py::arg("dya"), py::arg("spans_a"), py::arg("xb"), py::arg("dyb"),
         py::arg("spans_b"), py::arg("out"), py::arg("threads"));
   m.def("ghost_norm", &ghost_norm, py::arg("x"), py::arg("dy"), py::arg("spans"), py::arg("out"), py::arg("threads"));

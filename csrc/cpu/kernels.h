@@ -11,17 +11,29 @@
 
 namespace influence_fast {
 
+// What becomes of an entry g of a gradient before it is sketched; float32 (o, i) each, or null. With weight it is multiplied by
+// it; with m and v it becomes Adam's update, (b1 m + (1 - b1) g) / sqrt(b2 v + (1 - b2) g^2 + eps).
+struct Change {
+  const float *weight, *m, *v;
+  float b1, b2, eps;
+};
+
 struct Kernels {
   const char* isa;
   // Entries [r0, r1) x [c0, c1) of an implicit matrix, not scaled: (r1 - r0, c1 - c0).
   void (*random_matrix)(const Side& side, int64_t r0, int64_t r1, int64_t c0, int64_t c1, float* out, int threads);
   // g (N, D) -> (N, k).
   void (*sketch)(const Matrix& g, const Side& side, float* out, int threads);
+  // The same of float64 (N, D), rows row_stride apart, summed in float64.
+  void (*sketch_wide)(const double* g, int64_t rows, int64_t row_stride, const Side& side, double* out, int threads);
+  // Entries of a Gaussian side as sketch reads them where side.dense points there; how many numbers that takes.
+  void (*fill_panels)(const Side& side, float* panels, int threads);
+  int64_t (*panel_numbers)(int64_t k, int64_t features);
   // -> (N, k_out, k_in); an identity leaves its features as they are.
   void (*project_outer)(const Tokens& x, const Tokens& dy, const Batch& batch, const Side& in, const Side& out_side,
                         float* out, int threads);
-  // -> (N, k); weight: null or float32 (o, i), multiplied into the gradient first.
-  void (*sketch_outer)(const Tokens& x, const Tokens& dy, const Batch& batch, const Side& side, const float* weight,
+  // -> (N, k), after `change` of every entry of the gradient.
+  void (*sketch_outer)(const Tokens& x, const Tokens& dy, const Batch& batch, const Side& side, const Change& change,
                        float* out, int threads);
   // -> (Na, Nb)
   void (*ghost_dot)(const Tokens& xa, const Tokens& dya, const Batch& a, const Tokens& xb, const Tokens& dyb,

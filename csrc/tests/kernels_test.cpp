@@ -104,7 +104,7 @@ std::vector<T> to(const std::vector<int64_t>& values) {
   return std::vector<T>(values.begin(), values.end());
 }
 
-Side side_of(Kind kind, int64_t k, int64_t features) { return {kind, 11, static_cast<uint32_t>(k), 1.0f, k, features, nullptr, 0}; }
+Side side_of(Kind kind, int64_t k, int64_t features) { return {kind, 11, static_cast<uint32_t>(k), 1.0f, k, features, nullptr, 0, 0}; }
 
 const char* name_of(Kind kind) { return kind == Kind::sjlt ? "sjlt" : kind == Kind::rademacher ? "rademacher" : "identity"; }
 
@@ -206,15 +206,15 @@ void test_gradients(const Kernels& kernels, int threads) {
         const Side side = side_of(kind, 50, i * o);
         const std::vector<float> factor = to(weight);
         std::vector<float> got(n * side.k);
-        kernels.sketch_outer(x, dy, data.batch(), side, nullptr, got.data(), threads);
+        kernels.sketch_outer(x, dy, data.batch(), side, Change{}, got.data(), threads);
         check(std::string("sketch_outer ") + name_of(kind), got, to(times(g, n, side)));
-        kernels.sketch_outer(x, dy, data.batch(), side, factor.data(), got.data(), threads);
+        kernels.sketch_outer(x, dy, data.batch(), side, Change{factor.data()}, got.data(), threads);
         check(std::string("sketch_outer weighted ") + name_of(kind), got, to(times(weighted, n, side)));
       }
       const std::vector<float> matrices = to(given);
-      const Side scored{Kind::dense, 0, 0, 1.0f, 5, o * i, matrices.data(), o * i};
+      const Side scored{Kind::dense, 0, 0, 1.0f, 5, o * i, matrices.data(), o * i, 0};
       std::vector<float> got(n * 5);
-      kernels.sketch_outer(x, dy, data.batch(), scored, nullptr, got.data(), threads);
+      kernels.sketch_outer(x, dy, data.batch(), scored, Change{}, got.data(), threads);
       check("score_outer", got, to(times(g, n, scored)));
       std::vector<float> dots(n * n), norms(n), roots(n);
       std::vector<int64_t> expected(n * n);

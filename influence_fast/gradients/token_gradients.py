@@ -45,6 +45,6 @@ def _sketch_tokens(side: Side, tokens: TokenIds, transposed: bool, dy: Tensor) -
     for begin in range(0, t, step):
         ids = tokens.ids[:, begin : begin + step, None]
         feature = ids * width + channel if transposed else channel * tokens.size + ids
-        index, sign = philox.sjlt_at(side.key, side.k, feature)
+        index, sign = philox.sjlt_at(side.words, side.k, feature)
         out.scatter_add_(1, index.flatten(1), (dy[:, begin : begin + step] * sign).flatten(1))
     return out

@@ -4,11 +4,14 @@
 ``reference`` (plain torch, the oracle), ``cpu`` (C++), ``triton`` and ``cuda``.
 """
 
+from influence_fast.ops.arguments import AdamState as AdamState
 from influence_fast.ops.dispatch import BACKENDS as BACKENDS
 from influence_fast.ops.dispatch import OPERATIONS
 from influence_fast.ops.dispatch import available as available
 from influence_fast.ops.dispatch import choose as choose
 from influence_fast.ops.projections import Matrices as Matrices
+from influence_fast.ops.projections import Side as Side
+from influence_fast.ops.projections import SparseSide as SparseSide
 from influence_fast.ops.specs import dot_outer as dot_outer
 from influence_fast.ops.specs import ghost_dot as ghost_dot
 from influence_fast.ops.specs import ghost_norm as ghost_norm
@@ -25,4 +28,17 @@ from influence_fast.ops.specs import tally as tally
 from influence_fast.ops.specs import vote as vote
 
 OPS = tuple(OPERATIONS)
-__all__ = ["BACKENDS", "OPS", "Matrices", "available", "choose", "dot_outer", "project", "tally", *OPS]
+_NAMES = [
+    "BACKENDS",
+    "OPS",
+    "AdamState",
+    "Matrices",
+    "Side",
+    "SparseSide",
+    "available",
+    "choose",
+    "dot_outer",
+    "project",
+    "tally",
+]
+__all__ = [*_NAMES, *OPS]

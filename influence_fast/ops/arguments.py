@@ -6,6 +6,7 @@ operation, :func:`address` where memory is handed to a kernel, :func:`output` wh
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -27,10 +28,46 @@ class Side(Protocol):
     @property
     def features(self) -> int: ...
     @property
-    def key(self) -> tuple[int, int]: ...
+    def words(self) -> tuple[int, int]: ...
     @property
     def scale(self) -> float: ...
+    @property
+    def offset(self) -> int: ...
     def __hash__(self) -> int: ...
+
+
+@dataclass(frozen=True, eq=False)
+class AdamState:
+    """Adam's moments of one weight, by which LESS scales gradients: ``(b1 m + (1-b1) g) / sqrt(b2 v + (1-b2) g^2 + eps)``.
+
+    Args:
+        m: first moment ``(o, i)``, as the optimiser's ``exp_avg``; v: second moment, as its ``exp_avg_sq``.
+        betas: ``(b1, b2)``, from 0 to 1; eps: added under the root, as LESS does (Xia et al. 2024).
+
+    Raises:
+        InputError: what is not two float matrices of one shape, or numbers out of range.
+    """
+
+    m: Tensor
+    v: Tensor
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+
+    def __post_init__(self) -> None:
+        check_float("m", self.m, 2)
+        check_float("v", self.v, 2)
+        if self.m.shape != self.v.shape or self.m.device != self.v.device:
+            raise InputError(f"v: expected the shape and device of m, got {tuple(self.v.shape)} on {self.v.device}")
+        if len(self.betas) != 2 or not all(0 <= b <= 1 for b in self.betas) or not self.eps >= 0:
+            raise InputError(
+                f"betas, eps: expected two numbers from 0 to 1 and one from 0, got {self.betas}, {self.eps}"
+            )
+
+    def update(self, g: Tensor, rows: slice = slice(None)) -> Tensor:
+        """The update of each gradient of the weight's ``rows``: ``(N, rows, i) -> (N, rows, i)``."""
+        b1, b2 = self.betas
+        m, v = self.m[rows].to(g.dtype), self.v[rows].to(g.dtype)
+        return (b1 * m + (1 - b1) * g) / (b2 * v + (1 - b2) * g**2 + self.eps).sqrt()
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:

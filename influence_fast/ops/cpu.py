@@ -1,13 +1,15 @@
 """The C++ kernels of ``csrc/cpu`` on torch tensors in main memory.
 
 Tensors cross the border as addresses, sizes and strides; the last dimension has unit stride (anything else is copied).
-Random entries are made inside the kernels, for every call; only Gaussian sides of ``project_outer`` are kept (they cost
-a logarithm and a cosine each), in a small cache of pure functions of the side.
+Random entries are made inside the kernels, for every call; only those of Gaussian sides are kept between calls (they cost a
+logarithm and a cosine each), as long as all that is kept fits ``INFLUENCE_FAST_MATRIX_BYTES`` (1 GiB by default).
 """
 
 from __future__ import annotations
 
+import os
 from collections import OrderedDict
+from collections.abc import Callable
 from functools import lru_cache
 from threading import Lock
 from typing import Any
@@ -16,7 +18,17 @@ import torch
 from torch import Tensor
 
 from influence_fast.errors import InputError
-from influence_fast.ops.arguments import Side, address, aligned, not_finite, output, plain, unit_stride
+from influence_fast.ops.arguments import (
+    AdamState,
+    Side,
+    accumulator,
+    address,
+    aligned,
+    not_finite,
+    output,
+    plain,
+    unit_stride,
+)
 
 try:
     import influence_fast_cpu as _native
@@ -26,7 +38,8 @@ except ImportError as error:
 
 _DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 _CPU = torch.device("cpu")
-_CACHE_BYTES = 1 << 26
+# Operations that sum in float64 where their arguments do.
+_WIDE = ("random_matrix", "sketch")
 
 
 def unavailable(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -35,7 +48,7 @@ def unavailable(op: str, device: torch.device, dtype: torch.dtype) -> str | None
         return f"it works on tensors in main memory, not on {device.type}"
     if _native is None:
         return _missing
-    if dtype not in _DTYPES and op != "random_matrix":
+    if dtype not in _DTYPES and op not in _WIDE:
         return f"it sums in float32, {dtype} is the reference's"
     return None
 
@@ -58,7 +71,14 @@ def project_outer(
     return out
 
 
-def sketch_outer(x: Tensor, dy: Tensor, side: Side | Tensor, spans: Tensor | None, scale: Tensor | None) -> Tensor:
+def sketch_outer(
+    x: Tensor,
+    dy: Tensor,
+    side: Side | Tensor,
+    spans: Tensor | None,
+    scale: Tensor | None,
+    adam: AdamState | None = None,
+) -> Tensor:
     matrix, _matrix, k = _side("projection", side, x.shape[2] * dy.shape[2], keep=False)
     out = _output(x.shape[0], k)
     if not x.shape[2] * dy.shape[2]:
@@ -67,8 +87,11 @@ def sketch_outer(x: Tensor, dy: Tensor, side: Side | Tensor, spans: Tensor | Non
         weight = None if scale is None else _dense("scale", scale)
         tokens_x, _x = _tokens("x", x)
         tokens_dy, _dy = _tokens("dy", dy)
-        tail = (_optional("lengths", spans), matrix, _optional("scale", weight), _to(out), torch.get_num_threads())
-        _native.sketch_outer(tokens_x, tokens_dy, *tail)
+        moments = (None, None) if adam is None else (_dense("adam.m", adam.m), _dense("adam.v", adam.v))
+        entries = (_optional("scale", weight), _optional("adam.m", moments[0]), _optional("adam.v", moments[1]))
+        numbers = (0.0, 0.0, 0.0) if adam is None else (*adam.betas, adam.eps)
+        tail = (*entries, *numbers, _to(out), torch.get_num_threads())
+        _native.sketch_outer(tokens_x, tokens_dy, _optional("lengths", spans), matrix, *tail)
     return out
 
 
@@ -104,12 +127,18 @@ def ghost_norm(x: Tensor, dy: Tensor, spans: Tensor | None) -> Tensor:
 
 
 def sketch(g: Tensor, side: Side | Tensor) -> Tensor:
+    dtype = accumulator(g.dtype)
     if isinstance(side, Tensor):
-        return g.to(torch.float32) @ side.to(torch.float32).T
-    out = _output(g.shape[0], side.k)
-    if out.numel():
+        return g.to(dtype) @ side.to(dtype).T
+    out = _output(g.shape[0], side.k, dtype=dtype)
+    if out.numel() and dtype == torch.float64:
+        g, at = aligned("g", unit_stride(_in_memory("g", g)))
+        _native.sketch_wide(at, g.shape, g.stride(), _implicit(side), _to(out), torch.get_num_threads())
+    elif out.numel():
         matrix, _g = _matrix("g", g, contiguous_rows=True)
-        _native.sketch(matrix, _implicit(side), _to(out), torch.get_num_threads())
+        made = _panels(side) if side.kind == "gaussian" else None
+        given = _implicit(side) if made is None else _native.with_panels(_implicit(side), _to(made))
+        _native.sketch(matrix, given, _to(out), torch.get_num_threads())
     return out
 
 
@@ -150,7 +179,7 @@ def random_matrix(
     out = _output(rows[1] - rows[0], cols[1] - cols[0])
     _fill(out, side, rows[0], cols[0])
     out = out.to(dtype)
-    return out if side.kind == "sjlt" else out.mul_(side.scale)
+    return out if side.scale == 1 else out.mul_(side.scale)
 
 
 def _fill(out: Tensor, side: Side, row: int, column: int) -> None:
@@ -218,9 +247,10 @@ def _optional(name: str, tensor: Tensor | None) -> int:
 
 @lru_cache(maxsize=4096)
 def _implicit(side: Side) -> Any:
-    key0, key1 = side.key
+    key0, key1 = side.words
     try:
-        return _native.Side(kind=side.kind, key0=key0, key1=key1, k=side.k, features=side.features, scale=side.scale)
+        numbers = {"k": side.k, "features": side.features, "scale": side.scale, "offset": side.offset}
+        return _native.Side(kind=side.kind, key0=key0, key1=key1, **numbers)
     except ValueError as error:
         raise InputError(f"projection: {error}") from None
 
@@ -240,19 +270,51 @@ def _side(name: str, side: Side | Tensor | None, features: int, keep: bool = Tru
     return given, matrix, matrix.shape[0]
 
 
-_kept: OrderedDict[Side, Tensor] = OrderedDict()
+# What was made of Gaussian sides, the last used at the end.
+_kept: OrderedDict[tuple[str, Side], Tensor] = OrderedDict()
 _lock = Lock()
 
 
+def _budget() -> int:
+    text = os.environ.get("INFLUENCE_FAST_MATRIX_BYTES", "")
+    if text and not text.isdecimal():
+        raise InputError(f"INFLUENCE_FAST_MATRIX_BYTES: expected a number of bytes, got {text!r}")
+    return int(text or 1 << 30)
+
+
 def _gaussian(side: Side) -> Tensor:
-    """The unscaled matrix of a Gaussian side; the last few of them are kept."""
-    with _lock:
-        matrix = _kept.pop(side, None)
-        if matrix is None:
-            matrix = _output(side.k, side.features)
-            _fill(matrix, side, 0, 0)
-        if matrix.nbytes <= _CACHE_BYTES:
-            _kept[side] = matrix
-            while sum(m.nbytes for m in _kept.values()) > _CACHE_BYTES:
-                _kept.popitem(last=False)
+    """The unscaled matrix of a Gaussian side, as rows."""
+    kept = _keep("rows", side, 4 * side.k * side.features, lambda: _filled(side))
+    return _filled(side) if kept is None else kept
+
+
+def _panels(side: Side) -> Tensor | None:
+    """Its entries as the kernel of sketch reads them; None where they do not fit, and are made anew a block at a time."""
+    numbers = _native.panel_numbers(side.k, side.features)
+
+    def make() -> Tensor:
+        panels = _output(numbers)
+        _native.fill_panels(_implicit(side), _to(panels), torch.get_num_threads())
+        return panels
+
+    # The layout follows from the width of a vector.
+    return _keep(_native.isa(), side, 4 * numbers, make)
+
+
+def _filled(side: Side) -> Tensor:
+    matrix = _output(side.k, side.features)
+    _fill(matrix, side, 0, 0)
     return matrix
+
+
+def _keep(layout: str, side: Side, size: int, make: Callable[[], Tensor]) -> Tensor | None:
+    """What ``make`` gives, from this call or an earlier one; None where it takes more bytes than may be kept."""
+    budget = _budget()
+    if size > budget:
+        return None
+    with _lock:
+        found = _kept.pop((layout, side), None)
+        while _kept and sum(tensor.nbytes for tensor in _kept.values()) + size > budget:
+            _kept.popitem(last=False)
+        _kept[layout, side] = found = make() if found is None else found
+    return found

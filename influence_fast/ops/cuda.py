@@ -8,13 +8,14 @@ the end of rank and vote, and packed samples that are multiplied one by one. Ker
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
 
 from influence_fast.ops import reference
-from influence_fast.ops.arguments import Side, address, not_finite, output, unit_stride
+from influence_fast.ops.arguments import AdamState, Side, address, not_finite, output, unit_stride
 
 try:
     import influence_fast_cuda as _native
@@ -100,20 +101,31 @@ def project_outer_grouped(layers: Sequence[tuple[Tensor, Tensor, Side, Side]], s
     return results
 
 
-def sketch_outer(x: Tensor, dy: Tensor, side: Side | Tensor, spans: Tensor | None, scale: Tensor | None) -> Tensor:
+def sketch_outer(
+    x: Tensor,
+    dy: Tensor,
+    side: Side | Tensor,
+    spans: Tensor | None,
+    scale: Tensor | None,
+    adam: AdamState | None = None,
+) -> Tensor:
     n, o, i = x.shape[0], dy.shape[2], x.shape[2]
-    if isinstance(side, Tensor) or side.kind != "sjlt":
+    if isinstance(side, Tensor) or side.kind != "sjlt" or side.offset or adam is not None:
         # A dense matrix meets every entry of G: that many multiplications dwarf the writing of G, a few samples a time.
+        # Adam's formula is not in the kernel either.
         k = side.shape[0] if isinstance(side, Tensor) else side.k
         out = _empty(x, n, k)
         step = max(1, _ENTRIES // max(1, o * i))
         for begin in range(0, n, step):
             rows = slice(begin, begin + step)
             g = reference.outer(x[rows], dy[rows], None if spans is None else spans[rows])
-            out[rows] = sketch((g if scale is None else g * scale.to(g.dtype)).flatten(1), side)
+            g = g if scale is None else g * scale.to(g.dtype)
+            out[rows] = sketch((g if adam is None else adam.update(g)).flatten(1), side)
         return out
     if x.numel() == 0 or dy.numel() == 0:
         return _empty(x, n, side.k).zero_()
+    if side.scale != 1:
+        return sketch_outer(x, dy, replace(side, scale=1.0), spans, scale) * side.scale  # type: ignore[type-var]
     x, dy, out = unit_stride(x), unit_stride(dy), _empty(x, n, side.k)
     strips = _native.sketch_outer_strips(i, o)
     parts = _empty(x, n, strips, side.k) if strips > 1 else None
@@ -135,9 +147,14 @@ def sketch_outer(x: Tensor, dy: Tensor, side: Side | Tensor, spans: Tensor | Non
 def sketch(g: Tensor, side: Side | Tensor) -> Tensor:
     if isinstance(side, Tensor):
         return reference.sketch(g, side)
+    if side.kind == "sjlt" and side.scale != 1:
+        # The kernels for it know named sides, whose scale is 1.
+        return sketch(g, replace(side, scale=1.0)) * side.scale  # type: ignore[type-var]
     if g.numel() == 0:
         return _empty(g, g.shape[0], side.k).zero_()
-    if side.kind == "gaussian":
+    if side.kind == "sjlt" and side.offset:
+        return reference.sketch(g, side)
+    if side.kind == "gaussian" or side.offset:
         out = _empty(g, g.shape[0], side.k).zero_()
         step = max(4, _ENTRIES // side.k // 4 * 4)
         for begin in range(0, side.features, step):
@@ -224,11 +241,14 @@ def random_matrix(
 ) -> Tensor:
     out = torch.empty(rows[1] - rows[0], cols[1] - cols[0], dtype=dtype, device=device)
     if out.numel():
+        # The kernel knows columns of a key's matrix alone.
+        key0, key1 = side.words
+        whole = {"kind": side.kind, "key0": key0, "key1": key1, "k": side.k, "scale": side.scale}
         _native.random_matrix(
-            side=_side(side),
+            side=_native.Side(features=side.offset + side.features, **whole),
             row=rows[0],
             rows=out.shape[0],
-            column=cols[0],
+            column=side.offset + cols[0],
             columns=out.shape[1],
             dtype=_dtype(out),
             out=address("out", out),
@@ -243,6 +263,7 @@ def _fused(side: Side | Tensor | None) -> TypeGuard[Side]:
         side is not None
         and not isinstance(side, Tensor)
         and side.kind in ("rademacher", "sjlt")
+        and not side.offset
         and side.k <= _native.PROJECT_MAX_K
         and side.features <= _native.PROJECT_MAX_FEATURES
     )
@@ -258,7 +279,7 @@ def _projected(x: Tensor, side: Side | Tensor | None, spans: Tensor | None) -> T
 
 
 def _side(side: Side) -> Any:
-    key0, key1 = side.key
+    key0, key1 = side.words
     return _native.Side(kind=side.kind, key0=key0, key1=key1, k=side.k, features=side.features, scale=side.scale)
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from influence_fast.ops import philox
-from influence_fast.ops.arguments import Side, accumulator, not_finite
+from influence_fast.ops.arguments import AdamState, Side, accumulator, not_finite
 
 _COLUMNS = 1 << 15
 _ENTRIES = 1 << 24
@@ -50,7 +50,14 @@ def project(x: Tensor, side: Side | Tensor | None) -> Tensor:
     return sketch(x.flatten(0, -2), side).unflatten(0, x.shape[:-1])
 
 
-def sketch_outer(x: Tensor, dy: Tensor, side: Side | Tensor, spans: Tensor | None, scale: Tensor | None) -> Tensor:
+def sketch_outer(
+    x: Tensor,
+    dy: Tensor,
+    side: Side | Tensor,
+    spans: Tensor | None,
+    scale: Tensor | None,
+    adam: AdamState | None = None,
+) -> Tensor:
     out = x.new_empty(x.shape[0], side.shape[0] if isinstance(side, Tensor) else side.k, dtype=accumulator(x.dtype))
     step = max(1, _ENTRIES // max(1, x.shape[-1] * dy.shape[-1]))
     for begin in range(0, x.shape[0], step):
@@ -58,6 +65,8 @@ def sketch_outer(x: Tensor, dy: Tensor, side: Side | Tensor, spans: Tensor | Non
         gradient = outer(x[rows], dy[rows], None if spans is None else spans[rows])
         if scale is not None:
             gradient = gradient * scale.to(gradient.dtype)
+        if adam is not None:
+            gradient = adam.update(gradient)
         out[rows] = sketch(gradient.flatten(1), side)
     return out
 
@@ -72,11 +81,11 @@ def sketch(g: Tensor, side: Side | Tensor) -> Tensor:
         end = min(begin + step, side.features)
         piece = g[:, begin:end].to(dtype)
         if side.kind == "sjlt":
-            index, sign = philox.sjlt(side.key, side.k, (begin, end), g.device)
+            index, sign = philox.sjlt(side.words, side.k, _columns(side, (begin, end)), g.device)
             out.index_add_(1, index, piece * sign)
         else:
             out += piece @ random_matrix(side, (0, side.k), (begin, end), dtype, g.device).T
-    return out
+    return out * side.scale if side.kind == "sjlt" and side.scale != 1 else out
 
 
 def score_outer(x: Tensor, dy: Tensor, q: Tensor, spans: Tensor | None) -> Tensor:
@@ -129,9 +138,15 @@ def rank_and_vote(influence: Tensor, k: int) -> tuple[Tensor, Tensor]:
 def random_matrix(
     side: Side, rows: tuple[int, int], cols: tuple[int, int], dtype: torch.dtype, device: torch.device
 ) -> Tensor:
+    cols = _columns(side, cols)
     if side.kind == "rademacher":
-        return philox.rademacher(side.key, rows, cols, device).to(dtype) * side.scale
+        return philox.rademacher(side.words, rows, cols, device).to(dtype) * side.scale
     if side.kind == "gaussian":
-        return philox.gaussian(side.key, rows, cols, device).to(dtype) * side.scale
-    index, sign = philox.sjlt(side.key, side.k, cols, device)
-    return (index == torch.arange(*rows, device=device)[:, None]) * sign.to(dtype)
+        return philox.gaussian(side.words, rows, cols, device).to(dtype) * side.scale
+    index, sign = philox.sjlt(side.words, side.k, cols, device)
+    return (index == torch.arange(*rows, device=device)[:, None]) * (sign.to(dtype) * side.scale)
+
+
+def _columns(side: Side, cols: tuple[int, int]) -> tuple[int, int]:
+    """Columns of a side as columns of its key's matrix."""
+    return side.offset + cols[0], side.offset + cols[1]

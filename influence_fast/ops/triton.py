@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from influence_fast.ops.arguments import Side
+from influence_fast.ops.arguments import AdamState, Side
 
 try:
     import triton
@@ -293,7 +293,14 @@ def project_outer(
     return outer(_one_side(x, p_in, spans), _one_side(dy, p_out, spans), spans)
 
 
-def sketch_outer(x: Tensor, dy: Tensor, side: Side | Tensor, spans: Tensor | None, scale: Tensor | None) -> Tensor:
+def sketch_outer(
+    x: Tensor,
+    dy: Tensor,
+    side: Side | Tensor,
+    spans: Tensor | None,
+    scale: Tensor | None,
+    adam: AdamState | None = None,
+) -> Tensor:
     """Strips of whole rows of G are made, weighted and sketched while they are in the L2 cache."""
     n, i, o = x.shape[0], x.shape[2], dy.shape[2]
     k = side.shape[0] if isinstance(side, Tensor) else side.k
@@ -307,6 +314,8 @@ def sketch_outer(x: Tensor, dy: Tensor, side: Side | Tensor, spans: Tensor | Non
         count = min(rows, o - first)
         strip = torch.empty(n, count, i, dtype=torch.float32, device=x.device)
         _launch_outer(x, dy, spans, scale, strip, first)
+        if adam is not None:
+            strip = adam.update(strip, slice(first, first + count))
         begin, end = first * i, (first + count) * i
         if isinstance(side, Tensor):
             out += strip.flatten(1) @ side[:, begin:end].to(torch.float32).T
@@ -314,7 +323,7 @@ def sketch_outer(x: Tensor, dy: Tensor, side: Side | Tensor, spans: Tensor | Non
             _launch_sjlt(strip.flatten(1), side, begin, end, out, parts=1, add=True)
         else:
             out += strip.flatten(1) @ _matrix(side, begin, end, x.device).T
-    return out
+    return out * side.scale if not isinstance(side, Tensor) and side.kind == "sjlt" and side.scale != 1 else out
 
 
 def score_outer(x: Tensor, dy: Tensor, q: Tensor, spans: Tensor | None) -> Tensor:
@@ -344,7 +353,7 @@ def ghost_norm(x: Tensor, dy: Tensor, spans: Tensor | None) -> Tensor:
 def sketch(g: Tensor, side: Side | Tensor) -> Tensor:
     g = _unit(g)
     n, d = g.shape
-    if isinstance(side, Tensor) or side.kind == "gaussian":
+    if isinstance(side, Tensor) or side.kind == "gaussian" or (side.kind == "rademacher" and side.offset):
         k = side.shape[0] if isinstance(side, Tensor) else side.k
         out = torch.zeros(n, k, dtype=torch.float32, device=g.device)
         step = max(1, _STRIP // k)
@@ -356,7 +365,8 @@ def sketch(g: Tensor, side: Side | Tensor) -> Tensor:
     if not n:
         return torch.empty(0, side.k, dtype=torch.float32, device=g.device)
     if side.kind == "sjlt":
-        return _launch_sjlt(g, side, 0, d, None, parts=min(_PARTS, _blocks(d, side.k)), add=False)
+        found = _launch_sjlt(g, side, 0, d, None, parts=min(_PARTS, _blocks(d, side.k)), add=False)
+        return found * side.scale if side.scale != 1 else found
     steps = _blocks(d, 128)
     parts = min(_PARTS, steps)
     per_part = _blocks(steps, parts)
@@ -378,7 +388,7 @@ class _Taken:
             self.dense = side.to(torch.float32).contiguous()
             self.k, self.ld, self.scale, self.key, self.random = side.shape[0], side.shape[1], 1.0, 0, False
         elif side is not None:
-            key = side.key
+            key = side.words
             self.dense, self.ld, self.random = like, 0, True
             self.k, self.scale = side.k, side.scale
             self.key = key[0] | key[1] << 32
@@ -386,7 +396,7 @@ class _Taken:
 
 
 def _fused(side: Side | Tensor | None) -> bool:
-    return isinstance(side, Tensor) or (side is not None and side.kind == "rademacher")
+    return isinstance(side, Tensor) or (side is not None and side.kind == "rademacher" and not side.offset)
 
 
 def _one_side(x: Tensor, side: Side | Tensor | None, spans: Tensor | None) -> Tensor:
@@ -420,6 +430,7 @@ def _launch_outer(x: Tensor, dy: Tensor, spans: Tensor | None, weight: Tensor | 
 
 def _launch_sjlt(g: Tensor, side: Side, first: int, last: int, out: Tensor | None, parts: int, add: bool) -> Tensor:
     n, k = len(g), side.k
+    first, last = side.offset + first, side.offset + last
     chunks = _blocks(last, k) - first // k
     per_part = _blocks(chunks, parts)
     found = torch.empty(parts, n, k, dtype=torch.float32, device=g.device) if out is None else out

@@ -52,10 +52,10 @@ def test_negated_views_are_read_as_their_values() -> None:
 @pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
 def test_tensors_without_memory_are_refused() -> None:
     with FakeTensorMode():
-        x, dy = torch.empty(2, 3, 5), torch.empty(2, 3, 6)
+        x = torch.empty(2, 3, 5)
     with pytest.raises(InputError, match="x: expected a tensor with values in memory, got a FakeTensor"):
-        cpu.ghost_norm(x, dy, None)
-    with pytest.raises(InputError, match="p_in: expected a tensor in main memory, got one on meta"):
+        cpu.ghost_norm(x, x, None)
+    with pytest.raises(InputError, match="all have values, or shapes alone"):
         ops.project_outer(
             torch.ones(1, 2, 5), torch.ones(1, 2, 6), torch.ones(3, 5, device="meta"), None, backend="cpu"
         )

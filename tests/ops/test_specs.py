@@ -310,13 +310,51 @@ def test_bad_input_names_the_argument(call_: Callable[[], Tensor], words: str) -
         call_()
 
 
-def test_results_need_no_gradient(backend: Backend) -> None:
-    backend.need("project_outer")
+def test_what_is_not_linear_has_no_gradient(backend: Backend) -> None:
+    backend.need("sketch_outer")
     x = torch.ones(1, 2, 3, device=backend.device, requires_grad=True)
-    p = torch.ones(2, 3, device=backend.device, requires_grad=True)
     scale = torch.ones(3, 3, device=backend.device, requires_grad=True)
-    assert not ops.project_outer(x, x, p, p, backend=backend.name).requires_grad
-    if ops.available("sketch_outer", backend.name, backend.device) is None:
-        out = ops.sketch_outer(x, x, Projection("sjlt", 2), None, scale, backend=backend.name)
-        assert not out.requires_grad
-        assert math.isfinite(float(out.sum()))
+    out = ops.sketch_outer(x, x, Projection("sjlt", 2), None, scale, backend=backend.name)
+    assert math.isfinite(float(out.detach().sum()))
+    with pytest.raises(InputError, match="has no derivative"):
+        out.sum().backward()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_adam_is_applied_to_every_entry(kind: str, backend: Backend, generator: torch.Generator) -> None:
+    """Against the formula on whole gradients in float64, with m, v and gradients of one size."""
+    backend.need("sketch_outer")
+    n, t, i, o, k = 3, 5, 37, 20, 11
+    x, dy = (torch.randn(n, t, width, generator=generator) for width in (i, o))
+    m, v = torch.randn(o, i, generator=generator), torch.rand(o, i, generator=generator) + 0.5
+    lengths = torch.tensor([5, 0, 3])
+    live = (torch.arange(t) < lengths[:, None])[..., None]
+    g = ((dy * live).mT.double() @ (x * live).double()) * 1.0
+    update = (0.8 * m.double() + 0.2 * g) / (0.9 * v.double() + 0.1 * g**2 + 1e-3).sqrt()
+    if kind == "dense":
+        side: torch.Tensor | ops.Side = torch.randn(k, i * o, generator=generator)
+        matrix = side.double()
+    else:
+        side = ops.Side(kind, 4, k, i * o)  # type: ignore[arg-type]
+        matrix = side.matrix(torch.float64, backend="reference")
+    device = backend.device
+    adam = ops.AdamState(m.to(device), v.to(device), (0.8, 0.9), 1e-3)
+    given = side.to(device) if isinstance(side, torch.Tensor) else side
+    got = ops.sketch_outer(x.to(device), dy.to(device), given, lengths.to(device), adam=adam, backend=backend.name)
+    torch.testing.assert_close(got.cpu().double(), update.flatten(1) @ matrix.T, rtol=1e-5, atol=2e-4)
+
+
+def test_adam_states_that_are_refused() -> None:
+    m = torch.ones(3, 2)
+    for arguments, message in (
+        ((m, m[:2]), "v: expected the shape"),
+        ((m, m.long()), "v: expected float32"),
+        ((m, m, (0.9, 1.5)), "betas, eps"),
+    ):
+        with pytest.raises(InputError, match=message):
+            ops.AdamState(*arguments)
+    x, dy = torch.ones(1, 2, 2), torch.ones(1, 2, 3)
+    with pytest.raises(InputError, match="expected one of the two"):
+        ops.sketch_outer(x, dy, Projection("sjlt", 2), None, m, adam=ops.AdamState(m, m))
+    with pytest.raises(InputError, match=r"adam.m: expected shape \(3, 2\)"):
+        ops.sketch_outer(x, dy, Projection("sjlt", 2), adam=ops.AdamState(m.T, m.T))
