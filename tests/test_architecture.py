@@ -69,7 +69,14 @@ def test_text_files_are_opened_with_an_encoding() -> None:
                 continue
             called = getattr(node.func, "attr", getattr(node.func, "id", ""))
             named = called == "TextIOWrapper" and len(node.args) > 1
-            if named or called not in ("open", "read_text", "write_text", "TextIOWrapper", "NamedTemporaryFile", "fdopen"):
+            if named or called not in (
+                "open",
+                "read_text",
+                "write_text",
+                "TextIOWrapper",
+                "NamedTemporaryFile",
+                "fdopen",
+            ):
                 continue
             modes = [arg.value for arg in node.args if isinstance(arg, ast.Constant) and isinstance(arg.value, str)]
             binary = called == "open" and any("b" in mode for mode in modes)
