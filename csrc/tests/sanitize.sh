@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# The kernels and the Python module under the sanitizers: the self-checks of kernels_test.cpp with AddressSanitizer and
-# UndefinedBehaviorSanitizer, then with ThreadSanitizer, and the tests of the operations on an extension that was built with the
-# first two. ThreadSanitizer runs without Python: torch's OpenMP runtime waits in ways that it cannot see. One line a run.
-# Usage: csrc/tests/sanitize.sh [PYTHON]; about 100 s on two cores. INFLUENCE_FAST_ISA picks the instruction set of the tests.
+# The kernels and the Python module under the sanitizers: the self-checks of kernels_test.cpp on several threads with
+# ThreadSanitizer, and the tests of the operations on an extension with AddressSanitizer and UndefinedBehaviorSanitizer.
+# ThreadSanitizer runs without Python: torch's OpenMP runtime waits in ways that it cannot see. One line a run.
+# Usage: csrc/tests/sanitize.sh [PYTHON]. INFLUENCE_FAST_ISA picks the instruction set of the tests of the operations.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 python=${1:-python3}
@@ -12,37 +12,33 @@ export ASAN_OPTIONS=detect_leaks=0:abort_on_error=0 UBSAN_OPTIONS=print_stacktra
 
 flags=(-std=c++17 -O1 -g -fno-omit-frame-pointer -ffp-contract=fast -fno-math-errno -fno-trapping-math -pthread -w)
 avx2=(-mavx2 -mfma -mf16c)
-avx512=("${avx2[@]}" -mavx512f -mavx512bw -mavx512dq -mavx512vl)
-avx512bf16=("${avx512[@]}" -mavx512bf16 -mavx512vnni)
 
-# checks NAME SANITIZERS: kernels_test.cpp as it is in run.sh, instrumented.
-checks() {
-    local out=$build/$1 jobs=() macros=() isa source
-    mkdir "$out"
-    if [[ $(uname -m) == x86_64 ]]; then
-        for isa in avx2 avx512 avx512bf16; do
-            local -n isa_flags=$isa
-            if g++ "${isa_flags[@]}" -x c++ -fsyntax-only /dev/null 2>/dev/null; then
-                macros+=("-DINFLUENCE_FAST_${isa^^}=1")
-                g++ "${flags[@]}" "-fsanitize=$2" "${isa_flags[@]}" -c "csrc/cpu/isa/$isa.cpp" -o "$out/$isa.o" & jobs+=($!)
-            fi
-        done
-    fi
-    for source in cpu/isa/baseline.cpp cpu/parallel.cpp cpu/exact_search.cpp cpu/dispatch.cpp tests/kernels_test.cpp; do
-        g++ "${flags[@]}" "-fsanitize=$2" "${macros[@]}" -c "csrc/$source" -o "$out/$(basename "$source" .cpp).o" & jobs+=($!)
-    done
-    for job in "${jobs[@]}"; do wait "$job"; done
-    g++ "-fsanitize=$2" -pthread "$out"/*.o -o "$out/kernels_test" -ldl
-    echo "kernels, $1: $("$out/kernels_test")"
-}
-
-checks "address and undefined behaviour" address,undefined
-checks "threads" thread
+# Threads are the same in every instruction set, so two of them do.
+units=(baseline parallel exact_search dispatch kernels_test)
+macros=()
+if [[ $(uname -m) == x86_64 ]]; then
+    units+=(avx2)
+    macros+=(-DINFLUENCE_FAST_AVX2=1)
+fi
+declare -A folder=([baseline]=cpu/isa [avx2]=cpu/isa [kernels_test]=tests)
+jobs=()
+for unit in "${units[@]}"; do
+    extra=("${macros[@]}")
+    if [[ $unit == avx2 ]]; then extra+=("${avx2[@]}"); fi
+    g++ "${flags[@]}" -fsanitize=thread "${extra[@]}" -c "csrc/${folder[$unit]:-cpu}/$unit.cpp" -o "$build/$unit.o" & jobs+=($!)
+done
+for job in "${jobs[@]}"; do wait "$job"; done
+g++ -fsanitize=thread -pthread "$build"/*.o -o "$build/kernels_test" -ldl
+echo "kernels, threads: $("$build/kernels_test")"
 
 INFLUENCE_FAST_CUDA=0 INFLUENCE_FAST_SANITIZE=address,undefined "$python" setup.py -q build_ext \
     --build-lib "$build/lib" --build-temp "$build/temp" --force
-# The runtime comes first; the module's folder before any other build of it.
+# The runtime comes first, and the module before the folders that pytest adds, where another build of it may be.
+repository=$PWD
+cd "$build/lib"
 result=$(LD_PRELOAD="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libubsan.so)" OMP_NUM_THREADS=2 \
-    PYTHONPATH="$build/lib:$PWD" "$python" -m pytest -q -p no:cacheprovider tests/ops/test_addresses.py tests/ops/test_cpu.py \
-    tests/ops/test_rank.py tests/search/test_exact.py "${@:2}") || { echo "$result"; exit 1; }
+    PYTHONPATH="$build/lib:$repository" "$python" -m pytest -q -p no:cacheprovider -p influence_fast_cpu \
+    -c "$repository/pyproject.toml" --rootdir "$repository" "$repository/tests/ops/test_addresses.py" \
+    "$repository/tests/ops/test_cpu.py" "$repository/tests/ops/test_rank.py" "$repository/tests/search/test_exact.py" \
+    "${@:2}") || { echo "$result"; exit 1; }
 echo "operations, address and undefined behaviour: $(tail -n 1 <<<"$result")"

@@ -284,12 +284,18 @@ class Target:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file but locks; of reports what does not depend on the clock."""
+    """Every file but locks; of reports what does not depend on the clock, of an index what its only file is called."""
     found = {}
     for path in sorted(folder.rglob("*")):
-        if path.is_file() and not path.name.endswith(".lock"):
-            data = path.read_bytes()
-            found[str(path.relative_to(folder))] = re.sub(rb"[\d.]+ s\b", b"", data) if path.suffix == ".html" else data
+        if not path.is_file() or path.name.endswith(".lock"):
+            continue
+        data, name = path.read_bytes(), str(path.relative_to(folder))
+        if path.suffix == ".html":
+            data = re.sub(rb"[\d.]+ s\b", b"", data)
+        # An index that replaces another takes a name that is free, and its seal is over the name.
+        if path.name == "index.json":
+            data = re.sub(rb'scan-\d+|"seal": "\w+"', b"", data)
+        found[re.sub(r"scan-\d+", "scan", name)] = data
     return found
 
 
