@@ -36,12 +36,12 @@ SECTIONS = {
     "search": ("Search", "search"),
     "evaluation": ("Evaluation", "evaluation.metrics"),
     "auditing": ("Audits", "auditing"),
+    "compat": ("In the place of other libraries", "compat"),
     "errors": ("Errors", "errors"),
     "_renamed": ("Deprecated names", "_renamed"),
 }
 # What public functions return, though it has no public name of its own.
 RETURNED = (
-    "ops.projections.Side",
     "attribution.influence_matrix.InMemory",
     "attribution.label_quality.ClassEstimate",
     "attribution.model_passes.WordGradients",

@@ -26,6 +26,8 @@ from .attribution.registry import unregister_method as unregister_method
 from .attribution.representations import neighbours as neighbours
 from .attribution.shared_words import word_influence as word_influence
 from .auditing.run import audit as audit
+from .compat import Patch as Patch
+from .compat import patch as patch
 from .errors import BackendError as BackendError
 from .errors import InfluenceError as InfluenceError
 from .errors import InputError as InputError

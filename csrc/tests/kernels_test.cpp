@@ -208,7 +208,7 @@ void test_gradients(const Kernels& kernels, int threads) {
         std::vector<float> got(n * side.k);
         kernels.sketch_outer(x, dy, data.batch(), side, Change{}, got.data(), threads);
         check(std::string("sketch_outer ") + name_of(kind), got, to(times(g, n, side)));
-        kernels.sketch_outer(x, dy, data.batch(), side, Change{factor.data()}, got.data(), threads);
+        kernels.sketch_outer(x, dy, data.batch(), side, Change{factor.data(), nullptr, nullptr, 0.0f, 0.0f, 0.0f}, got.data(), threads);
         check(std::string("sketch_outer weighted ") + name_of(kind), got, to(times(weighted, n, side)));
       }
       const std::vector<float> matrices = to(given);
