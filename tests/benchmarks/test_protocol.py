@@ -23,7 +23,17 @@ from benchmarks import capture, default_projection, finetune, million, naive, pr
 from influence_fast.data.models import load_model
 from influence_fast.diagnostics import kernel_bench as bench
 
-BENCHMARKS = ("capture", "default_projection", "finetune", "million", "naive", "paper", "paper_tables", "run")
+BENCHMARKS = (
+    "capture",
+    "default_projection",
+    "finetune",
+    "million",
+    "naive",
+    "paper",
+    "paper_tables",
+    "run",
+    "verification",
+)
 
 
 def invoke(command: click.Command, *arguments: object) -> Result:
