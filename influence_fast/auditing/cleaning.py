@@ -5,18 +5,24 @@ from __future__ import annotations
 import csv
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+import torch
 
 import influence_fast._csv as tables
 from influence_fast._files import atomic_write
 from influence_fast._json import read_object
-from influence_fast.auditing.config import AuditConfig
+from influence_fast.attribution.influence import influence
+from influence_fast.attribution.influence_matrix import METHODS
+from influence_fast.auditing.config import DIGESTS, AuditConfig
 from influence_fast.data.forms import is_tokenised, recognise
 from influence_fast.data.labels import is_missing
-from influence_fast.data.loading import files_of, is_saved, read_table
+from influence_fast.data.loading import Table, digests, files_of, is_saved, read_table
 from influence_fast.data.rewriting import rewrite
 from influence_fast.errors import InputError
+from influence_fast.gradients.store import GradientStore
 
 ACTIONS = ("keep", "relabel", "drop")
 
@@ -50,17 +56,40 @@ class Audit:
         # Votes tie; ranks do not.
         self.order = sorted(range(len(self.rows)), key=lambda i: _number("audit", "rank", self.rows[i]["rank"]))
 
-    def numbers(self) -> tuple[dict[str, int], int]:
-        """Row of the data by sample's id, and how many rows were read."""
-        data = self.config.data
-        table = read_table("train", self.source, data.split, data.limit, data.skip_bad)
-        if "id" not in table.columns:
-            return {str(number): number for number in range(len(table))}, len(table)
+    @cached_property
+    def table(self) -> Table:
+        """The data that were audited.
+
+        Raises:
+            InputError: they cannot be read, or are no longer what they were.
+        """
+        data, known = self.config.data, self.folder / DIGESTS
+        # Files may have moved since.
+        now = list(digests("train", self.source, data.split).values())
+        if known.exists() and list(read_object(known, "audit").values()) != now:
+            raise InputError(
+                f"train: {self.source} has changed since the audit; a row's number may mean another row now"
+            )
+        return read_table("train", self.source, data.split, data.limit, data.skip_bad)
+
+    @cached_property
+    def row_of(self) -> dict[str, int]:
+        """Row of the data by sample's id.
+
+        Raises:
+            InputError: two rows of one id; data that no longer have a row for each sample.
+        """
         found: dict[str, int] = {}
-        for number, row in enumerate(table.rows):
-            if not is_missing(row.get("id")) and found.setdefault(str(row["id"]), number) != number:
-                raise InputError(f"train: two rows have the id {row['id']!r}, so a decision cannot tell them apart")
-        return found, len(table)
+        named = "id" in self.table.columns
+        for number, row in enumerate(self.table.rows):
+            name = row.get("id") if named else number
+            # As a CSV gives it back.
+            if not is_missing(name) and found.setdefault(tables.original(tables.cell(str(name))), number) != number:
+                raise InputError(f"train: two rows have the id {name!r}, so a decision cannot tell them apart")
+        gone = [name for name in self.ids if name not in found]
+        if gone:
+            raise InputError(f"train: the data have changed since the audit: no row has the id {gone[0]!r}")
+        return found
 
 
 def decide(
@@ -127,33 +156,29 @@ def clean(folder: str | Path, out: str | Path, **rules: Any) -> dict[str, Any]:
     """
     audit = Audit(folder)
     decided = decide(audit, **rules)
-    numbers, rows = audit.numbers()
+    acts = {audit.row_of[name]: (name, act) for name, act in decided.items() if act.action != "keep"}
     column = _label_column(audit)
-    acts = {numbers[name]: decision for name, decision in decided.items() if decision.action != "keep"}
-    for decision in acts.values():
-        if decision.action == "relabel" and column is None:
-            raise InputError("relabel: the samples of this audit have no single column of labels")
-    names = _label_values(audit, column)
+    if column is None and any(act.action == "relabel" for _, act in acts.values()):
+        raise InputError("relabel: the samples of this audit have no single column of labels")
+    value_of = _label_values(audit, column)
 
     def change(number: int) -> Mapping[str, Any] | None:
-        decision = acts.get(number)
-        if decision is None:
+        if number not in acts:
             return {}
-        return None if decision.action == "drop" else {str(column): names(str(decision.label))}
+        act = acts[number][1]
+        return None if act.action == "drop" else {str(column): value_of(str(act.label))}
 
     written = _write(audit, Path(out), change)
     log = Path(f"{out}.log.csv")
-    header = ["row", "id", "decision", "label", "why"]
-    by_row = {number: name for name, number in numbers.items()}
-    lines = [[n, by_row[n], acts[n].action, acts[n].label or "", acts[n].why] for n in sorted(acts)]
-    atomic_write(log, tables.as_text(header, lines))
-    dropped = sum(decision.action == "drop" for decision in acts.values())
+    lines = [[n, name, act.action, act.label or "", act.why] for n, (name, act) in sorted(acts.items())]
+    atomic_write(log, tables.as_text(["row", "id", "decision", "label", "why"], lines))
+    dropped = sum(act.action == "drop" for _, act in acts.values())
     return {
         "rows": written,
         "kept": written - dropped,
         "dropped": dropped,
         "relabelled": len(acts) - dropped,
-        "not_audited": written - rows,
+        "not_audited": written - len(audit.table),
         "out": str(out),
         "log": str(log),
     }
@@ -178,10 +203,9 @@ def select(folder: str | Path, out: str | Path, top: str, per_group: str | None 
     audit = Audit(folder)
     count = count_of("top", top, len(audit.rows))
     chosen = audit.order[::-1][:count] if per_group is None else _balanced(audit, count, per_group)
-    numbers, rows = audit.numbers()
-    kept = {numbers[audit.ids[i]] for i in chosen}
+    kept = {audit.row_of[audit.ids[i]] for i in chosen}
     written = _write(audit, Path(out), lambda number: {} if number in kept else None)
-    return {"rows": written, "kept": len(kept), "not_audited": written - rows, "out": str(out)}
+    return {"rows": written, "kept": len(kept), "not_audited": written - len(audit.table), "out": str(out)}
 
 
 def count_of(argument: str, text: str, total: int) -> int:
@@ -201,10 +225,6 @@ def count_of(argument: str, text: str, total: int) -> int:
 
 def _balanced(audit: Audit, count: int, column: str) -> list[int]:
     """Samples in turn for each group of queries, the best that is left for it."""
-    from influence_fast.attribution.influence import influence
-    from influence_fast.attribution.influence_matrix import METHODS
-    from influence_fast.gradients.store import GradientStore
-
     if audit.config.queries is None:
         raise InputError(f"per_group: the audit had no queries of its own, so none has a column {column!r}")
     queries = read_table("queries", audit.config.queries, skip_bad=audit.config.data.skip_bad)
@@ -223,8 +243,6 @@ def _balanced(audit: Audit, count: int, column: str) -> list[int]:
     method = next((name for name in used if name in METHODS and name != "dot"), "cosine")
     matrix = influence(stores[0], stores[1], method)
     groups = sorted(set(values))
-    import torch
-
     helped = torch.zeros(len(groups), len(audit.rows), dtype=torch.float64)
     of = torch.tensor([groups.index(value) for value in values])
     for _, rows, block in matrix:
@@ -261,52 +279,44 @@ def _suggested(audit: Audit, i: int) -> str | None:
         raise InputError(
             "relabel: this audit suggests no labels; audits of classifiers do (--decisions takes your own)"
         )
-    return tables.original(row["suggested_label"]) if row["suggested_label"] != row["label"] else None
+    return row["suggested_label"] if row["suggested_label"] != row["label"] else None
 
 
 def _reviewed(audit: Audit, path: Path) -> dict[str, Decision]:
-    known, out = {tables.original(name): name for name in audit.ids}, {}
-    for line, row in enumerate(_read_csv("decisions", path, ("id", "decision")), 2):
-        name, action = tables.original(row["id"]), row["decision"].strip().lower()
+    known, out = set(audit.ids), {}
+    for number, row in enumerate(_read_csv("decisions", path, ("id", "decision")), 1):
+        name, action, label = row["id"], row["decision"].strip().lower(), row.get("label") or ""
+        where = f"decisions: {path.name}, row {number}"
         if not action:
             continue
         if name not in known:
-            raise InputError(f"decisions: {path.name}, row {line}: the audit has no sample {name!r}")
+            raise InputError(f"{where}: the audit has no sample {name!r}")
         if action not in ACTIONS:
-            raise InputError(
-                f"decisions: {path.name}, row {line}: expected {', '.join(ACTIONS)}, got {row['decision']!r}"
-            )
-        label = tables.original(row.get("label") or "")
+            raise InputError(f"{where}: expected {', '.join(ACTIONS)}, got {row['decision']!r}")
         if action == "relabel" and not label:
-            raise InputError(f"decisions: {path.name}, row {line}: relabel needs a label")
-        out[known[name]] = Decision(action, label if action == "relabel" else None, row.get("why") or "reviewed")
+            raise InputError(f"{where}: relabel needs a label")
+        out[name] = Decision(action, label if action == "relabel" else None, row.get("why") or "reviewed")
     return out
 
 
 def _label_column(audit: Audit) -> str | None:
     """The one column that holds the labels or answers, as the audit recognised it; None where there is no such one."""
-    data = audit.config.data
-    table = read_table("train", audit.source, data.split, 1, True)
-    if is_tokenised(table.rows[0]):
+    columns, first = audit.table.columns, audit.table.rows[0]
+    if is_tokenised(first):
         return "labels"
     task = audit.config.task
     if task == "auto":
         task = "classification" if "label" in audit.rows[0] else "causal-lm"
-    targets = recognise("train", table.columns, table.rows[0], data, task).targets
+    targets = recognise("train", columns, first, audit.config.data, task).targets
     return targets[0] if len(targets) == 1 else None
 
 
 def _label_values(audit: Audit, column: str | None) -> Callable[[str], Any]:
     """From a label as it is shown to the value that the data hold: a number where they hold numbers. Answers are texts."""
-    data = audit.config.data
-    if column is None:
-        return lambda shown: shown
-    table = read_table("train", audit.source, data.split, data.limit, data.skip_bad)
-    by_id, _ = audit.numbers()
     pairs: dict[str, Any] = {}
-    for row in audit.rows:
+    for row in audit.rows if column is not None else ():
         if "label" in row:
-            pairs.setdefault(tables.original(row["label"]), table.rows[by_id[row["id"]]].get(column))
+            pairs.setdefault(row["label"], audit.table.rows[audit.row_of[row["id"]]].get(str(column)))
 
     def value(shown: str) -> Any:
         if pairs and shown not in pairs:
@@ -366,12 +376,13 @@ def _read_csv(argument: str, path: Path, needed: Sequence[str]) -> list[dict[str
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             csv.field_size_limit(1 << 30)
-            rows = list(csv.DictReader(file, strict=True))
-            header = list(rows[0]) if rows else []
+            read = csv.DictReader(file, strict=True)
+            rows = [{str(name): tables.original(text or "") for name, text in row.items() if name} for row in read]
+            header = list(read.fieldnames or [])
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"{argument}: cannot read {path} ({error})") from None
     lacking = [name for name in needed if name not in header]
-    if lacking and rows:
+    if lacking:
         raise InputError(f"{argument}: {path} has no column {lacking[0]!r}; expected {', '.join(needed)}")
     if not rows and argument == "audit":
         raise InputError(f"{argument}: {path} has no rows; the audit is not finished")

@@ -28,6 +28,8 @@ AUTO = "auto"
 SELF_CHECK_ROWS = 4096
 # Bytes that an audit writes without being told that it may.
 MOST_DISK = "20GB"
+DIGESTS = "data.json"
+"""File of an audit's folder: SHA-256 of each file whose rows it ranked."""
 
 
 @dataclass(frozen=True)
@@ -175,6 +177,7 @@ class AuditPlan:
         ranking: which rankings are made.
         build: how gradients are taken.
         tokenizer: what made texts tokens, if anything did.
+        digests: SHA-256 of the files that the training rows came from.
         held_out: what stands for queries where none were given, in a sentence; empty otherwise.
     """
 
@@ -187,6 +190,7 @@ class AuditPlan:
     ranking: RankingPlan
     build: BuildSettings
     tokenizer: Any = None
+    digests: Mapping[str, str] = field(default_factory=dict)
     held_out: str = ""
 
 

@@ -23,7 +23,7 @@ from influence_fast.attribution.influence_matrix import InfluenceMatrix
 from influence_fast.attribution.method_inputs import CLASSES, AuditInputs, MethodInputs
 from influence_fast.attribution.model_passes import ModelPasses
 from influence_fast.attribution.registry import NEEDS, PROBE_FOLDS, get_method
-from influence_fast.auditing.config import SELF_CHECK_ROWS, AuditConfig, AuditPlan, RankingPlan
+from influence_fast.auditing.config import DIGESTS, SELF_CHECK_ROWS, AuditConfig, AuditPlan, RankingPlan
 from influence_fast.auditing.disk import check_disk
 from influence_fast.auditing.findings import label_findings
 from influence_fast.auditing.held_out import hold_out
@@ -32,7 +32,7 @@ from influence_fast.auditing.report.table import scores_csv
 from influence_fast.auditing.result import AuditResult
 from influence_fast.auditing.self_check import plant, self_check
 from influence_fast.data.batching import Loss, checked_rows
-from influence_fast.data.loading import SHOWN, describe, read_table
+from influence_fast.data.loading import SHOWN, describe, digests, read_table
 from influence_fast.data.models import load_model
 from influence_fast.data.samples import Samples, prepare, task_of
 from influence_fast.errors import InputError
@@ -102,6 +102,7 @@ def plan_audit(
     else:
         network, tokenizer = load_model(model, config.task, config.allow_new_weights)
     data = config.data
+    found = digests("train", train, data.split)
     rows = read_table("train", train, data.split, data.limit, data.skip_bad)
     task = task_of(config.task, network, rows, data.label)
     samples = prepare("train", rows, data, task, network, tokenizer)
@@ -135,7 +136,7 @@ def plan_audit(
         lacking = set(layers) - set(named_layers(load_model(path, config.task, config.allow_new_weights)[0]))
         if lacking:
             raise InputError(f"checkpoints: {path} lacks layer {min(lacking)!r} of the model")
-    return AuditPlan(config, network, samples, trusted, task, layers, ranking, build, tokenizer, held_out)
+    return AuditPlan(config, network, samples, trusted, task, layers, ranking, build, tokenizer, found, held_out)
 
 
 def run_plan(audit: AuditPlan, out: str | Path | None, progress: bool = True) -> AuditResult:
@@ -184,6 +185,7 @@ def run_plan(audit: AuditPlan, out: str | Path | None, progress: bool = True) ->
                 )
         if out is not None:
             with _timed(times, "report"):
+                atomic_write(folder / DIGESTS, json.dumps(audit.digests, indent=1) + "\n")
                 atomic_write(folder / "scores.csv", scores_csv(result))
                 write_report(folder / "report.html", result)
     return result

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, overload
 
+from influence_fast._files import sha256
 from influence_fast.data.files import BadLine, Row, class_names, feature_names, format_of, read_file
 from influence_fast.errors import InputError
 
@@ -202,6 +203,19 @@ def files_of(argument: str, source: Any, split: str | None = None) -> list[Path]
             out.append(file)
         else:
             raise InputError(f"{argument}: expected data files, and {path!r} is none")
+    return out
+
+
+def digests(argument: str, source: Any, split: str | None = None) -> dict[str, str]:
+    """SHA-256 of each file that rows are read from, by name; nothing of a hub name or what is in memory."""
+    out: dict[str, str] = {}
+    for part in _parts(argument, source):
+        folder = Path(_path_and_split(str(part))[0]) if isinstance(part, str | Path) else Path()
+        if not isinstance(part, str | Path) or not folder.exists():
+            continue
+        saved = folder.is_dir() and is_saved(folder)
+        files = sorted(folder.rglob("*.arrow")) if saved else files_of(argument, part, split)
+        out |= {str(file): sha256(file) for file in files}
     return out
 
 

@@ -128,8 +128,15 @@ def test_rows_that_help_most_are_selected(audit: Path, tmp_path: Path) -> None:
     assert "queries have no column 'color'" in err
 
 
+def copied(audit: Path, tmp_path: Path) -> Path:
+    """An audit that does not know the bytes of its data, so that other data can stand for them."""
+    copy = Path(shutil.copytree(audit, tmp_path / "audit"))
+    (copy / "data.json").unlink()
+    return copy
+
+
 def test_a_saved_data_set_stays_one(audit: Path, tmp_path: Path) -> None:
-    copy = shutil.copytree(audit, tmp_path / "audit")
+    copy = copied(audit, tmp_path)
     rows = [json.loads(line) for line in lines_of(audit.parent / "train.jsonl")]
     features = datasets.Features(
         {"id": datasets.Value("string"), "text": datasets.Value("string"), "label": datasets.Value("int64")}
@@ -148,7 +155,7 @@ def test_a_saved_data_set_stays_one(audit: Path, tmp_path: Path) -> None:
 
 
 def test_several_files_stay_several(audit: Path, tmp_path: Path) -> None:
-    copy = shutil.copytree(audit, tmp_path / "audit")
+    copy = copied(audit, tmp_path)
     lines = lines_of(audit.parent / "train.jsonl")
     for name, part in (("a", lines[:7]), ("b", lines[7:])):
         (tmp_path / f"{name}.jsonl").write_text("".join(part))
@@ -186,10 +193,53 @@ def test_counts() -> None:
 
 
 def test_two_rows_of_one_name_are_refused(audit: Path, tmp_path: Path) -> None:
-    copy = shutil.copytree(audit, tmp_path / "audit")
+    copy = copied(audit, tmp_path)
     lines = lines_of(audit.parent / "train.jsonl")
     (tmp_path / "train.jsonl").write_text("".join([*lines, lines[0]]))
     config = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps({**config, "train": str(tmp_path / "train.jsonl")}))
     with pytest.raises(inf.InputError, match="two rows have the id 'r00'"):
-        Audit(copy).numbers()
+        _ = Audit(copy).row_of
+    (tmp_path / "train.jsonl").write_text("".join(lines[1:]))
+    with pytest.raises(inf.InputError, match="no row has the id 'r00'"):
+        _ = Audit(copy).row_of
+
+
+def test_data_that_have_changed_are_refused(audit: Path, tmp_path: Path) -> None:
+    """Without names a row is known by its number, which another row may have by now."""
+    copy = Path(shutil.copytree(audit, tmp_path / "audit"))
+    lines = lines_of(audit.parent / "train.jsonl")
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**config, "train": str(tmp_path / "moved.jsonl")}))
+    (tmp_path / "moved.jsonl").write_text("".join(lines))
+    assert run("clean", copy, "--drop", 1, "--out", tmp_path / "a.jsonl")[0] == 0
+    (tmp_path / "moved.jsonl").write_text("".join([lines[1], lines[0], *lines[2:]]))
+    code, _, err = run("clean", copy, "--drop", 1, "--out", tmp_path / "b.jsonl")
+    assert code == 1
+    assert "has changed since the audit" in err
+
+
+@pytest.mark.parametrize("ending", ["csv", "jsonl"])
+def test_names_that_look_like_formulas(folder: Path, tmp_path: Path, ending: str) -> None:
+    """They stand behind an apostrophe in every CSV that is written, and mean the same rows."""
+    rows = [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
+    rows = [
+        {"id": f"-{i}" if i % 2 else f"=A{i}", "text": row["text"], "label": row["label"]} for i, row in enumerate(rows)
+    ]
+    source = tmp_path / f"train.{ending}"
+    if ending == "csv":
+        source.write_text("id,text,label\n" + "".join(f"{r['id']},{r['text']},{r['label']}\n" for r in rows))
+    else:
+        write_rows(source, rows)
+    code, _, err = run("audit", *options(folder, train=source, methods="cosine"), "--out", tmp_path / "audit")
+    assert code == 0, err
+    worst = min(read_csv(tmp_path / "audit" / "scores.csv"), key=lambda row: int(row["rank"]))["id"]
+    assert worst[0] == "'"
+    code, _, err = run("clean", tmp_path / "audit", "--drop", 1, "--out", tmp_path / f"a.{ending}")
+    assert code == 0, err
+    assert lines_of(tmp_path / f"a.{ending}") == [line for line in lines_of(source) if worst[1:] not in line]
+    review = f"id,decision\n{worst},keep\n"
+    (tmp_path / "review.csv").write_text(review)
+    given = ["--drop", 1, "--decisions", tmp_path / "review.csv", "--out", tmp_path / f"b.{ending}"]
+    assert run("clean", tmp_path / "audit", *given)[0] == 0
+    assert lines_of(tmp_path / f"b.{ending}") == lines_of(source)
