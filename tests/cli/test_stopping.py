@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,20 @@ from stores import gradients, write_store
 
 from influence_fast.attribution import aggregation
 from influence_fast.cli.stopping import Stopped, ending, stopping_by_signals
+
+
+@pytest.fixture(autouse=True)
+def handled() -> Iterator[None]:
+    """As in a shell's foreground: in its background, or under nohup, some of these signals are ignored."""
+    ordinary = {
+        signal.SIGINT: signal.default_int_handler,
+        signal.SIGTERM: signal.SIG_DFL,
+        signal.SIGHUP: signal.SIG_DFL,
+    }
+    before = {number: signal.signal(number, handler) for number, handler in ordinary.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129)])
