@@ -37,7 +37,7 @@ INFLUENCE_FAST_CUDA=0 INFLUENCE_FAST_SANITIZE=address,undefined "$python" setup.
 repository=$PWD
 cd "$build/lib"
 result=$(LD_PRELOAD="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libubsan.so)" OMP_NUM_THREADS=2 \
-    PYTHONPATH="$build/lib:$repository" "$python" -m pytest -q -p no:cacheprovider -p influence_fast_cpu \
+    PYTHONPATH="$build/lib:$repository" "$python" -m pytest --disable-warnings -p no:cacheprovider -p influence_fast_cpu \
     -c "$repository/pyproject.toml" --rootdir "$repository" "$repository/tests/ops/test_addresses.py" \
     "$repository/tests/ops/test_cpu.py" "$repository/tests/ops/test_rank.py" "$repository/tests/search/test_exact.py" \
     "${@:2}") || { echo "$result"; exit 1; }
