@@ -159,14 +159,34 @@ class ExactLayers:
 
 def gradients(loss: Callable[[], Tensor], parameters: list[nn.Parameter]) -> list[Tensor]:
     """Gradients of ``loss()`` by parameters; zeros where it does not depend on one."""
+    value = loss()
     try:
-        found: tuple[Tensor | None, ...] = torch.autograd.grad(loss(), parameters, allow_unused=True)
+        found: tuple[Tensor | None, ...] = torch.autograd.grad(value, parameters, allow_unused=True)
     except RuntimeError as error:
         if "heckpoint" not in str(error):
             raise
         # Checkpoints that run a part of the model again (``use_reentrant``) take no autograd.grad.
         found = _left_by_backward(loss(), parameters)
+    else:
+        # Weights within such a checkpoint are not in the graph before a backward comes by: to autograd.grad, the loss
+        # does not depend on them.
+        if any(g is None for g in found) and _runs_again(value):
+            found = _left_by_backward(loss(), parameters)
     return [torch.zeros_like(p) if g is None else g.to_dense() for p, g in zip(parameters, found, strict=True)]
+
+
+def _runs_again(loss: Tensor) -> bool:
+    """Whether a function written in Python stands in the graph, whose backward may run parts of the model."""
+    waiting, seen = [loss.grad_fn], set()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        if isinstance(node, torch.autograd.function.BackwardCFunction):
+            return True
+        seen.add(node)
+        waiting += [follower for follower, _ in node.next_functions]
+    return False
 
 
 def _left_by_backward(loss: Tensor, parameters: list[nn.Parameter]) -> tuple[Tensor | None, ...]:

@@ -7,8 +7,10 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import influence_fast as inf
+from influence_fast.gradients.exact_layers import gradients
 
 
 class Model(nn.Module):
@@ -56,3 +58,24 @@ def test_every_row_has_its_gradient(name: str) -> None:
     for row in range(5):
         (expected,) = torch.autograd.grad(loss(model, {"x": x[row : row + 1]}).sum(), model.linear.weight)
         torch.testing.assert_close(got[row], expected.flatten())
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("learned", [False, True])
+def test_weights_within_a_checkpoint(reentrant: bool, learned: bool) -> None:
+    """autograd.grad refuses a part that runs again on the way to an input, and overlooks one that is on no way to any."""
+    first, inner, last = (nn.Linear(3, 3) for _ in range(3))
+    x = torch.randn(2, 3, requires_grad=True)
+    weights = [inner.weight, last.weight, *([first.weight] if learned else [])]
+    unused = nn.Parameter(torch.ones(2))
+
+    def loss(again: bool) -> Tensor:
+        y = first(x) if learned else first(x).detach().requires_grad_()
+        found = checkpoint(lambda y: inner(y).tanh(), y, use_reentrant=reentrant) if again else inner(y).tanh()
+        return last(found).square().sum()
+
+    expected = torch.autograd.grad(loss(False), weights)
+    found = gradients(lambda: loss(True), [*weights, unused])
+    for wanted, got in zip([*expected, torch.zeros(2)], found, strict=True):
+        torch.testing.assert_close(got, wanted)
+    assert all(weight.grad is None for weight in [*weights, unused])
