@@ -1,5 +1,5 @@
 // The Python module influence_fast_cpu: named arguments, all of them checked before a kernel sees them. Nothing is known of torch's
-// tensors here: addresses, sizes and strides come in (ops/cpu.py, scan.py), so that one build serves every version of it.
+// tensors here: addresses, sizes and strides come in (ops/cpu, search/exact.py), so that one build serves every version of it.
 
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>

@@ -24,6 +24,8 @@ from torch import Tensor
 
 from influence_fast import BackendError, InputError, ops
 from influence_fast.ops import cuda, reference
+from influence_fast.ops.cuda import native as on_gpu
+from influence_fast.ops.cuda import outer_products, ranks, sketches
 from influence_fast.ops.projections import Projection, Side
 
 CUDA = Path(__file__).parents[2] / "csrc" / "cuda"
@@ -63,8 +65,8 @@ def simt(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
 @pytest.fixture(params=["simt", pytest.param("gpu", marks=pytest.mark.gpu)])
 def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Where tensors of a test live; ``backend="cuda"`` works there. Outputs and scratch start as NaN."""
-    empty = cuda._empty
-    monkeypatch.setattr(cuda, "_empty", lambda like, *shape: empty(like, *shape).fill_(math.nan))
+    empty = on_gpu.empty
+    monkeypatch.setattr(on_gpu, "empty", lambda like, *shape: empty(like, *shape).fill_(math.nan))
     if request.param == "gpu":
         if not torch.cuda.is_available():
             pytest.skip("no GPU")
@@ -74,7 +76,7 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
         return
     native = request.getfixturevalue("simt")
     native.seed(1)
-    monkeypatch.setattr(cuda, "_native", native)
+    monkeypatch.setattr(on_gpu, "library", native)
     available = cuda.unavailable
 
     def unavailable(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -169,7 +171,7 @@ def test_long_sketches_go_through_every_loop(device: str) -> None:
 def test_sketch_takes_rows_in_pieces(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     g, side = random(70, 3000, device=device), Side("rademacher", "flat/single", 257, 3000)
     whole = ops.sketch(g, side, backend="cuda")
-    monkeypatch.setattr(cuda, "_SCRATCH", 1)
+    monkeypatch.setattr(sketches, "_SCRATCH", 1)
     assert torch.equal(ops.sketch(g, side, backend="cuda"), whole)
 
 
@@ -379,7 +381,8 @@ def test_sides_beyond_the_fused_kernel(device: str) -> None:
 
 
 def test_dense_sketches_of_gradients(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda, "_ENTRIES", 1000)  # several steps
+    for module in (outer_products, sketches):
+        monkeypatch.setattr(module, "ENTRIES", 1000)  # several steps
     x, dy, scale = random(3, 9, 20, device=device), random(3, 9, 30, device=device), torch.rand(30, 20).to(device)
     matrix = random(7, 600, device=device)
     for side in (matrix, Side("rademacher", "s", 7, 600), Side("gaussian", "s", 7, 600)):
@@ -392,7 +395,7 @@ def test_dense_sketches_of_gradients(device: str, monkeypatch: pytest.MonkeyPatc
 def test_rank_and_vote(
     device: str, shape: tuple[int, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cuda, "_SORTED", 200)  # several groups of rows
+    monkeypatch.setattr(ranks, "_SORTED", 200)  # several groups of rows
     for values in (
         torch.randn(shape),
         torch.randint(-2, 3, shape).float() * 0.5,
@@ -407,7 +410,7 @@ def test_rank_and_vote(
 
 
 def test_rank_names_the_row_with_nan(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda, "_SORTED", 20)
+    monkeypatch.setattr(ranks, "_SORTED", 20)
     values = random(9, 10, device=device)
     values[7, 3], values[5, 9] = math.nan, -math.inf
     for run in (lambda: ops.rank(values, backend="cuda"), lambda: ops.vote(values, 2, backend="cuda")):
@@ -450,7 +453,7 @@ def test_empty(device: str) -> None:
 
 
 def test_bindings_name_a_bad_argument(device: str) -> None:
-    native: Any = cuda._native
+    native: Any = on_gpu.library
     key = {"key0": 0, "key1": 0, "scale": 1.0}
     with pytest.raises(ValueError, match="k: expected at least 1, got 0"):
         native.Side(kind="sjlt", k=0, features=8, **key)
@@ -473,13 +476,13 @@ def test_bindings_name_a_bad_argument(device: str) -> None:
 
 def test_packed_inputs_are_copied_once(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     copies: list[Tensor] = []
-    unit_stride = cuda.unit_stride
+    unit_stride = outer_products.unit_stride
 
     def counted(x: Tensor) -> Tensor:
         copies.append(unit_stride(x))
         return copies[-1]
 
-    monkeypatch.setattr(cuda, "unit_stride", counted)
+    monkeypatch.setattr(outer_products, "unit_stride", counted)
     x = random(24, 9, device=device).T.expand(3, -1, -1)  # last stride 9; three samples of the same nine tokens
     spans = torch.tensor([[0, 4], [4, 4], [4, 9]], device=device)
     layers = [(x, random(9, o, device=device).expand(3, -1, -1), *sides("sjlt", 4, 8, 24, o)) for o in (16, 24)]
@@ -537,11 +540,12 @@ STRAY_READS = """
 import ctypes, importlib.util, math, mmap, sys
 import torch
 from influence_fast.ops import cuda
+from influence_fast.ops.cuda import native
 from influence_fast.ops.projections import Side
 
 spec = importlib.util.spec_from_file_location("influence_fast_simt", sys.argv[1])
-cuda._native = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(cuda._native)
+native.library = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(native.library)
 libc, page, kept = ctypes.CDLL(None, use_errno=True), mmap.PAGESIZE, []
 
 
@@ -556,7 +560,7 @@ def at_the_edge(tensor):  # its last byte is followed by a page that cannot be t
     return raw.view(tensor.dtype).view(tensor.shape).copy_(tensor)
 
 
-cuda._empty = lambda like, *shape: at_the_edge(torch.full(shape, math.nan))
+native.empty = lambda like, *shape: at_the_edge(torch.full(shape, math.nan))
 for dtype in (torch.float32, torch.bfloat16):
     for n, t, i, o, k in ((2, 3, 8, 16, 4), (1, 33, 129, 131, 65), (2, 130, 136, 8, 100), (1, 16, 256, 128, 24)):
         x, dy = (at_the_edge(torch.randn(n, t, f).to(dtype)) for f in (i, o))

@@ -81,13 +81,13 @@ def test_sketch(kind: str, n: int, d: int, k: int, generator: torch.Generator) -
 
 
 def test_sketch_outer_in_strips(monkeypatch: pytest.MonkeyPatch, generator: torch.Generator) -> None:
-    from influence_fast.ops import triton
+    from influence_fast.ops.triton import outer_products
 
     x, dy, lengths = inputs(generator, False, torch.float32)
     for kind in ("sjlt", "rademacher"):
         e = make_extras(generator, 21, 37, kind, 19)
         whole = call("sketch_outer", x, dy, lengths, e, "triton")
-        monkeypatch.setattr(triton, "_STRIP", 5 * 3 * 21)
+        monkeypatch.setattr(outer_products, "STRIP", 5 * 3 * 21)
         in_strips = call("sketch_outer", x, dy, lengths, e, "triton")
         monkeypatch.undo()
         torch.testing.assert_close(in_strips, whole, rtol=1e-5, atol=1e-4)
@@ -98,7 +98,7 @@ import sys
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from influence_fast.ops import triton as room
+from influence_fast.ops.triton import ghost, outer_products, sketches
 
 POINTERS = {"x", "dy", "xa", "dya", "xb", "dyb", "a", "b", "g"}
 FLOATS = {"side", "side_in", "side_out", "weight", "q", "out"}
@@ -119,11 +119,12 @@ def source(kernel, dtype, flag):
             signature[name] = "*i64"
         else:
             signature[name] = "fp32" if name == "scale" else "i64" if name.startswith("key") else "i32"
-    if kernel is room._sjlt:
+    if kernel is sketches._sjlt:
         signature["g"] = "*fp32"
     return ASTSource(fn=kernel, signature=signature, constexprs=constants)
 
-kernels = [room._project, room._project_outer, room._outer, room._score, room._ghost, room._sjlt]
+kernels = [sketches._project, sketches._sjlt, ghost._ghost]
+kernels += [outer_products._project_outer, outer_products._outer, outer_products._score]
 dtype = sys.argv[1]
 for kernel in kernels:
     for arch in (80, 90):
