@@ -1,6 +1,6 @@
 """Matrices of Gaussian sides, kept between calls: each entry costs a logarithm and a cosine.
 
-All that is kept fits ``INFLUENCE_FAST_MATRIX_BYTES`` (1 GiB by default); the least recently used makes room.
+All that is kept fits ``INFLUENCE_FAST_MATRIX_BYTES`` (1 GiB by default); the least recently used is dropped first.
 """
 
 from __future__ import annotations
