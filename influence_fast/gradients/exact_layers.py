@@ -160,6 +160,9 @@ class ExactLayers:
 def gradients(loss: Callable[[], Tensor], parameters: list[nn.Parameter]) -> list[Tensor]:
     """Gradients of ``loss()`` by parameters; zeros where it does not depend on one."""
     value = loss()
+    if not value.requires_grad:
+        # Weights of a part that a row does not come through, such as the audio encoder of a model that reads text alone.
+        return [torch.zeros_like(p) for p in parameters]
     try:
         found: tuple[Tensor | None, ...] = torch.autograd.grad(value, parameters, allow_unused=True)
     except RuntimeError as error:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from influence_fast.errors import InputError
 
@@ -88,6 +89,11 @@ def is_quantised(weight: Tensor) -> bool:
     return not weight.requires_grad and (not weight.is_floating_point() or own_type)
 
 
+def _is_empty(weight: Tensor) -> bool:
+    """Whether this is a weight of size 0, such as what MobileBERT's head adds to embeddings as wide as its states."""
+    return not is_lazy(weight) and not weight.numel()
+
+
 def quantised_layers(model: nn.Module) -> list[str]:
     """Names of modules whose weight is quantised; they are no layers."""
     return [
@@ -100,8 +106,8 @@ def quantised_layers(model: nn.Module) -> list[str]:
 def named_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Every layer of ``model`` by name, in the model's order.
 
-    Left out: the frozen originals that PEFT keeps beside ``modules_to_save``, quantised weights, and the output matrix of
-    ``nn.MultiheadAttention``, which is used without being called. Names are those before ``torch.compile``.
+    Left out: the frozen originals that PEFT keeps beside ``modules_to_save``, quantised weights, empty ones, and the output
+    matrix of ``nn.MultiheadAttention``, which is used without being called. Names are those before ``torch.compile``.
     """
     found = {}
     for name, module in model.named_modules():
@@ -111,7 +117,7 @@ def named_layers(model: nn.Module) -> dict[str, nn.Module]:
         # A weight that is computed from other parameters (weight norm, pruning) is no parameter itself; those are.
         weight = module._parameters.get("weight")
         linear = isinstance(module, nn.Linear | nn.Embedding) or is_conv1d(module)
-        if linear and weight is not None and not is_quantised(weight):
+        if linear and weight is not None and not is_quantised(weight) and not _is_empty(weight):
             found[name] = module
     return found
 
@@ -162,7 +168,8 @@ def other_parameters(model: nn.Module) -> dict[str, Expert | nn.Parameter]:
     rest: dict[str, Expert | nn.Parameter] = {
         uncompiled(name): parameter
         for name, parameter in model.named_parameters()
-        if id(parameter) not in taken and "original_module" not in name.split(".") and not is_quantised(parameter)
+        if not (id(parameter) in taken or "original_module" in name.split(".") or is_quantised(parameter))
+        and not _is_empty(parameter)
     }
     return rest | {name: expert for name, expert in experts.items() if name not in matrices}
 

@@ -79,3 +79,10 @@ def test_weights_within_a_checkpoint(reentrant: bool, learned: bool) -> None:
     for wanted, got in zip([*expected, torch.zeros(2)], found, strict=True):
         torch.testing.assert_close(got, wanted)
     assert all(weight.grad is None for weight in [*weights, unused])
+
+
+def test_a_loss_without_any_of_the_weights() -> None:
+    used, unused = nn.Linear(2, 1), nn.Linear(2, 1).requires_grad_(True)
+    used.requires_grad_(False)
+    (found,) = gradients(lambda: used(torch.ones(1, 2)).sum(), [unused.weight])
+    assert torch.equal(found, torch.zeros(1, 2))

@@ -6,6 +6,7 @@ from itertools import chain
 
 import models
 import pytest
+import torch
 from torch import nn
 
 import influence_fast as inf
@@ -98,3 +99,10 @@ def test_groups_cover_the_layers(bert: nn.Module) -> None:
 def test_errors_list_what_there_is(bert: nn.Module, spec: object, message: str) -> None:
     with pytest.raises(inf.InputError, match=message):
         inf.select_layers(bert, spec)
+
+
+def test_empty_weights_are_no_layers() -> None:
+    model = nn.Sequential(nn.Linear(2, 3))
+    model.extra = nn.Embedding(4, 0)
+    model.table = nn.Parameter(torch.empty(0, 2))
+    assert inf.select_layers(model, "trained") == ["0", "0.bias"]
