@@ -196,9 +196,7 @@ def _architecture(config: Any, task: str) -> str:
     if task != "auto":
         return _AUTO.get(task, _AUTO["classification"])
     names = " ".join(getattr(config, "architectures", None) or [])
-    if "ForConditionalGeneration" in names and getattr(config, "is_encoder_decoder", False):
-        return _AUTO["seq2seq"]
-    return _AUTO.get(head_named(names) or "classification", _AUTO["classification"])
+    return _AUTO.get(head_named(names, config) or "classification", _AUTO["classification"])
 
 
 def _load_tokenizer(path: str) -> Any:

@@ -49,6 +49,8 @@ _HEADS = {
     "BertGenerationDecoder": "causal-lm",
     "LMHead": "causal-lm",
 }
+# Heads of encoder-decoders, whose config says whether there is an encoder.
+_SEQ2SEQ = ("ForConditionalGeneration", "EncoderDecoderModel", "MarianMTModel", "ForTextToText")
 # Causal models whose own loss takes each label at its own place, not one token later: decoders of encoder-decoders.
 _UNSHIFTED = ("Bart", "Pegasus", "Blenderbot", "BlenderbotSmall", "Marian", "Mvp", "TrOCR", "Whisper", "CpmAnt")
 _PROBLEMS = {
@@ -122,15 +124,15 @@ def head_of(model: nn.Module) -> str | None:
     ``classification``, whatever its ``problem_type``."""
     inner = unwrapped(model)
     name = type(inner).__name__
-    if "ForConditionalGeneration" in name or name == "EncoderDecoderModel":
-        return "seq2seq" if getattr(inner.config, "is_encoder_decoder", False) else "causal-lm"
     if any(f"{part}ForCausalLM" in name for part in _UNSHIFTED):
         return "masked-lm"
-    return head_named(name)
+    return head_named(name, getattr(inner, "config", None))
 
 
-def head_named(name: str) -> str | None:
-    """The loss of a head by its class's name."""
+def head_named(name: str, config: Any) -> str | None:
+    """The loss of a head by its class's name and the model's config."""
+    if any(part in name for part in _SEQ2SEQ):
+        return "seq2seq" if getattr(config, "is_encoder_decoder", False) else "causal-lm"
     return next((kind for part, kind in _HEADS.items() if part in name), None)
 
 

@@ -59,6 +59,14 @@ def test_seq2seq_by_its_config(tmp_path: Path) -> None:
     assert isinstance(load_model(str(tmp_path))[0], hf.T5ForConditionalGeneration)
 
 
+def test_translators_by_their_class(tmp_path: Path) -> None:
+    layers = {"encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    sizes = {"d_model": 8, "encoder_ffn_dim": 8, "decoder_ffn_dim": 8, "max_position_embeddings": 16}
+    config = hf.MarianConfig(vocab_size=models.VOCAB, pad_token_id=0, decoder_start_token_id=0, **sizes, **layers)
+    hf.MarianMTModel(config).save_pretrained(tmp_path)
+    assert isinstance(load_model(str(tmp_path))[0], hf.MarianMTModel)
+
+
 @pytest.mark.parametrize(
     ("kind", "task", "lacking"),
     [
