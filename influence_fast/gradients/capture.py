@@ -105,7 +105,8 @@ class GradientCapture:
         self._matrices = ops.Matrices()
         self._records = self._kept_in(self._matrices, self._formed, ops.outer)
         places = Places.of(model, self.layers, self.projection, bias, frozenset(exact), frozenset(followed))
-        self._layers, self._uses, self._experts = places.layers, places.uses, places.experts
+        self._layers, self._uses = places.layers, places.uses
+        self._experts, self._factors = places.experts, places.factors
         self._followed = {id(parameter): layers for parameter, layers in places.followed}
         self._follow = [parameter for parameter, _ in places.followed]
         self._exact = ExactLayers(
@@ -212,7 +213,7 @@ class GradientCapture:
             watch = self._watch_conv if conv else self._watch_table if table else self._watch
             self._handles.append(module.register_forward_hook(partial(self._see, uses, watch), with_kwargs=True))
         self._handles.append(self.model.register_forward_hook(self._end))
-        for module in self._experts:
+        for module in {**self._experts, **self._factors}:
             # An instance's own forward goes before its class's.
             own = module.__dict__.get("forward")
             self._stance.callback(
@@ -380,9 +381,10 @@ class GradientCapture:
         if self._off or not torch.is_grad_enabled():
             return own(*args, **kwargs)
         hidden, index, weights = *args, *kwargs.values()
-        layers = self._experts[module]
+        layers, factors = self._experts.get(module, {}), self._factors.get(module, {})
         tokens = hidden.numel() // hidden.shape[-1]
         names = [layer.name for leaf in layers.values() for layer in leaf.values()]
+        names += [layer.name for leaf in factors.values() for layer, _ in leaf]
         samples = self._samples(hidden, names[0])
         if samples.index is None and tokens % max(1, samples.count):
             message = f"layer {names[0]!r}: {tokens} tokens of {samples.count} samples came to its experts"
@@ -391,13 +393,16 @@ class GradientCapture:
 
         def see(leaf: str, routed: Routed, x: Tensor, y: Tensor) -> Tensor:
             parts = [layers[name] for name in (leaf, f"{leaf}_bias") if name in layers]
-            if not parts:
+            added = [(layer, factor) for layer, factor in factors.get(leaf, []) if factor.is_active]
+            if not parts and not added:
                 return y
             x = x.detach()
 
             def receive(dy: Tensor) -> None:
                 with exactly(dy):
-                    self._records.add_experts(parts, routed, *promoted(x, dy))
+                    both = promoted(x, dy)
+                    self._records.add_experts(parts, routed, *both)
+                    self._records.add_factors(added, routed, *both)
 
             return OutputHook.apply(y, self._anchor, receive)
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from influence_fast.errors import InputError
-from influence_fast.gradients.experts import Routed, can_be_followed, of_experts
+from influence_fast.gradients.experts import ExpertFactor, Routed, can_be_followed, expert_factors, of_experts
 from influence_fast.gradients.layers import (
     Expert,
     Layer,
@@ -147,6 +147,8 @@ class Places:
     followed: list[tuple[nn.Parameter, list[CapturedLayer]]] = field(default_factory=list)
     experts: dict[nn.Module, dict[str, dict[int, CapturedLayer]]] = field(default_factory=dict)
     """Layers by module, by its parameter's name, by number."""
+    factors: dict[nn.Module, dict[str, list[tuple[CapturedLayer, ExpertFactor]]]] = field(default_factory=dict)
+    """LoRA of experts, likewise."""
     exact: list[tuple[str, CapturedLayer, list[nn.Parameter]]] = field(default_factory=list)
 
     @classmethod
@@ -162,7 +164,7 @@ class Places:
         """The fastest place that may be right, unless a layer is in ``exact`` or ``followed``."""
         matrices = named_matrices(model)
         known = {**matrices, **other_parameters(model)}
-        modules, vectors = named_layers(model), vector_owners(model)
+        modules, vectors, factors = named_layers(model), vector_owners(model), expert_factors(model)
         places, found = cls(), dict[int, tuple[nn.Parameter, list[CapturedLayer]]]()
         for name in names:
             thing = known[name]
@@ -175,6 +177,9 @@ class Places:
                 places.exact.append((name, layer, parameters_of(layer, thing)))
             elif isinstance(thing, Expert):
                 places.experts.setdefault(thing.holder, {}).setdefault(thing.leaf, {})[thing.number] = layer
+            elif name in factors:
+                holder, leaf, factor = factors[name]
+                places.factors.setdefault(holder, {}).setdefault(leaf, []).append((layer, factor))
             elif name in followed or router or changed:
                 layer.vector = "bias" if layer.shape[1] == 1 else ""
                 weight = weight_of(thing)
@@ -400,6 +405,15 @@ class GradientRecords:
                 rows = found.new_zeros(count + 1, layer.dim)
                 rows[owner] = found
                 self.add({layer.name: rows[:-1]})
+
+    def add_factors(
+        self, factors: list[tuple[CapturedLayer, ExpertFactor]], routed: Routed, x: Tensor, dy: Tensor
+    ) -> None:
+        """Add what tokens give to LoRA's factors of their experts."""
+        order, lengths = routed.by_sample
+        for layer, factor in factors:
+            inputs, gradients = factor.operands(routed, x, dy)
+            self.add({layer.name: self._formed(layer, inputs[order], gradients[order], False, lengths)[:-1]})
 
     def add(self, found: dict[str, Tensor]) -> None:
         """Add gradients that are formed."""

@@ -10,11 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from influence_fast.gradients.layers import uncompiled
 from influence_fast.gradients.sample_rows import SampleRows
 
 # Told a parameter's name, inputs (S, in) and outputs (S, out) of its product; gives the outputs to go on with.
@@ -43,6 +44,12 @@ class Routed:
     counts: list[int]
     tokens: int
     samples: SampleRows
+
+    @cached_property
+    def by_sample(self) -> tuple[Tensor, Tensor]:
+        """The order that puts all tokens by sample, and how many each sample has; those that are nobody's come last."""
+        owner = self.samples.owners(self.tokens, self.token.device)[self.token]
+        return owner.argsort(stable=True), torch.bincount(owner, minlength=self.samples.count + 1)
 
     @cached_property
     def pairs(self) -> tuple[Tensor | None, list[Tensor], list[Tensor]]:
@@ -100,6 +107,56 @@ def _products(module: Any, leaf: str, x: Tensor, routed: Routed, see: See) -> Te
     ]
     width = stacked.shape[-1 if module.is_transposed else -2]
     return see(leaf, routed, x, torch.cat(parts) if parts else x.new_zeros(0, width))
+
+
+@dataclass(frozen=True)
+class ExpertFactor:
+    """LoRA's A or B of experts that share one parameter, as ``target_parameters`` of PEFT keeps it.
+
+    Expert e has rows ``[e r, (e + 1) r)`` of A ``(E r, in)`` and columns ``e, E + e, ...`` of B ``(out, r E)``; its weight,
+    as ``(out, in)``, gains ``scaling B_e A_e``.
+    """
+
+    wrapper: Any
+    adapter: str
+    first: bool
+    """Whether this is A."""
+
+    @property
+    def is_active(self) -> bool:
+        """Whether the weights that a forward uses depend on it."""
+        on = self.adapter in self.wrapper.active_adapters and self.adapter not in self.wrapper.merged_adapters
+        return on and not self.wrapper.disable_adapters
+
+    def operands(self, routed: Routed, x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
+        """``(S, in)`` and ``(S, out)`` of the same tokens, with the factor as the weight of one linear layer."""
+        experts = len(routed.counts)
+        a, b = (getattr(self.wrapper, name)[self.adapter].weight.detach().to(x.dtype) for name in ("lora_A", "lora_B"))
+        a, b = a.view(experts, -1, a.shape[1]), b.view(b.shape[0], -1, experts)
+        inner = x.new_zeros(len(x), a.shape[1], experts)
+        begin = 0
+        for number, count in enumerate(routed.counts):
+            tokens = slice(begin, begin + count)
+            inner[tokens, :, number] = dy[tokens] @ b[:, :, number] if self.first else x[tokens] @ a[number].T
+            begin += count
+        inner *= self.wrapper.scaling[self.adapter]
+        return (x, inner.mT.flatten(1)) if self.first else (inner.flatten(1), dy)
+
+
+def expert_factors(model: nn.Module) -> dict[str, tuple[nn.Module, str, ExpertFactor]]:
+    """By name, the modules of LoRA that belong to fused experts: the module of those, its parameter's name, which factor."""
+    found = {}
+    for path, wrapper in model.named_modules():
+        leaf = getattr(wrapper, "parameter_name", None)
+        if leaf is None or not hasattr(wrapper, "lora_A") or getattr(wrapper, "num_experts", 1) == 1:
+            continue
+        experts = cast(Any, wrapper).get_base_layer()
+        if can_be_followed(experts):
+            for kind in ("lora_A", "lora_B"):
+                for adapter in getattr(wrapper, kind):
+                    factor = ExpertFactor(wrapper, adapter, kind == "lora_A")
+                    found[uncompiled(f"{path}.{kind}.{adapter}")] = experts, leaf, factor
+    return found
 
 
 def of_experts(routed: Routed, *tensors: Tensor) -> Iterator[tuple[int, Tensor, Tensor, tuple[Tensor, ...]]]:

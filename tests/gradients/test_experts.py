@@ -170,6 +170,37 @@ def test_experts_of_packed_rows() -> None:
         torch.testing.assert_close(got[name], expected, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])  # weights (E, out, in) and (E, in, out)
+def test_lora_on_the_parameters_of_experts(name: str) -> None:
+    peft = pytest.importorskip("peft")
+    targets = ["experts.gate_up_proj", "experts.down_proj"]
+    # Adapters need not have one rank, and the last of a kind is not the one that is on.
+    configs = {
+        adapter: peft.LoraConfig(r=rank, lora_alpha=3, target_modules=["q_proj"], target_parameters=targets)
+        for adapter, rank in (("on", 3), ("off", 2))
+    }
+    model = peft.get_peft_model(make(name).double(), configs["on"], adapter_name="on")
+    model.add_adapter("off", configs["off"])
+    model = model.double().eval()
+    for parameter in model.parameters():
+        if parameter.requires_grad or parameter.ndim == 2:
+            nn.init.normal_(parameter, std=0.3)
+    given = models.rows("causal", count=4)
+    names = [name for name in inf.select_layers(model, "lora") if "experts" in name]
+    assert len(names) == 2 * 2 * 2 * 2
+    flags = [parameter.requires_grad for parameter in model.parameters()]
+    with inf.GradientCapture(model, names) as capture:
+        models.losses(model, models.collate(given)).sum().backward()
+        got = capture.pop()
+    assert [parameter.requires_grad for parameter in model.parameters()] == flags
+    model.requires_grad_(True)
+    for layer, expected in literal(model, given, names).items():
+        torch.testing.assert_close(
+            got[layer], expected, rtol=1e-4, atol=1e-7, check_dtype=False, msg=lambda m, n=layer: f"{n}: {m}"
+        )
+        assert bool(expected.any()) == (".on" in layer)
+
+
 def test_numbers_beyond_the_experts_are_no_expert() -> None:
     """Expert parallelism marks tokens of other processes so; they have no output and no gradient."""
     model = make("mixtral")

@@ -121,7 +121,11 @@ FAMILIES: dict[str, tuple[Callable[[], nn.Module], Callable[[int, list[int]], di
     ),
     "bert answers": (lambda: hf.BertForQuestionAnswering(hf.BertConfig(**ENCODER)), SPAN, "question-answering"),
     "bart": (lambda: hf.BartForConditionalGeneration(hf.BartConfig(**BART)), TARGETS, "seq2seq"),
-    "marian": (lambda: hf.MarianMTModel(hf.MarianConfig(**BART, pad_token_id=1, decoder_start_token_id=1)), TARGETS, "seq2seq"),
+    "marian": (
+        lambda: hf.MarianMTModel(hf.MarianConfig(**BART, pad_token_id=1, decoder_start_token_id=1)),
+        TARGETS,
+        "seq2seq",
+    ),
     "bart decoder": (lambda: hf.BartForCausalLM(hf.BartConfig(**BART, is_decoder=True)), PER_TOKEN, "masked-lm"),
     "t5": (lambda: hf.T5ForConditionalGeneration(hf.T5Config(**T5)), TARGETS, "seq2seq"),
     "gpt2": (lambda: hf.GPT2LMHeadModel(hf.GPT2Config(**GPT2)), PER_TOKEN, "causal-lm"),
