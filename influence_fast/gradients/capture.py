@@ -27,7 +27,7 @@ from influence_fast.gradients.experts import Routed, experts_forward
 from influence_fast.gradients.followed_uses import FollowedUses, Use
 from influence_fast.gradients.layers import is_expert, select_layers
 from influence_fast.gradients.model_state import is_sharded
-from influence_fast.gradients.plain_layers import conv_gradients, is_matrix, plain_kind
+from influence_fast.gradients.plain_layers import before_magnitude, conv_gradients, is_magnitude, is_matrix, plain_kind
 from influence_fast.gradients.sample_rows import (
     Operand,
     OutputHook,
@@ -209,6 +209,10 @@ class GradientCapture:
             self._stance.enter_context(torch.compiler.set_stance("force_eager"))
         self._handles.append(self.model.register_forward_pre_hook(self._begin, with_kwargs=True))
         for module, uses in self._uses.items():
+            if is_magnitude(module):
+                see = partial(self._see_magnitude, uses[0][0])
+                self._handles.append(module.register_forward_hook(see, with_kwargs=True))
+                continue
             conv, table = isinstance(module, nn.modules.conv._ConvNd), isinstance(module, nn.Embedding)
             watch = self._watch_conv if conv else self._watch_table if table else self._watch
             self._handles.append(module.register_forward_hook(partial(self._see, uses, watch), with_kwargs=True))
@@ -377,6 +381,28 @@ class GradientCapture:
 
         return OutputHook.apply(output, self._anchor, receive)
 
+    def _see_magnitude(
+        self, layer: CapturedLayer, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+    ) -> Tensor | None:
+        if self._off or not torch.is_grad_enabled():
+            return None
+        scaled = before_magnitude(module, kwargs, output)
+        if scaled is None:
+            message = f"layer {layer.name!r}: the output before its magnitudes is not known (exact= captures it)"
+            return self._later(output, UnseenUse({layer.name: "exact"}, message))
+        samples = self._samples(output, layer.name)
+
+        def receive(grad: Tensor) -> None:
+            with exactly(grad):
+                try:
+                    dy, by = (samples.unfold(tensor, tensor.shape[-1], layer.name) for tensor in (grad, scaled))
+                except UnseenUse as error:
+                    return self._note(error)
+                found = (dy.to(by.dtype) * by).sum(1)[..., None]
+                self._records.keep(layer, layer.projected(found, self._matrices))
+
+        return OutputHook.apply(output, self._anchor, receive)
+
     def _see_experts(self, module: nn.Module, own: Callable[..., Tensor], *args: Tensor, **kwargs: Tensor) -> Tensor:
         if self._off or not torch.is_grad_enabled():
             return own(*args, **kwargs)
@@ -418,7 +444,8 @@ class GradientCapture:
             for layer in self._followed[id(use.parameter)]
         ]
         if first.ids:
-            ids = TokenIds(first.x, len(first.parameter), first.parameter.dtype, first.padding)
+            size = first.parameter.shape[0 if first.by_rows else 1]
+            ids = TokenIds(first.x, size, first.parameter.dtype, first.padding)
             return self._watch_ids(None, found, first.x, output, ids)
         if first.columns:
             return self._watch(None, found, first.x.mT, output.mT).mT

@@ -154,7 +154,7 @@ class FollowedUses(TorchFunctionMode):
             padding = None if padding is None or (func is torch.embedding and padding < 0) else padding
             if padding is not None and padding < 0:
                 padding += named["weight"].shape[0]
-            return [] if flipped else [Use(parameter, named["input"], by_rows=True, ids=True, padding=padding)]
+            return [Use(parameter, named["input"], by_rows=not flipped, ids=True, padding=padding)]
         if func in _MATMULS or func in _REVERSED:
             left, right = (args[1], args[0]) if func in _REVERSED else (args[0], args[1] if len(args) > 1 else None)
             if (

@@ -137,6 +137,26 @@ def conv_gradients(module: Any, leaf: str, x: Tensor, dy: Tensor) -> Tensor:
     return (dy.reshape(n, groups, -1, positions) @ windows).flatten(1, 2)
 
 
+def is_magnitude(module: nn.Module) -> bool:
+    """Whether this holds the magnitudes of a linear layer of DoRA (Liu et al. 2024), as PEFT has it."""
+    return type(module).__name__ == "DoraLinearLayer"
+
+
+def before_magnitude(module: Any, kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
+    """What DoRA's magnitudes m are multiplied with: ``(W x + s B A x) / |W + s B A|``, of a call's output.
+
+    The output is ``m`` times that, less the base's ``W x``, which the call was given; None where it was not, or where m has
+    a zero.
+    """
+    base, weight = kwargs.get("base_result"), module.weight.detach()
+    if base is None or not bool((weight != 0).all()):
+        return None
+    bias = getattr(kwargs.get("base_layer"), "bias", None)
+    wide = accumulator(output.dtype)
+    base = base.detach().to(wide) - (0 if bias is None else bias.detach().to(wide))
+    return (output.detach().to(wide) + base) / weight.to(wide)
+
+
 def vector_owners(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
     """What a hook can serve besides matrices, by the parameter's name: biases of layers, and norms and convolutions.
 
@@ -149,7 +169,10 @@ def vector_owners(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
         )
         conv = isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
         linear = isinstance(module, nn.Linear) or is_conv1d(module)
-        for leaf in ["weight", "bias"] if norm or conv else ["bias"] if linear else []:
+        leaves = (
+            ["weight", "bias"] if norm or conv else ["bias"] if linear else ["weight"] if is_magnitude(module) else []
+        )
+        for leaf in leaves:
             parameter = module._parameters.get(leaf)
             if parameter is not None and (parameter.dim() == 1 or conv):
                 found[uncompiled(f"{name}.{leaf}")] = module, leaf

@@ -96,7 +96,7 @@ FAMILIES: dict[str, tuple[Callable[[], nn.Module], str, str | None, set[str]]] =
         {"second"},
     ),
     "choices": (lambda: hf.BertForMultipleChoice(hf.BertConfig(**_BASE)), "choices", None, {"grouped"}),
-    "dora": (_dora, "classification", "lora_magnitude_vector", set()),
+    "dora": (_dora, "classification", None, set()),
     "prompt": (_prompt, "causal", "prompt_encoder", set()),
 }
 

@@ -35,6 +35,8 @@ FOLLOWED = {
     "in another type": lambda m, x: functional.linear(x.float(), m.linear.weight.float()).double(),
     "module and weight": lambda m, x: m.linear(x) @ m.linear.weight.T,
     "ids": lambda m, x: functional.embedding(m.ids, m.linear.weight) * x,
+    "ids of columns": lambda m, x: functional.embedding(m.ids, m.linear.weight.T) * x,
+    "table's columns": lambda m, x: functional.embedding(m.ids, m.table.weight.T) * x,
     "table": lambda m, x: 3 * functional.embedding(m.ids, m.table.weight, padding_idx=1) * x,
     "table as a head": lambda m, x: (m.table(m.ids) * x) @ m.table.weight.T,
 }

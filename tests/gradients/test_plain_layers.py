@@ -104,3 +104,33 @@ def test_quantised_weights_are_no_layers() -> None:
     for row in range(3):
         (expected,) = torch.autograd.grad(model(x[row : row + 1]).square().sum(), model[0].weight)
         torch.testing.assert_close(got["0"][row], expected.flatten())
+
+
+def test_magnitudes_of_dora() -> None:
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3, bias=False))
+    config = peft.LoraConfig(r=2, target_modules=["0", "2"], use_dora=True, init_lora_weights=False)
+    model = peft.get_peft_model(base, config).double()
+    x = torch.randn(3, 6, 4, dtype=torch.float64)
+    names = [name for name in inf.select_layers(model, "trained") if "magnitude" in name]
+    assert len(names) == 2
+    with inf.GradientCapture(model, names) as capture:
+        weight = model.get_parameter(names[0])
+        with torch.no_grad():
+            weight[0] = 0  # nothing is left of what it scaled
+        model(x).square().sum().backward()
+        with pytest.raises(inf.InputError, match="before its magnitudes"):
+            capture.pop()
+        capture.clear()
+    with torch.no_grad():
+        weight[0] = 1
+    with inf.GradientCapture(model, names) as capture:
+        model(x).square().sum().backward()
+        got = capture.pop()
+    for row in range(3):
+        loss = model(x[row : row + 1]).square().sum()
+        for name, expected in zip(
+            names, torch.autograd.grad(loss, [model.get_parameter(n) for n in names]), strict=True
+        ):
+            torch.testing.assert_close(got[name][row], expected, rtol=1e-9, atol=1e-12)
