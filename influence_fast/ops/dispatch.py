@@ -75,11 +75,18 @@ def choose(
     """
     if backend == "auto":
         backend = os.environ.get("INFLUENCE_FAST_BACKEND") or "auto"
-    device = torch.device(device)
     if backend != "auto":
+        device = torch.device(device)
         if reason := available(op, backend, device, dtype):
             raise BackendError(f"backend {backend!r} cannot run {op} on {device.type} {dtype}: {reason}")
         return backend
+    return _automatic(op, device, dtype)
+
+
+@cache
+def _automatic(op: str, device: torch.device | str, dtype: torch.dtype) -> str:
+    # Kept: what a process can run stays the same, and asking takes as long as a small kernel.
+    device = torch.device(device)
     for name in ("cuda", "triton") if device.type == "cuda" else ("cpu",):
         reason = available(op, name, device, dtype)
         if reason is None:
