@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # One worker a core: threads of torch would wait for each other.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import torch
 
 if not torch.cuda.is_available():
@@ -30,6 +35,16 @@ os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, _PATHS))
 SEED = int(os.environ.setdefault("INFLUENCE_FAST_TEST_SEED", str(secrets.randbits(32))))
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """The whole suite takes two processes, where pytest-xdist is there and nothing else was said."""
+    option = config.option
+    whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS and not (option.usepdb or option.collectonly)
+    # Workers run this too.
+    if whole and "PYTEST_XDIST_WORKER" not in os.environ and getattr(option, "numprocesses", 0) is None:
+        option.numprocesses, option.dist = min(2, os.cpu_count() or 1), "worksteal"
+
+
 def pytest_report_header() -> str:
     return f"INFLUENCE_FAST_TEST_SEED={SEED}"
 
@@ -48,14 +63,17 @@ def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
 
 @pytest.fixture
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every ``torch.empty`` is full of NaN, so that an entry nobody wrote is seen."""
-    empty = torch.empty
+    """Every ``torch.empty`` and ``torch.empty_strided`` is full of NaN, so that an entry nobody wrote is seen."""
 
-    def poison(*args: object, **kwargs: object) -> torch.Tensor:
-        tensor = empty(*args, **kwargs)  # type: ignore[call-overload]
-        return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
+    def poisoning(empty: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def poison(*args: object, **kwargs: object) -> torch.Tensor:
+            tensor = empty(*args, **kwargs)
+            return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
 
-    monkeypatch.setattr(torch, "empty", poison)
+        return poison
+
+    for name in ("empty", "empty_strided"):
+        monkeypatch.setattr(torch, name, poisoning(getattr(torch, name)))
 
 
 @pytest.fixture(scope="session")

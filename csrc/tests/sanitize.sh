@@ -11,28 +11,22 @@ trap 'rm -rf "$build"' EXIT
 export ASAN_OPTIONS=detect_leaks=0:abort_on_error=0 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 TSAN_OPTIONS=halt_on_error=1
 
 flags=(-std=c++17 -O1 -g -fno-omit-frame-pointer -ffp-contract=fast -fno-math-errno -fno-trapping-math -pthread -w)
-avx2=(-mavx2 -mfma -mf16c)
 
-# Threads are the same in every instruction set, so two of them do.
+# Threads are the same in every instruction set, so one of them does.
 units=(baseline parallel exact_search dispatch kernels_test)
-macros=()
-if [[ $(uname -m) == x86_64 ]]; then
-    units+=(avx2)
-    macros+=(-DINFLUENCE_FAST_AVX2=1)
-fi
-declare -A folder=([baseline]=cpu/isa [avx2]=cpu/isa [kernels_test]=tests)
+declare -A folder=([baseline]=cpu/isa [kernels_test]=tests)
+# Compiled beside the tests with ThreadSanitizer.
+INFLUENCE_FAST_CUDA=0 INFLUENCE_FAST_SANITIZE=address,undefined "$python" setup.py -q build_ext \
+    --build-lib "$build/lib" --build-temp "$build/temp" --force & extension=$!
 jobs=()
 for unit in "${units[@]}"; do
-    extra=("${macros[@]}")
-    if [[ $unit == avx2 ]]; then extra+=("${avx2[@]}"); fi
-    g++ "${flags[@]}" -fsanitize=thread "${extra[@]}" -c "csrc/${folder[$unit]:-cpu}/$unit.cpp" -o "$build/$unit.o" & jobs+=($!)
+    g++ "${flags[@]}" -fsanitize=thread -c "csrc/${folder[$unit]:-cpu}/$unit.cpp" -o "$build/$unit.o" & jobs+=($!)
 done
 for job in "${jobs[@]}"; do wait "$job"; done
 g++ -fsanitize=thread -pthread "$build"/*.o -o "$build/kernels_test" -ldl
 echo "kernels, threads: $("$build/kernels_test")"
 
-INFLUENCE_FAST_CUDA=0 INFLUENCE_FAST_SANITIZE=address,undefined "$python" setup.py -q build_ext \
-    --build-lib "$build/lib" --build-temp "$build/temp" --force
+wait "$extension"
 # The runtime comes first, and the module before the folders that pytest adds, where another build of it may be.
 repository=$PWD
 cd "$build/lib"

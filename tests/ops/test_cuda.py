@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import os
 import shutil
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from typing import Any
 import pybind11
 import pytest
 import torch
+from filelock import FileLock
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -39,10 +41,8 @@ def compiler() -> str:
     return str(found)
 
 
-@pytest.fixture(scope="session")
-def simt(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
-    """The kernels compiled for the host, as a module."""
-    folder, gxx = tmp_path_factory.mktemp("simt"), compiler()
+def compile_for_the_host(library: Path) -> None:
+    gxx, folder = compiler(), library.parent
     includes = [f"-I{path}" for path in (pybind11.get_include(), sysconfig.get_path("include"))]
 
     def compiled(source: Path) -> str:
@@ -52,8 +52,20 @@ def simt(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
 
     with ThreadPoolExecutor(2) as pool:
         objects = list(pool.map(compiled, [CUDA / "bindings.cpp", *sorted(CUDA.glob("*.cu"))]))
+    subprocess.run([gxx, "-shared", *objects, "-o", f"{library}.part"], check=True)
+    os.replace(f"{library}.part", library)
+
+
+@pytest.fixture(scope="session")
+def simt(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
+    """The kernels compiled for the host, as a module; once for all workers of pytest-xdist."""
+    shared = "PYTEST_XDIST_WORKER" in os.environ
+    folder = tmp_path_factory.getbasetemp().parent / "simt" if shared else tmp_path_factory.mktemp("simt")
+    folder.mkdir(exist_ok=True)
     library = folder / "influence_fast_simt.so"
-    subprocess.run([gxx, "-shared", *objects, "-o", str(library)], check=True)
+    with FileLock(folder / "lock"):
+        if not library.exists():
+            compile_for_the_host(library)
     spec = importlib.util.spec_from_file_location("influence_fast_simt", library)
     assert spec
     assert spec.loader
