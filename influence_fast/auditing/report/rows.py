@@ -19,7 +19,7 @@ _TEXT = 4000
 _OTHER_TEXT = 400
 #: Neighbours, queries and duplicates shown of each sample; tokens at most.
 _EVIDENCE = 8
-_TOKENS = 600
+_TOKENS = 400
 #: More different labels than this are no classes to choose from, and a new one is typed.
 _CLASSES = 2000
 _ANSWERED = ("causal-lm", "seq2seq")
@@ -66,7 +66,7 @@ def _row(result: AuditResult, ids: list[str], i: int, place: int, finding: Any) 
         "suggested": _first(_of(finding, "suggested_label"), _label(result.suggested, i)),
         "right": right,
         # Calibrated where anything was there to calibrate on.
-        "wrong": wrong if wrong is not None or right is None else 1 - right,
+        "wrong": wrong if wrong is not None or right is None else _finite(1 - right),
         "calibrated": True if wrong is not None else None,
         "score": _number(result.rankings[result.main], i),
         "loss": _negative(_number(result.baselines.get("loss"), i)),
@@ -151,7 +151,8 @@ def _number(values: Any, i: int) -> float | None:
 
 
 def _finite(value: Any) -> float | None:
-    return None if value is None or not math.isfinite(value) else float(value)
+    # More digits are not read, and are half of what a page of long texts weighs.
+    return None if value is None or not math.isfinite(value) else float(f"{value:.5g}")
 
 
 def _negative(value: float | None) -> float | None:

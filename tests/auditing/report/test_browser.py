@@ -214,6 +214,11 @@ def test_a_keyboard_is_enough(report: Path, visit: Callable[..., Any], tmp_path:
     page.keyboard.press("Escape")
     assert not page.locator("#help").is_visible()
     assert page.inner_text("#decided") == "2 of 6 decided"
+    page.keyboard.press("?")
+    page.uncheck("#keys-on")
+    page.keyboard.press("Escape")
+    page.keyboard.press("3")
+    assert page.inner_text("#decided") == "2 of 6 decided"
     # Everything is reached with Tab, and what has the focus shows it.
     page.evaluate("document.activeElement.blur(); scrollTo(0, 0)")
     reached = set()
