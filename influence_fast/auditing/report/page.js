@@ -111,7 +111,7 @@ function mark(item, row) {
 // One sample -------------------------------------------------------------------------------------------------------------
 
 function build(row, number) {
-  const item = make("li", { class: "sample", tabindex: "-1", "aria-labelledby": `name-${number}` });
+  const item = make("li", { class: "sample", tabindex: "-1", "aria-labelledby": `name-${number}`, "aria-describedby": `text-${number}` });
   const toggle = make("button", { class: "open", "aria-expanded": "false", "aria-controls": `evidence-${number}`,
     "aria-label": `Evidence on sample ${row.id}`, onclick: () => open(row) }, "Evidence");
   const buttons = actions.map((action) => make("button", { "data-action": action, class: action, "aria-pressed": "false",
@@ -120,7 +120,7 @@ function build(row, number) {
   item.append(
     make("div", { class: "place", title: "rank in scores.csv" }, String(row.place)),
     make("div", { class: "body" },
-      make("p", { class: "text", dir: "auto", onclick: () => { if (!String(getSelection())) open(row); } }, row.text || "(no text)"),
+      make("p", { class: "text", id: `text-${number}`, dir: "auto", onclick: () => { if (!String(getSelection())) open(row); } }, row.text || "(no text)"),
       make("p", { class: "about" }, about(row, number), toggle)),
     make("div", { class: "chance" }, chance(row)),
     make("div", { class: "decide", role: "group", "aria-label": `Decision on sample ${row.id}` }, buttons,

@@ -164,6 +164,12 @@ def test_decisions_by_button_are_kept_undone_exported_and_imported(
     item(page, 3).get_by_label("Note").fill('rare, "but" right')
     item(page, 3).get_by_label("Note").press("Tab")
     assert page.inner_text("#decided") == "3 of 6 decided"
+    # Another window on the same audit follows.
+    window = visit(report)
+    assert window.inner_text("#decided") == "3 of 6 decided"
+    item(window, 4).get_by_role("button", name="Drop").click()
+    playwright.expect(page.locator("#decided")).to_have_text("4 of 6 decided")
+    item(window, 4).get_by_role("button", name="Drop").click()
     page.reload()
     assert page.inner_text("#decided") == "3 of 6 decided"
     assert item(page, 0).locator(".becomes").inner_text() == "becomes neg"
@@ -306,8 +312,9 @@ _NAMELESS = """() => [...document.querySelectorAll('button, input, select, texta
   .filter((at) => at.checkVisibility()).filter((at) => !(at.ariaLabel || at.innerText?.trim() || at.labels?.length
     || document.getElementById(at.getAttribute('aria-labelledby'))?.textContent.trim())).map((at) => at.outerHTML)"""
 _POINTING = """() => { const all = [...document.querySelectorAll('[id]')].map((at) => at.id);
-  const to = [...document.querySelectorAll('[aria-controls], [aria-labelledby], label[for]')].map((at) =>
-    at.getAttribute('aria-controls') || at.getAttribute('aria-labelledby') || at.getAttribute('for'));
+  const to = [...document.querySelectorAll('[aria-controls], [aria-labelledby], [aria-describedby], label[for]')].map((at) =>
+    ['aria-controls', 'aria-labelledby', 'aria-describedby', 'for'].map((name) => at.getAttribute(name)))
+    .flat().filter(Boolean);
   return [all.filter((id, i) => all.indexOf(id) !== i), to.filter((id) => !all.includes(id))]; }"""
 # WCAG 2.2: relative luminance, and the colours of all that lies behind a text.
 _FAINT = """() => {
