@@ -153,7 +153,7 @@ def _histogram(scores: Tensor, noise: Tensor | None) -> str:
             axes.hist(scores.clamp(low, high).numpy(), edges, color=_COLOURS[0])
         else:
             known = [scores[rows].clamp(low, high).numpy() for rows in (~noise, noise)]
-            axes.hist(known[0], edges, color=_COLOURS[0], alpha=0.55, label="clean")
+            axes.hist(known[0], edges, color=_COLOURS[0], label="clean")
             # An outline beside a filled shape, so that they are told apart without their colours.
             axes.hist(known[1], edges, color=_COLOURS[1], histtype="step", lw=2, label="noisy")
             axes.legend(frameon=False)
