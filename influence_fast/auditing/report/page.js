@@ -27,6 +27,7 @@ function make(tag, attributes = {}, ...children) {
 
 const count = (number, one, many = `${one}s`) => `${number.toLocaleString("en")} ${number === 1 ? one : many}`;
 const isolated = (text, attributes = {}) => make("bdi", attributes, text);
+const letters = (text) => text.toLowerCase().replace(/[^\p{L}\p{N}]/gu, "");
 const say = (text) => { $("said").textContent = text; };
 
 // Decisions ------------------------------------------------------------------------------------------------------------
@@ -172,7 +173,11 @@ function open(row, wanted) {
 function evidence(row, prefix) {
   const parts = [];
   if (row.reason) parts.push(make("p", { class: "reason" }, row.reason));
-  parts.push(...(row.tokens ? tokens(row.tokens) : [make("p", { class: "full", dir: "auto" }, row.text || "(no text)")]));
+  // Tokens may be numbers, or only the beginning.
+  if (!row.tokens || !letters(row.tokens.map(([text]) => text).join("")).includes(letters(row.text))) {
+    parts.push(make("p", { class: "full", dir: "auto" }, row.text || "(no text)"));
+  }
+  if (row.tokens) parts.push(...tokens(row.tokens));
   if (row.more) parts.push(make("p", { class: "soft" }, `${count(row.more, "more character")} in the data.`));
   parts.push(make("div", { class: "fields" }, fields(row, prefix)));
   const groups = [["Similar samples with another label", row.neighbours, "similarity"], ["Queries that it hurts most", row.hurts, "influence"],
