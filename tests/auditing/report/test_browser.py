@@ -173,6 +173,7 @@ def test_decisions_by_button_are_kept_undone_exported_and_imported(
     item(window, 4).get_by_role("button", name="Drop").click()
     playwright.expect(page.locator("#decided")).to_have_text("4 of 6 decided")
     item(window, 4).get_by_role("button", name="Drop").click()
+    window.close()
     page.reload()
     assert page.inner_text("#decided") == "3 of 6 decided"
     assert item(page, 0).locator(".becomes").inner_text() == "becomes neg"
@@ -272,8 +273,10 @@ def hostile(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         row["id"] = IDS[i] if i < len(IDS) else f"r{i}"
         row["text"] += f" {HOSTILE[i % len(HOSTILE)]}"
     data = write_rows(place / "train.jsonl", rows)
-    given = options(folder, train=data, methods="cosine,pool", layers="head")
-    code, _, err = run("audit", *given, "--out", place / "audit")
+    given = options(folder, train=data, methods="cosine", layers="head")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report_page, "plots", lambda *_: [])
+        code, _, err = run("audit", *given, "--out", place / "audit")
     assert code == 0, err
     return place / "audit"
 
