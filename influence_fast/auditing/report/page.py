@@ -1,40 +1,56 @@
-"""What a person reads: one self-contained HTML file with plots, the worst samples, and how far to trust them."""
+"""Where a person works: one self-contained HTML file to review samples in, with plots and how far to trust them."""
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import itertools
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jinja2
 
 from influence_fast._files import atomic_write
-from influence_fast.auditing.report.figures import plots
+from influence_fast.auditing.report.figures import plots, reliability
+from influence_fast.auditing.report.rows import as_script, page_data
 from influence_fast.auditing.report.self_check_text import sentences
 from influence_fast.auditing.result import AuditResult
 from influence_fast.evaluation.comparison import RankingKey
 
-_SHOWN = 50
+_HERE = Path(__file__).parent
 
 
 def write_report(path: str | Path, result: AuditResult) -> None:
-    """Write ``report.html`` whole or not at all: no scripts, no fonts, no images from elsewhere."""
+    """Write ``report.html`` whole or not at all: no fonts, images or scripts from elsewhere, and no script but its own."""
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
+        loader=jinja2.FileSystemLoader(_HERE), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
     evaluation = result.evaluate() if result.noise is not None else []
+    script = _script()
     text = environment.get_template("report.html.j2").render(
+        headline=_headline(result),
         facts=_facts(result),
         findings=findings(result, evaluation),
+        reliability=reliability(result),
         plots=plots(result, evaluation),
-        worst=_worst(result),
         main=result.main,
         evaluation=[row for row in evaluation if row["group"] in ("", "all")],
         config=json.dumps(result.config, indent=1),
-        noise_known=result.noise is not None,
+        data=as_script(page_data(result)),
+        style=(_HERE / "report.css").read_text(encoding="utf-8"),
+        script=script,
+        script_hash=f"sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}",
     )
     atomic_write(path, text)
+
+
+def _script() -> str:
+    files = ("decisions.js", "page.js")
+    # Names of a function's own: the page's elements are names of the window.
+    code = "".join((_HERE / name).read_text(encoding="utf-8") for name in files)
+    return f'(() => {{\n"use strict";\n{code}}})();\n'
 
 
 def findings(result: AuditResult, evaluation: list[dict[str, Any]]) -> list[str]:
@@ -56,11 +72,7 @@ def findings(result: AuditResult, evaluation: list[dict[str, Any]]) -> list[str]
     else:
         out.append("No column says which samples are bad, so the quality of the ranking is not measured here.")
     if "wrong_labels" in facts:
-        share = facts["wrong_labels"]
-        out.append(
-            f"By the pool's estimate {share:.1%} of the labels are wrong, about {round(share * len(result.ids))}. "
-            "Labels that the model has learned by heart look right to it, so there may be more."
-        )
+        out.append(_wrong_labels(facts["wrong_labels"], len(result.ids)))
     if result.main.method == "pool" and "pool_weights" in facts:
         weights = ", ".join(f"{name} {weight:.2f}" for name, weight in facts["pool_weights"].items())
         out.append(
@@ -77,6 +89,23 @@ def findings(result: AuditResult, evaluation: list[dict[str, Any]]) -> list[str]
     if "self_check" in facts:
         out += sentences(facts["self_check"])
     return out
+
+
+def _wrong_labels(found: Any, samples: int) -> str:
+    """The estimate for the whole set, from a share alone or with its interval and what it was calibrated on."""
+    if not isinstance(found, Mapping):
+        return (
+            f"By the pool's estimate {found:.1%} of the labels are wrong, about {round(found * samples)}. "
+            "Labels that the model has learned by heart look right to it, so there may be more."
+        )
+    text = f"About {round(found['estimate']):,} of {samples:,} labels are wrong"
+    if found.get("low") is not None and found.get("high") is not None:
+        text += f", {round(found['low']):,} to {round(found['high']):,}"
+    if found.get("calibrated_on"):
+        return f"{text}; calibrated on {found['calibrated_on']}."
+    return (
+        f"{text}. There was nothing to calibrate this on: labels that the model has learned by heart look right to it."
+    )
 
 
 def _measured(result: AuditResult, evaluation: list[dict[str, Any]]) -> list[str]:
@@ -123,11 +152,25 @@ def _key(row: dict[str, Any]) -> RankingKey:
     return RankingKey(row["method"], row["group"], row["aggregation"])
 
 
+def _headline(result: AuditResult) -> list[tuple[str, str]]:
+    facts = result.facts
+    out = [("Training samples", f"{len(result.ids):,}"), ("Trusted queries", f"{facts['queries']:,}")]
+    wrong = facts.get("wrong_labels")
+    if isinstance(wrong, Mapping):
+        interval = "" if wrong.get("low") is None else f" ({round(wrong['low']):,} to {round(wrong['high']):,})"
+        out.append(("Labels likely wrong", f"{round(wrong['estimate']):,}{interval}"))
+    elif wrong is not None:
+        out.append(("Labels likely wrong", f"{round(wrong * len(result.ids)):,} ({wrong:.1%})"))
+    if "train_accuracy" in facts:
+        out.append(("Training accuracy", f"{facts['train_accuracy']:.1%}"))
+    if facts.get("queries_correct") is not None:
+        out.append(("Query accuracy", f"{facts['queries_correct'] / facts['queries']:.1%}"))
+    return out
+
+
 def _facts(result: AuditResult) -> list[tuple[str, str]]:
     facts = result.facts
     out = [
-        ("Training samples", f"{facts['samples']:,}"),
-        ("Queries", f"{facts['queries']:,}"),
         ("Layers", f"{facts['layers']:,}"),
         ("Numbers per sample", f"{facts['numbers_per_sample']:,}"),
         ("Store", f"{facts['bytes'] / 2**20:,.1f} MiB"),
@@ -137,22 +180,4 @@ def _facts(result: AuditResult) -> list[tuple[str, str]]:
         out.append(("Trained numbers in these layers", f"{facts['covered']:,} of {facts['trained']:,} ({share:.1%})"))
     if "captured" in facts:
         out.append(("Captured", facts["captured"]))
-    if "train_accuracy" in facts:
-        out.append(("Accuracy on the training labels", f"{facts['train_accuracy']:.1%}"))
     return out + [(f"Time for {name}", f"{seconds:.1f} s") for name, seconds in facts["seconds"].items()]
-
-
-def _worst(result: AuditResult) -> list[dict[str, Any]]:
-    scores, loss = result.rankings[result.main], result.baselines["loss"]
-    return [
-        {
-            "place": place,
-            "id": result.ids[i],
-            "label": None if result.labels is None else result.labels[i],
-            "noise": None if result.noise is None else bool(result.noise[i]),
-            "score": f"{float(scores[i]):.4g}",
-            "loss": f"{-float(loss[i]):.3f}",
-            "text": "" if result.texts is None else result.texts[i],
-        }
-        for place, i in enumerate(result.ranking[:_SHOWN].tolist())
-    ]
