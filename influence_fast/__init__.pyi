@@ -36,6 +36,10 @@ from .evaluation.cancellation import cancellation as cancellation
 from .evaluation.comparison import Evaluation as Evaluation
 from .evaluation.comparison import RankingKey as RankingKey
 from .evaluation.comparison import compare as compare
+from .evaluation.counterfactual import LDS as LDS
+from .evaluation.counterfactual import LeftOut as LeftOut
+from .evaluation.counterfactual import lds as lds
+from .evaluation.counterfactual import leave_out as leave_out
 from .evaluation.evaluate import evaluate as evaluate
 from .evaluation.metrics import bootstrap as bootstrap
 from .evaluation.metrics import ndr as ndr
