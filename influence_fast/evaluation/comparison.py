@@ -11,7 +11,17 @@ import pandas as pd
 from torch import Tensor
 
 from influence_fast.errors import InputError
-from influence_fast.evaluation.metrics import checked_scores, ndr, ndr_auc, precision, rank_correlation, roc_auc, wins
+from influence_fast.evaluation.metrics import (
+    checked_scores,
+    interval,
+    ndr,
+    ndr_auc,
+    precision,
+    rank_correlation,
+    roc_auc,
+    smaller,
+    wins,
+)
 
 _Key = TypeVar("_Key", bound=tuple[str, str, str])
 _INTERVALS = ("over_random", "over_loss")
@@ -86,8 +96,9 @@ def compare(
 ) -> Evaluation:
     """Measure rankings ``{(method, group, aggregation): (n,)}`` against known noise; a baseline has two empty strings.
 
-    Intervals are percentile bootstraps that resample noisy and clean samples apart, with the same resamples for every
-    ranking, so that differences are paired. ``accuracy`` gives what retraining without a ranking's lowest share reached.
+    Intervals are bootstraps that resample noisy and clean samples apart (:func:`~influence_fast.bootstrap`), with the same
+    resamples for every ranking, so that differences are paired. ``accuracy`` gives what retraining without a ranking's
+    lowest share reached.
 
     Raises:
         InputError: no ranking; scores or noise of other shapes or not finite; resamples or levels out of range.
@@ -96,28 +107,27 @@ def compare(
         raise InputError("scores: expected at least one ranking")
     if resamples < 1 or not 0 < level < 1:
         raise InputError(f"resamples, level: expected at least 1 and a share below 1, got {resamples!r} and {level!r}")
-    ends = [(1 - level) / 2, (1 + level) / 2]
     rankings = {RankingKey(*key): values for key, values in scores.items()}
     _, bad = checked_scores(next(iter(rankings.values())), noise)
     drawn = _draws(bad, resamples, seed)
     resampled = {key: _resampled_auc(*checked_scores(values, noise), drawn) for key, values in rankings.items()}
-    rivals = {
-        "over_random": (len(bad) + 1) / (2 * len(bad) - bad.sum()),
-        "over_loss": resampled.get(RankingKey("loss")),
-    }
+    n, m, rows_of_fewer = len(bad), int(bad.sum()), smaller(bad)
+    ends = ((m + 1) / 2 / (n - m / 2), (n + 1 - (m + 1) / 2) / (n - m / 2))
+    by_chance, loss = (n + 1) / (2 * n - m), RankingKey("loss")
     rows = []
     for key, values in rankings.items():
         row: dict[str, float] = {}
         for at in levels:
             row[f"ndr@{100 * at:g}"] = ndr(values, noise, at)
             row[f"precision@{100 * at:g}"] = precision(values, noise, at)
-        low, high = np.quantile(resampled[key], ends)
-        row |= {"auc_ndr": ndr_auc(values, noise), "low": float(low), "high": float(high)}
-        row["roc_auc"] = roc_auc(values, noise)
-        for name, rival in rivals.items():
-            if rival is not None:
-                low, high = np.quantile(resampled[key] - rival, ends)
-                row |= {f"{name}_low": float(low), f"{name}_high": float(high)}
+        value = ndr_auc(values, noise)
+        low, high = interval(value, resampled[key], ends, rows_of_fewer, level)
+        row |= {"auc_ndr": value, "low": low, "high": high, "roc_auc": roc_auc(values, noise)}
+        row |= {"over_random_low": low - by_chance, "over_random_high": high - by_chance}
+        if loss in resampled:
+            over = value - ndr_auc(rankings[loss], noise)
+            low, high = interval(over, resampled[key] - resampled[loss], None, rows_of_fewer, level)
+            row |= {"over_loss_low": low, "over_loss_high": high}
         rows.append(row)
     index = pd.MultiIndex.from_tuples(list(rankings), names=RankingKey._fields)
     table = pd.DataFrame(rows, index=index)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from scipy.special import expit, logit
+from scipy.stats import t
 
 import influence_fast as inf
 
@@ -26,8 +28,19 @@ def test_intervals_are_those_of_literal_resamples_and_differences_are_paired() -
     literal = np.array([[inf.ndr_auc(v.repeat_interleave(torch.from_numpy(d)), noise.repeat_interleave(torch.from_numpy(d)))
                          for v in (scores, other)] for d in drawn])  # fmt: skip
     row = found.rows[0]
-    np.testing.assert_allclose([row["low"], row["high"]], np.quantile(literal[:, 0], [0.025, 0.975]))
-    np.testing.assert_allclose(row["over_loss"], np.quantile(literal[:, 0] - literal[:, 1], [0.025, 0.975]))
+    # Student's t with one less than the fewer of noisy and clean; of a single figure on the scale of log-odds.
+    m = int(noise.sum())
+    scale = t.ppf(0.975, m - 1) * np.sqrt(m / (m - 1))
+    worst, best = (inf.ndr_auc(order, noise) for order in (noise.double(), -noise.double()))
+    share = (row["auc_ndr"] - worst) / (best - worst)
+    width = scale * literal[:, 0].std(ddof=1) / (best - worst) / (share * (1 - share))
+    bounds = worst + (best - worst) * expit(logit(share) + width * np.array([-1, 1]))
+    np.testing.assert_allclose([row["low"], row["high"]], bounds)
+    by_chance = 41 / (80 - m)
+    np.testing.assert_allclose(row["over_random"], bounds - by_chance)
+    half = scale * (literal[:, 0] - literal[:, 1]).std(ddof=1)
+    apart = inf.ndr_auc(scores, noise) - inf.ndr_auc(other, noise)
+    np.testing.assert_allclose(row["over_loss"], [apart - half, apart + half])
     np.testing.assert_allclose(
         found.wins[0, 1], np.mean((literal[:, 0] > literal[:, 1]) + 0.5 * (literal[:, 0] == literal[:, 1]))
     )
