@@ -47,10 +47,12 @@ from benchmarks.paper_tasks import (
 )
 from benchmarks.training import causal_model, encoder, load_weights, train_epochs
 from influence_fast import ops
+from influence_fast.attribution.representations import neighbour_count
 from influence_fast.auditing.run import default_layers, groups_of, method_inputs
 from influence_fast.data import label_noise as noises
 from influence_fast.data.samples import Samples
 from influence_fast.evaluation.rankings import aggregated, baselines
+from influence_fast.evaluation.rivals import FOLDS, label_quality, label_rivals, out_of_fold
 
 Scores = dict[tuple[str, str, str], Tensor]
 LOSS = ("loss", "", "")
@@ -80,6 +82,7 @@ _SHARD_ROWS = 1024
 @click.option("--epochs", default=3)
 @click.option("--lr", default=USUAL["lr"])
 @click.option("--arms", default=",".join(ARMS), help="Rankings to retrain after, joined by commas.")
+@click.option("--folds", default=0, help="Models to fine-tune for cleanlab's probabilities out of fold; 0 for none.")
 @click.option("--checkpoints/--no-checkpoints", default=True, help="TracInCP over all epochs.")
 @click.option("--seconds", default=math.inf, help="Stop before a step that would take longer; run again to go on.")
 @click.option("--tables", is_flag=True, help="Make tables and plots of the results there are.")
@@ -205,6 +208,15 @@ def rankings(
     build = inf.BuildSettings(stores[0].layers, inf.Projection("identity"), "classification")
     inputs = method_inputs(model, samples, trusted, stores[0], stores[1], work, build, METHODS)
     scores: Scores = {(name, "", ""): values for name, values in baselines(stores[0], seed).items()}
+    labels = [row["labels"] for row in rows["train"]]
+    states = inputs.passes.hidden_states(inputs.samples, "mean", base=True)
+    every, last = torch.cat(list(states.values()), 1), list(states)[-1]
+    agreement = inf.neighbours({last: states[last]}, labels, neighbour_count(len(labels)))[last][0]
+    probe = inf.probe_estimate(every, labels, every[:1])[0]
+    scores |= {(name, "", ""): values for name, values in label_rivals(labels, agreement, probe).items()}
+    if settings.get("folds"):
+        probabilities = protocol.kept(work / "folds.pt", lambda: folded(rows, work, progress, seed, settings))
+        scores[(FOLDS, "", "")] = label_quality(labels, probabilities)
     yield dict(scores)
 
     def scored(method: str, matrix: Any) -> Scores:
@@ -235,6 +247,22 @@ def rankings(
         cells = [(group, aggregation) for group in groups for aggregation in AGGREGATIONS]
         voters = {cell: torch.stack([scores[(method, *cell)], scores[LOSS]]) for cell in cells}
         yield {(f"{method}+loss", *cell): ops.rank(two.float()).double().mean(0) for cell, two in voters.items()}
+
+
+def folded(
+    rows: dict[str, list[dict[str, Any]]], work: Path, progress: protocol.Progress, seed: int, settings: dict[str, Any]
+) -> Tensor:
+    """Log-probabilities of the training samples by models that were fine-tuned without them, each at its best epoch."""
+    make, fold = lambda: encoder(settings["model"], seed), iter(range(settings["folds"]))
+
+    def predict(learned: Tensor, left: Tensor) -> Tensor:
+        state = train_epochs(make, rows, learned.tolist(), work / f"fit-fold{next(fold)}.pt", progress, seed, settings)
+        best = max(range(len(state["epochs"])), key=lambda epoch: state["epochs"][epoch]["selection"])
+        model = make()
+        load_weights(model, state["weights"][best])
+        return inf.class_log_probabilities(model, [rows["train"][i] for i in left.tolist()], progress=False)
+
+    return out_of_fold(predict, [row["labels"] for row in rows["train"]], settings["folds"], seed)
 
 
 def _stores(

@@ -23,6 +23,7 @@ from influence_fast.attribution.influence_matrix import InfluenceMatrix
 from influence_fast.attribution.method_inputs import CLASSES, AuditInputs, MethodInputs
 from influence_fast.attribution.model_passes import ModelPasses
 from influence_fast.attribution.registry import NEEDS, PROBE_FOLDS, get_method
+from influence_fast.attribution.representations import neighbour_count, neighbours
 from influence_fast.auditing.config import DIGESTS, SELF_CHECK_ROWS, AuditConfig, AuditPlan, RankingPlan
 from influence_fast.auditing.disk import check_disk
 from influence_fast.auditing.findings import label_findings
@@ -38,6 +39,7 @@ from influence_fast.data.samples import Samples, prepare, task_of
 from influence_fast.errors import InputError
 from influence_fast.evaluation.comparison import RankingKey
 from influence_fast.evaluation.rankings import aggregated, baselines
+from influence_fast.evaluation.rivals import label_rivals
 from influence_fast.gradients.build import build_from
 from influence_fast.gradients.default_projection import default_projection
 from influence_fast.gradients.layers import block_of, layer_groups, named_layers, select_layers
@@ -321,6 +323,16 @@ def _score(
     if "correct" in train.columns:
         facts["train_accuracy"] = float(train.column("correct").double().mean())
     groups = {name: list(layers) for name, layers in plan.groups.items()}
+    probe = inputs.kept("probe")
+    if inputs.samples.noise is not None and probe is not None:
+        with _timed(times, "rivals"):
+            states = inputs.passes.hidden_states(inputs.samples, "mean", base=True)
+            labels, last = inputs.labels()[0], list(states)[-1]
+            agreement = neighbours({last: states[last]}, labels, neighbour_count(len(labels)))[last][0]
+            found = label_rivals(labels, agreement, probe[0])
+        rivals = {RankingKey(name): scores for name, scores in found.items()}
+        # Baselines first.
+        rankings = {key: s for key, s in rankings.items() if key.is_baseline} | rivals | rankings
     return AuditResult(list(train.ids), None, None, None, groups, rankings, plan.main, config.document(), facts)
 
 

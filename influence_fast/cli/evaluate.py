@@ -96,6 +96,11 @@ def score(
 @click.option("--methods", default="dot,cosine,datainf", help=f"For the whole table. {methods_help()}")
 @click.option("--aggregations", help="Aggregations of the whole table, such as mean,rank-c,vote-c.")
 @click.option("--fraction", default=0.2, help="Share of the samples that a vote goes against.")
+@click.option(
+    "--rivals",
+    help="Columns of SCORES to show beside as baselines, joined by commas, lowest for the most doubtful sample; by default "
+    "those of an audit (cleanlab, neighbours) where they are there.",
+)
 @verify_option
 @json_option
 def evaluate(
@@ -108,6 +113,7 @@ def evaluate(
     methods: str,
     aggregations: str | None,
     fraction: float,
+    rivals: str | None,
     as_json: bool,
 ) -> None:
     """Noise detection rate and its companions: of a file of scores, or of layer group x method x aggregation.
@@ -122,7 +128,7 @@ def evaluate(
         raise click.UsageError("--train and --queries go together.")
     if train is not None and queries is not None:
         check_methods(names(methods) or [])
-        (noise,) = _numbers(scores, [noise_column])
+        noise, beside = _numbers(scores, [noise_column])[0], _rivals(scores, rivals)
         stores = GradientStore.open(train), GradientStore.open(queries)
         found = whole_table(
             *stores,
@@ -130,6 +136,7 @@ def evaluate(
             methods=names(methods) or [],
             aggregations=names(aggregations),
             fraction=fraction,
+            rivals=beside,
             levels=sorted({0.1, 0.2, 0.3, at}),
         )
         name = f"{100 * at:g}"
@@ -138,10 +145,12 @@ def evaluate(
             "rows": found.rows,
             "wins": found.wins.tolist(),
             "warnings": found.warnings,
+            "winner": found.winner,
             "best": found.best,
         }
 
         def show() -> None:
+            say(found.winner)
             show_evaluation(rows, at)
             show_wins(found)
             for warning in found.warnings:
@@ -150,7 +159,10 @@ def evaluate(
         print_document(document, as_json, show)
         return
     values, noise = _numbers(scores, [score_column, noise_column])
-    (row,) = compare({("scores", "all", ""): values}, noise, levels=[at]).rows
+    cells = {("scores", "all", ""): values}
+    cells |= {(name, "", ""): some for name, some in _rivals(scores, rivals).items()}
+    measured = compare(cells, noise, levels=[at])
+    row, *others = measured.rows
     document = {
         "rows": len(values),
         "noisy": int(noise.sum()),
@@ -161,9 +173,29 @@ def evaluate(
         "roc_auc": row["roc_auc"],
         f"precision@{at:g}": row[f"precision@{100 * at:g}"],
     }
-    print_document(
-        document, as_json, lambda: print_table(["metric", "value"], [[key, value] for key, value in document.items()])
-    )
+    lines = [[key, value] for key, value in document.items()]
+    lines += [[f"auc_ndr of {other['method']}", other["auc_ndr"]] for other in others]
+    if others:
+        document |= {"winner": measured.winner, "rivals": {other["method"]: other["auc_ndr"] for other in others}}
+
+    def show_scores() -> None:
+        if others:
+            say(measured.winner)
+        print_table(["metric", "value"], lines)
+
+    print_document(document, as_json, show_scores)
+
+
+def _rivals(path: Path, given: str | None) -> dict[str, Any]:
+    """Columns that stand beside: those asked for, or the ones that an audit writes, where they are there."""
+    from influence_fast.data.loading import read_table
+    from influence_fast.evaluation.comparison import RIVALS
+
+    columns = names(given)
+    if columns is None:
+        there = read_table("scores", path).columns
+        columns = [name for name in RIVALS if name in there]
+    return dict(zip(columns, _numbers(path, columns), strict=True)) if columns else {}
 
 
 def _numbers(path: Path, columns: list[str]) -> list[Any]:

@@ -27,6 +27,10 @@ _Key = TypeVar("_Key", bound=tuple[str, str, str])
 _INTERVALS = ("over_random", "over_loss")
 
 
+# Baselines that know more than the loss, where there is what they need: ``rivals`` makes them.
+RIVALS = ("cleanlab probe", "cleanlab folds", "neighbours agree")
+
+
 class RankingKey(NamedTuple):
     """The key of a ranking: method, layer group, aggregation. A baseline has a name alone."""
 
@@ -77,6 +81,21 @@ class Evaluation:
             }
             out.append({**key._asdict(), **{str(name): value for name, value in row.items()}, **pairs})
         return out
+
+    @property
+    def winner(self) -> str:
+        """Which ranking has the highest AUC_NDR, baselines among them, and how it stands to the best of the other kind."""
+        rows = self.rows
+        by_kind = [[i for i, row in enumerate(rows) if bool(row["group"]) is kind] for kind in (True, False)]
+        best = [max(some, key=lambda i: rows[i]["auc_ndr"]) for some in by_kind if some]
+        first, *second = sorted(best, key=lambda i: -rows[i]["auc_ndr"])
+        name, value = str(self.keys[first]), rows[first]["auc_ndr"]
+        if not second:
+            return f"{name} has the highest AUC_NDR, {value:.3f}."
+        kind = "the best baseline" if rows[first]["group"] else "the best influence ranking"
+        other = f"{self.keys[second[0]]} ({rows[second[0]]['auc_ndr']:.3f})"
+        share = float(self.wins[first, second[0]])
+        return f"{name} has the highest AUC_NDR, {value:.3f}: above {kind}, {other}, in {share:.0%} of resamples."
 
     @property
     def best(self) -> dict[str, Any]:

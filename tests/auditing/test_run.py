@@ -18,6 +18,7 @@ from influence_fast.auditing.run import default_layers, method_inputs
 from influence_fast.data.label_noise import uniform
 from influence_fast.data.models import load_model
 from influence_fast.data.samples import Samples
+from influence_fast.evaluation.rivals import has_cleanlab
 
 IDENTITY = inf.Projection("identity")
 
@@ -71,7 +72,8 @@ def test_audit_writes_scores_report_and_config(folder: Path, tmp_path: Path) -> 
     assert code == 0, err
     document = json.loads(out)
     assert {row["method"] for row in document["evaluation"]} == {
-        "random", "loss", "self-influence", "dot", "cosine", "datainf", "pool",
+        "random", "loss", "self-influence", "dot", "cosine", "datainf", "pool", "neighbours agree",
+        *(["cleanlab probe"] if has_cleanlab() else []),
     }  # fmt: skip
     rows = read_csv(tmp_path / "a" / "scores.csv")
     assert len(rows) == 20
@@ -81,6 +83,7 @@ def test_audit_writes_scores_report_and_config(folder: Path, tmp_path: Path) -> 
     assert [row["text"] for row in rows] == [row["text"] for row in sentences(20, 1)]
     assert {
         "id",
+        "neighbours agree",
         "label",
         "noise",
         "loss",

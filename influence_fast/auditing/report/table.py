@@ -9,6 +9,7 @@ import torch
 
 from influence_fast._csv import as_text
 from influence_fast.auditing.result import AuditResult
+from influence_fast.evaluation.comparison import RIVALS
 
 _PREFERRED = ("rank-c", "rank", "mean")
 
@@ -42,6 +43,9 @@ def scores_csv(result: AuditResult) -> str:
     baselines = result.baselines
     columns["loss"] = lambda i: float(-baselines["loss"][i])
     columns["self_influence"] = lambda i: float(-baselines["self-influence"][i])
+    for name, rival in baselines.items():
+        if name in RIVALS:
+            columns[name] = lambda i, rival=rival: float(rival[i])  # type: ignore[misc]
     method, aggregation = _by_group(result)
     for key, values in result.rankings.items():
         if (key.method, key.aggregation) == (method, aggregation):
