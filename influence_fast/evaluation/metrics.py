@@ -104,18 +104,16 @@ def interval(
 ) -> tuple[float, float]:
     """Interval of a figure from its spread over resamples, by Student's t with ``rows - 1`` degrees of freedom.
 
-    A bootstrap of k rows understates the spread by ``sqrt((k - 1) / k)``: ``rows``, the fewer of noisy and clean, are what
-    limits it. Between ``ends``, the lowest and highest possible value, it is symmetric on the scale of log-odds, so that it
-    stays inside and follows the skew near an end. Where a figure is at an end and no resample differs, the
-    other bound is binomial, that of ``rows`` successes in as many trials. Percentiles of the resamples were tried first:
-    they held the truth in 0.88 to 0.95 of draws where these do in 0.95.
+    A bootstrap understates the spread of few rows: ``rows``, the fewer of noisy and clean, are what limits it. Between
+    ``ends``, the lowest and highest possible value, the interval is symmetric on the scale of log-odds, so that it stays
+    inside and follows the skew near an end. Where a figure is at an end and no resample differs, the other bound is
+    binomial, that of ``rows`` successes in as many trials. Percentiles of the resamples were tried first:
+    ``python -m benchmarks.coverage`` shows how often they hold the truth, and how often these do.
     """
     from scipy.special import expit, stdtrit
 
     quantile = float(stdtrit(max(rows - 1, 1), (1 + level) / 2))
-    half = (
-        quantile * float(np.std(resampled, ddof=1)) * math.sqrt(rows / max(rows - 1, 1)) if len(resampled) > 1 else 0.0
-    )
+    half = quantile * float(np.std(resampled, ddof=1)) * _widening(rows) if len(resampled) > 1 else 0.0
     if ends is None or not ends[0] <= value <= ends[1] or ends[0] == ends[1]:
         return value - half, value + half
     low, high = ends
@@ -127,6 +125,13 @@ def interval(
     share = min(max(share, 0.5 / rows**2), 1 - 0.5 / rows**2)
     odds, width = math.log(share / (1 - share)), half / (high - low) / (share * (1 - share))
     return low + (high - low) * float(expit(odds - width)), low + (high - low) * float(expit(odds + width))
+
+
+def _widening(rows: int) -> float:
+    """What the spread over resamples is multiplied by: the bootstrap's own shortfall, and 5 rows more, without which
+    intervals of AUC_NDR near 1 held the truth in 0.92 to 0.94 of 2,000 draws.
+    """
+    return math.sqrt((rows + 5) / max(rows - 1, 1))
 
 
 def smaller(bad: np.ndarray) -> int:

@@ -28,9 +28,9 @@ def test_intervals_are_those_of_literal_resamples_and_differences_are_paired() -
     literal = np.array([[inf.ndr_auc(v.repeat_interleave(torch.from_numpy(d)), noise.repeat_interleave(torch.from_numpy(d)))
                          for v in (scores, other)] for d in drawn])  # fmt: skip
     row = found.rows[0]
-    # Student's t with one less than the fewer of noisy and clean; of a single figure on the scale of log-odds.
+    # Student's t with one less than the fewer of noisy and clean, a little wider; of one figure on the scale of log-odds.
     m = int(noise.sum())
-    scale = t.ppf(0.975, m - 1) * np.sqrt(m / (m - 1))
+    scale = t.ppf(0.975, m - 1) * np.sqrt((m + 5) / (m - 1))
     worst, best = (inf.ndr_auc(order, noise) for order in (noise.double(), -noise.double()))
     share = (row["auc_ndr"] - worst) / (best - worst)
     width = scale * literal[:, 0].std(ddof=1) / (best - worst) / (share * (1 - share))
