@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -56,11 +57,9 @@ def findings(result: AuditResult, evaluation: list[dict[str, Any]]) -> list[str]
     else:
         out.append("No column says which samples are bad, so the quality of the ranking is not measured here.")
     if "wrong_labels" in facts:
-        share = facts["wrong_labels"]
-        out.append(
-            f"By the pool's estimate {share:.1%} of the labels are wrong, about {round(share * len(result.ids))}. "
-            "Labels that the model has learned by heart look right to it, so there may be more."
-        )
+        out.append(_wrong_labels(facts["wrong_labels"], len(result.ids)))
+    if "not_calibrated" in facts:
+        out.append(f"No label has a calibrated probability of being wrong: {facts['not_calibrated']}.")
     if result.main.method == "pool" and "pool_weights" in facts:
         weights = ", ".join(f"{name} {weight:.2f}" for name, weight in facts["pool_weights"].items())
         out.append(
@@ -77,6 +76,23 @@ def findings(result: AuditResult, evaluation: list[dict[str, Any]]) -> list[str]
     if "self_check" in facts:
         out += sentences(facts["self_check"])
     return out
+
+
+def _wrong_labels(found: Any, samples: int) -> str:
+    """The estimate for the whole set, from a share alone or with its interval and what it was calibrated on."""
+    if not isinstance(found, Mapping):
+        return (
+            f"By the pool's estimate {found:.1%} of the labels are wrong, about {round(found * samples)}. "
+            "Labels that the model has learned by heart look right to it, so there may be more."
+        )
+    text = f"About {round(found['estimate']):,} of {samples:,} labels are wrong"
+    if found.get("low") is not None and found.get("high") is not None:
+        text += f", {round(found['low']):,} to {round(found['high']):,}"
+    if found.get("calibrated_on"):
+        return f"{text}; calibrated on {found['calibrated_on']}."
+    return (
+        f"{text}. There was nothing to calibrate this on: labels that the model has learned by heart look right to it."
+    )
 
 
 def _measured(result: AuditResult, evaluation: list[dict[str, Any]]) -> list[str]:
