@@ -74,6 +74,8 @@ def demo(out: Path, samples: int, seed: int, as_json: bool) -> None:
 )
 @click.option("--checkpoints", help="Folders of the model at other times of its training, for --self-check.")
 @click.option("--max-disk", default="20GB", help="Most that the audit may write; beyond it a terminal is asked.")
+@click.option("--evidence", default=2000, help="How many of the most harmful rows get evidence.")
+@click.option("--query-group", help="Column of the queries with their group, to find rows that hurt one group alone.")
 @click.option("--dry-run", is_flag=True, help="Say what the audit would take in time and disk; write nothing.")
 @click.option("--config", type=click.Path(path_type=Path), help="Replay this config.json; other options are ignored.")
 @verify_option
@@ -172,7 +174,7 @@ def _replayed(path: Path) -> dict[str, Any]:
 def _print_audit(result: Any, out: Path, as_json: bool) -> None:
     from influence_fast.auditing.report.page import findings
 
-    files = {name: str(out / name) for name in ("scores.csv", "report.html", "config.json")}
+    files = {name: str(out / name) for name in ("scores.csv", "findings.jsonl", "report.html", "config.json")}
     evaluation = result.evaluate() if result.noise is not None else []
     document = {"facts": result.facts, "main": result.main, "evaluation": evaluation, "files": files}
 
