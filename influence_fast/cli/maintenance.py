@@ -60,9 +60,13 @@ def _within(path: Path) -> Iterator[tuple[str, Path]]:
     kinds = {"manifest.json": "store", "index.json": "index", "partial.safetensors": "checkpoint"}
     if path.is_file() and path.name in kinds:
         path = path.parent
-    found = [
-        (kinds[name], Path(folder)) for folder, _, files in sorted(os.walk(path)) for name in kinds if name in files
-    ]
+    found = []
+    for folder, inner, files in os.walk(path):
+        inner.sort()
+        if "manifest.json" in files:
+            # Segments are parts of their store.
+            inner[:] = [name for name in inner if not name.startswith(("segment-", "compacted-"))]
+        found += [(kinds[name], Path(folder)) for name in kinds if name in files]
     if not found:
         raise InputError(f"path: {path} holds no store, index or checkpoint")
     yield from found
@@ -70,7 +74,7 @@ def _within(path: Path) -> Iterator[tuple[str, Path]]:
 
 def _damage(kind: str, path: Path) -> Iterator[StoreError]:
     from influence_fast.attribution import aggregation
-    from influence_fast.gradients import store
+    from influence_fast.gradients import store_reader
     from influence_fast.search import index_files
 
-    yield from {"store": store, "index": index_files, "checkpoint": aggregation}[kind].find_damage(path)
+    yield from {"store": store_reader, "index": index_files, "checkpoint": aggregation}[kind].find_damage(path)

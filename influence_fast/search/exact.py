@@ -33,7 +33,7 @@ from torch import Tensor
 
 from influence_fast._files import atomic_path
 from influence_fast.errors import BackendError, InputError, StoreError
-from influence_fast.gradients.store import GradientStore
+from influence_fast.gradients.store_reader import StoreReader
 from influence_fast.search.index_files import IndexFolder, describe
 
 try:
@@ -74,7 +74,7 @@ def parts_of(dims: dict[str, int]) -> tuple[list[Part], int]:
 class Rows:
     """The exact rows: stores of the same layers, one behind the other; ``rows`` picks a range of the first store."""
 
-    def __init__(self, stores: Sequence[tuple[GradientStore, range]], layers: Sequence[str]) -> None:
+    def __init__(self, stores: Sequence[tuple[StoreReader, range]], layers: Sequence[str]) -> None:
         self.stores = list(stores)
         self.layers = list(layers)
         self.dims = {name: self.stores[0][0].dims[name] for name in layers}

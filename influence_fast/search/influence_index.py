@@ -30,7 +30,8 @@ from influence_fast._memory import parse_memory
 from influence_fast.attribution.gradient_source import Gradients, GradientSource, chosen_layers
 from influence_fast.errors import BackendError, InfluenceError, InputError, StoreError
 from influence_fast.gradients.differences import other_space, recorded_identity
-from influence_fast.gradients.store import GradientStore, verifying
+from influence_fast.gradients.store import GradientStore
+from influence_fast.gradients.store_records import verifying
 from influence_fast.search.exact import Rows, Scan, parts_of, rescore
 from influence_fast.search.index_files import IndexFolder, check_files, read_document, writing
 from influence_fast.search.norm_partitions import (

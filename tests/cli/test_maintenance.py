@@ -10,7 +10,7 @@ from audits import run
 from stores import gradients, write_store
 
 import influence_fast as inf
-from influence_fast.gradients.store import verifying
+from influence_fast.gradients.store_records import verifying
 
 FIXTURES = Path(__file__).parent.parent / "fixtures" / "store-0.1" / "float32"
 

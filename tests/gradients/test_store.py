@@ -184,7 +184,7 @@ def test_what_a_store_claims_is_held_against_its_files(tmp_path: Path, gradients
     import tracemalloc
 
     from influence_fast import _records as records
-    from influence_fast.gradients.store import fingerprint
+    from influence_fast.gradients.store_records import fingerprint
 
     write_store(tmp_path, gradients)
     manifest = records.unseal("m", (tmp_path / "manifest.json").read_bytes())
@@ -222,8 +222,8 @@ def test_a_store_that_needs_a_later_version(tmp_path: Path, gradients: dict[str,
 
     write_store(tmp_path, gradients)
     manifest = records.unseal("m", (tmp_path / "manifest.json").read_bytes())
-    (tmp_path / "manifest.json").write_bytes(records.seal({**manifest, "requires": ["tombstones"]}))
-    with pytest.raises(inf.StoreError, match="needs a later version of this library, which knows 'tombstones'"):
+    (tmp_path / "manifest.json").write_bytes(records.seal({**manifest, "requires": ["factors"]}))
+    with pytest.raises(inf.StoreError, match="needs a later version of this library, which knows 'factors'"):
         inf.GradientStore.open(tmp_path)
     (tmp_path / "manifest.json").write_bytes(records.seal({**manifest, "later": 1}))
     with pytest.raises(inf.StoreError, match=r"belongs to another store|does not follow"):

@@ -223,7 +223,7 @@ def work(folder: Path, seed: int, first: int, count: int, checked: bool) -> None
     import torch
 
     from influence_fast.errors import InfluenceError
-    from influence_fast.gradients.store import unverified
+    from influence_fast.gradients.store_records import unverified
 
     torch.set_num_threads(1)
     whole = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
