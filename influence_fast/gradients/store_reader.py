@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
@@ -138,7 +139,7 @@ class StoreReader:
             if file is not None:
                 file.check_size()
 
-    @property
+    @cached_property
     def with_deleted(self) -> Self:
         """The same store with every row that is written, deleted ones among them: rows as the shards number them."""
         if self.state.live is None:
@@ -175,6 +176,18 @@ class StoreReader:
     def digest(self) -> str:
         """SHA-256 over the hashes of the shards and what is deleted: tells stores apart without reading them."""
         return self.state.digest
+
+    def digest_of(self, rows: int) -> str | None:
+        """:attr:`digest` of the store when it had so many rows, deleted ones counted; None where no shard ended there."""
+        if self.state.live is not None or rows not in self.firsts:
+            return None
+        lines = self.meta["shards"][: int(np.searchsorted(self.firsts, rows))]
+        return hashlib.sha256("".join(line["sha256"] for line in lines).encode()).hexdigest()
+
+    @property
+    def numbered(self) -> bool:
+        """Whether the ids of all rows are numbers."""
+        return all(part.numbered for part in self.state.parts)
 
     def shard_of(self, row: int) -> Path:
         """The file that holds a row."""

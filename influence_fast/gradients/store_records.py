@@ -257,6 +257,14 @@ class Part:
         """Rows that are written."""
         return sum(line["rows"] for line in self.lines)
 
+    @property
+    def numbered(self) -> bool:
+        """Whether all ids are numbers."""
+        about = self.manifest["ids"]
+        if self.manifest["version"] == 1:
+            return about is None or all(type(name) is int for name in about)
+        return about is None or about["type"] == "int64"
+
     def shard(self, line: Mapping[str, Any], verify: bool) -> Shard:
         """One of the shards, whose rows are numbered as those of the store."""
         path, size = records.inside(self.folder, line["file"]), line["bytes"]

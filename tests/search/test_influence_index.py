@@ -80,6 +80,6 @@ def test_recall_is_measured_and_can_fail(
 
 def test_the_factory_that_a_store_would_get(store: inf.GradientStore, monkeypatch: pytest.MonkeyPatch) -> None:
     assert inf.InfluenceIndex.choose_factory(store) == "Flat"
-    monkeypatch.setattr("influence_fast.search.influence_index._SLOW_SCAN", 0)
+    monkeypatch.setattr("influence_fast.search.norm_partitions._SLOW_SCAN", 0)
     assert inf.InfluenceIndex.choose_factory(store).startswith("IVF")
     assert inf.InfluenceIndex.choose_factory(store, recall=1) == "Flat"
