@@ -199,7 +199,7 @@ def append_store(
         dataset = cast(Any, dataset).to_dict("records")
     elif not hasattr(dataset, "__len__"):
         dataset = list(dataset)
-    given = ids is not None and ids != range(len(dataset))
+    given = ids is not None and any(name != row for row, name in enumerate(ids))
     names = ids if given else processes.agree(lambda: _following(folder, len(dataset)))
     facts: dict[str, Any] = {}
     if verify:

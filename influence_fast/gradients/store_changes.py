@@ -21,7 +21,14 @@ from influence_fast._files import atomic_write, remove_leftovers
 from influence_fast.errors import InputError, StoreError
 from influence_fast.gradients import row_ids
 from influence_fast.gradients.store_format import JOURNAL, MANIFEST
-from influence_fast.gradients.store_records import SEGMENT, TOMBSTONES, State, fingerprint, read_manifest, tombstones
+from influence_fast.gradients.store_records import (
+    SEGMENT,
+    TOMBSTONES,
+    State,
+    fingerprint,
+    read_manifest,
+    tombstone_bytes,
+)
 
 _OWN = re.compile(rf"shard-\d+\.safetensors|{re.escape(JOURNAL)}|{re.escape(row_ids.FILE)}")
 
@@ -51,7 +58,7 @@ def delete_rows(
         raise InputError(f"ids: no row of {folder} would be left; remove the folder instead")
     if len(live) == len(before):
         return 0, state.manifest
-    data, about = tombstones(live, state.written)
+    data, about = tombstone_bytes(live, state.written)
     last = state.manifest.get("tombstones", {}).get("file", "deleted-00000.bin")
     file = f"deleted-{int(last[8:-4]) + 1:05d}.bin"
     atomic_write(folder / file, data)
@@ -108,9 +115,9 @@ def clear(folder: Path, manifest: Mapping[str, Any]) -> None:
     remove_leftovers(folder)
     kept = {entry["folder"] for entry in _segments(manifest)}
     kept |= {f"{kind}-{manifest.get('next', 1):05d}" for kind in ("segment", "compacted")}
-    kept.add(manifest.get("tombstones", {}).get("file", ""))
+    tombstones = manifest.get("tombstones", {}).get("file")
     for path in folder.iterdir():
-        if path.name in kept or path.is_symlink():
+        if path.name in kept or path.name == tombstones or path.is_symlink():
             continue
         if re.fullmatch(SEGMENT, path.name):
             _remove(path)

@@ -435,7 +435,7 @@ def _live(folder: Path, manifest: Mapping[str, Any], rows: int, verify: bool) ->
     return np.flatnonzero(live)
 
 
-def tombstones(live: np.ndarray, rows: int) -> tuple[bytes, dict[str, Any]]:
+def tombstone_bytes(live: np.ndarray, rows: int) -> tuple[bytes, dict[str, Any]]:
     """The bytes of a file that leaves the rows ``live`` of ``rows``, and what a manifest says of it beside its name."""
     bits = np.ones(rows, np.uint8)
     bits[live] = 0

@@ -251,11 +251,38 @@ class InfluenceIndex:
         rows = Rows([*given[:place], (store, covered), *given[place + 1 :]], self.layers)
         if rows.count > self._rows.count and place < len(given) - 1:
             raise InputError(f"store: only the last store of an index can grow, {given[-1][0].path}; build it again")
+        if rows.count == self._rows.count:
+            # Deleted rows are left out by the store, whatever the index holds.
+            self._rows = rows
+            return
         with nullcontext() if path is None else writing(path) as folder:
             self._take_in(rows, self._rows.count, folder)
             self._written[place] = len(now)
             if folder is not None:
                 self._publish(folder)
+
+    @classmethod
+    def updated(cls, path: str | os.PathLike[str], store: GradientStore) -> InfluenceIndex:
+        """Bring the index in a folder up to date with its store, as :meth:`update` does; what is there if nothing changed.
+
+        An index whose store was compacted since, which does not load, is built anew, of the same kind.
+
+        Raises:
+            InputError, StoreError: as of :meth:`load` and :meth:`update`.
+        """
+        document = read_document(Path(path))
+        entries = document["stores"]
+        if len(entries) == 1 and store.with_deleted.digest_of(entries[0].get("written", -1)) != entries[0]["digest"]:
+            begin, end = entries[0]["rows"]
+            if (begin, end) != (0, entries[0].get("written", end)):
+                raise InputError(f"store: was compacted, and {path} is an index of a part of it; build it again")
+            for key in ("model", "projection"):
+                if store.meta[key] != document[key]:
+                    raise StoreError(f"store: another {key} than the index ({store.meta[key]}, {document[key]})")
+            return cls.build(store, document["factory"], document["metric"], document["layers"], path=path)
+        index = cls.load(path, store if len(entries) == 1 else None)
+        index.update(store, path)
+        return index
 
     def _check_space(self, store: StoreReader) -> None:
         for key in ("model", "projection"):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from stores import write_store, writer
+from stores import append, write_store, writer
 from torch import Tensor
 
 import influence_fast as inf
@@ -56,6 +56,16 @@ def test_the_reader_in_the_documentation(tmp_path: Path, gradients: dict[str, Te
         store = write_store(tmp_path / dtype, gradients, dtype=dtype)
         got = torch.from_numpy(names["read_store"](tmp_path / dtype, "c")).float()
         assert torch.equal(got, store.read("c"))
+        append(tmp_path / dtype, gradients, range(10, 20), dtype=dtype)
+        store = inf.GradientStore.open(tmp_path / dtype)
+        store.delete([1, 12])
+        append(tmp_path / dtype, gradients, range(20, 30), dtype=dtype)
+        for compacted in (False, True):
+            store = inf.GradientStore.open(tmp_path / dtype)
+            if compacted:
+                store.compact()
+            assert len(store) == 28
+            assert torch.equal(torch.from_numpy(names["read_store"](tmp_path / dtype, "c")).float(), store.read("c"))
 
 
 def test_reads(tmp_path: Path, gradients: dict[str, Tensor]) -> None:
