@@ -63,12 +63,12 @@ class GradientStore(StoreReader):
                 store = GradientStore(self.path, state, self._verify)
                 folder = f"compacted-{state.manifest.get('next', 1):05d}"
                 drop_other(self.path / folder, store.digest)
-                with StoreWriter.create(self.path / folder, **store.described()) as writer:
+                with StoreWriter.create(self.path / folder, **store._described()) as writer:
                     copy_rows(writer, store.shards, store.firsts, state.live)
                 clear(self.path, replace_by(self.path, state.manifest, folder))
         self._reopen()
 
-    def described(self) -> dict[str, Any]:
+    def _described(self) -> dict[str, Any]:
         """Arguments of a writer that copies the rows that are there."""
         manifest, live = self.state.manifest, self.state.live
         settings = {**manifest.get("settings", {}), "data": self.digest, "built": self.state.built}

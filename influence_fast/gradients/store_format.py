@@ -86,11 +86,11 @@ deleted rows out: they count neither in ``rows`` that it reports nor in the orde
 their numbers within their part.
 
 *Appending* writes ``segment-N`` as any store is built, then the manifest that names it. *Deleting* writes a file of
-tombstones, then the manifest that names it; gradients, names and the file before stay on disk until the manifest is
-replaced. *Compacting* copies the rows that are left, bit by bit, into ``compacted-N``, replaces the manifest by that store's
-with ``segments`` naming it alone, and then removes the files of before: what is known of single rows in ``facts`` goes
-too. What no manifest names was left by a process that was killed, and is removed by the next change; ``segment-N`` and
-``compacted-N`` of the next number stay to be finished.
+tombstones, then the manifest that names it; gradients and names stay on disk until the store is compacted. *Compacting*
+copies the rows that are left, bit by bit, into ``compacted-N``, replaces the manifest by that store's with ``segments``
+naming it alone, and then removes the files of before: what is known of single rows in ``facts`` goes too. What no manifest
+names was left by a process that was killed, and is removed by the next change; ``segment-N`` and ``compacted-N`` of the
+next number stay to be finished.
 
 A reader that checks what it reads, in plain NumPy::
 

@@ -40,7 +40,7 @@ def merge_stores(stores: Sequence[GradientStore], path: str | os.PathLike[str], 
     target = Path(path).resolve()
     if any(store.path.resolve() == target for store in stores):
         raise InputError(f"path: {target} is one of the stores; choose a new folder")
-    told = first.described()
+    told = first._described()
     told["settings"]["data"] = hashlib.sha256("".join(store.digest for store in stores).encode()).hexdigest()
     told["settings"]["built"] = sum(len(store) for store in stores)
     told["facts"] = {key: value for key, value in told["facts"].items() if key not in ("probe", "verified")}

@@ -139,6 +139,16 @@ class StoreReader:
             if file is not None:
                 file.check_size()
 
+    def check_shards(self) -> None:
+        """Check every byte of the shards by their blocks, unless the store was opened without, and their headers."""
+        for shard in self.shards:
+            shard.check_all()
+
+    def check_ids(self) -> None:
+        """Check the names of the rows."""
+        for part in self.state.parts:
+            part.check_ids(self._verify)
+
     @cached_property
     def with_deleted(self) -> Self:
         """The same store with every row that is written, deleted ones among them: rows as the shards number them."""
