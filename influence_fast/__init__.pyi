@@ -47,6 +47,7 @@ from .evaluation.metrics import roc_auc as roc_auc
 from .evaluation.metrics import wins as wins
 from .evaluation.retraining import Retrained as Retrained
 from .evaluation.retraining import filter_and_retrain as filter_and_retrain
+from .evaluation.scores import read_scores as read_scores
 from .gradients.build import append_store as append_store
 from .gradients.build import build_store as build_store
 from .gradients.capture import GradientCapture as GradientCapture

@@ -57,6 +57,11 @@ class GradientSource:
             return None
         return self.store.column("correct").bool()
 
+    @property
+    def ids(self) -> Sequence[int | str]:
+        """Names of the rows, their numbers in memory."""
+        return self.store.ids if self.store is not None else range(self.rows)
+
     def dim(self, name: str) -> int:
         return self.store.dims[name] if self.store is not None else self.memory[name].shape[1]
 

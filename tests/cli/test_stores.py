@@ -37,6 +37,12 @@ def test_build_index_search_score_evaluate(folder: Path, tmp_path: Path) -> None
     )  # fmt: skip
     assert code == 0
     rows = read_csv(tmp_path / "scores.csv")
+    code, _, err = run(
+        "score", "--train", stores["train"], "--queries", stores["queries"], "--aggregation", "vote",
+        "--out", tmp_path / "scores.parquet",
+    )  # fmt: skip
+    assert code == 0, err
+    assert inf.read_scores(tmp_path / "scores.parquet").equals(inf.read_scores(tmp_path / "scores.csv"))
     with open(tmp_path / "noisy.csv", "w") as file:
         file.write("score,noise\n" + "".join(f"{row['score']},{i % 4 == 0}\n" for i, row in enumerate(rows)))
     code, out, err = run("evaluate", tmp_path / "noisy.csv", "--json")
