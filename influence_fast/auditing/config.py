@@ -11,7 +11,7 @@ from torch import nn
 
 from influence_fast._json import check_types
 from influence_fast._memory import parse_memory
-from influence_fast.attribution.aggregation import METHODS as AGGREGATIONS
+from influence_fast.attribution.aggregation_names import METHODS as AGGREGATIONS
 from influence_fast.attribution.registry import method_names
 from influence_fast.data.batching import Loss
 from influence_fast.data.samples import Samples

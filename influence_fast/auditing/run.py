@@ -17,6 +17,7 @@ from typing import Any
 from torch import nn
 
 from influence_fast._files import atomic_write, locked, remove_leftovers
+from influence_fast.attribution.aggregation import aggregated
 from influence_fast.attribution.influence_matrix import METHODS as INNER_PRODUCTS
 from influence_fast.attribution.influence_matrix import InfluenceMatrix
 from influence_fast.attribution.method_inputs import AuditInputs, MethodInputs
@@ -37,7 +38,7 @@ from influence_fast.data.models import load_model
 from influence_fast.data.samples import Samples, prepare, task_of
 from influence_fast.errors import InputError
 from influence_fast.evaluation.comparison import RankingKey
-from influence_fast.evaluation.rankings import aggregated, baselines
+from influence_fast.evaluation.rankings import baselines
 from influence_fast.gradients.build import build_from
 from influence_fast.gradients.default_projection import default_projection
 from influence_fast.gradients.layers import block_of, layer_groups, named_layers, select_layers

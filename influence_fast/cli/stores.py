@@ -39,22 +39,40 @@ from influence_fast.errors import InputError
 @model_options
 @click.option("--strict", is_flag=True, help="Refuse where a layer needs a slower way to be captured rightly.")
 @click.option("--dry-run", is_flag=True, help="Run a few batches and say what the build would take; write nothing.")
+@click.option("--append", is_flag=True, help="Add the rows behind those of the store, with its layers and projection.")
 @verify_option
 @json_option
-def build(model: str, data: tuple[str, ...], out: Path, dry_run: bool, as_json: bool, **options: Any) -> None:
+def build(
+    model: str, data: tuple[str, ...], out: Path, dry_run: bool, append: bool, as_json: bool, **options: Any
+) -> None:
     """Write per-sample gradients of a data set to a store; goes on where it stopped.
 
     Runs on the GPU if there is one. Several processes share the work, on folders that all of them see:
     torchrun --nproc-per-node 2 -m influence_fast build ...
     """
     from influence_fast import _distributed as processes
-    from influence_fast.gradients.build import build_store
+    from influence_fast.gradients.build import append_store, build_store
     from influence_fast.gradients.default_projection import default_projection
     from influence_fast.gradients.estimate import estimate_build
     from influence_fast.gradients.layers import default_layers, select_layers
 
+    if append:
+        _check_append(dry_run)
     network, samples, settings, tokenizer = read_samples("data", data, model, options)
     options |= {"truncate": settings.truncate, "loss": chosen_loss(options, samples.task)}
+    if append:
+        with processes.joined() as device:
+            rank, _ = processes.here()
+            network.to(device)
+            given = {name: options[name] for name in ("loss", "strict")}
+            tokens = token_count(options["batch_tokens"])
+            names = samples.ids
+            store = append_store(
+                out, network, samples.rows, ids=names, tokenizer=tokenizer, batch_tokens=tokens, **given
+            )
+        if rank == 0:
+            _show_store(store, out, as_json)
+        return
     options["layers"] = select_layers(network, options["layers"] or default_layers(network))
     if options["projection"] == "auto":
         options["projection"] = default_projection(network, options["layers"])
@@ -70,9 +88,24 @@ def build(model: str, data: tuple[str, ...], out: Path, dry_run: bool, as_json: 
             return
         store = build_store(out, network, samples.rows, ids=samples.ids, tokenizer=tokenizer, **options)
     if rank == 0:
-        size = sum(shard["bytes"] for shard in store.meta["shards"])
-        document = {"path": str(out), "rows": len(store), "layers": store.layers, "dims": store.dims, "bytes": size}
-        print_document(document, as_json, lambda: say(f"{store}\n{size / 2**20:.1f} MiB in {out}"))
+        _show_store(store, out, as_json)
+
+
+def _show_store(store: Any, out: Path, as_json: bool) -> None:
+    size = sum(shard["bytes"] for shard in store.meta["shards"])
+    document = {"path": str(out), "rows": len(store), "layers": store.layers, "dims": store.dims, "bytes": size}
+    print_document(document, as_json, lambda: say(f"{store}\n{size / 2**20:.1f} MiB in {out}"))
+
+
+def _check_append(dry_run: bool) -> None:
+    """UsageError for what a store has settled."""
+    context = click.get_current_context()
+    own = ("layers", "projection", "dtype", "precision", "truncate")
+    given = [
+        f"--{name}" for name in own if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
+    ]
+    if given or dry_run:
+        raise click.UsageError(f"{given[0] if given else '--dry-run'}: not with --append, the store has settled that.")
 
 
 def _show_estimate(found: Any, world: int) -> None:
@@ -97,6 +130,7 @@ def _show_estimate(found: Any, world: int) -> None:
 @click.option("--recall", default=0.95, help="Share of the best 10 that an approximate index is to find.")
 @click.option("--memory", help="Memory that the index may take, such as 512MiB.")
 @click.option("--rows", help="Rows to index, such as 0:500000, for one of several machines.")
+@click.option("--update", is_flag=True, help="Bring the index that is there up to date with its store.")
 @verify_option
 @json_option
 def index(
@@ -108,9 +142,10 @@ def index(
     recall: float,
     memory: str | None,
     rows: str | None,
+    update: bool,
     as_json: bool,
 ) -> None:
-    """Build an index over a store: exact, or by FAISS."""
+    """Build an index over a store: exact, or by FAISS; with --update, follow rows that were appended or deleted."""
     from influence_fast.gradients.store import GradientStore
     from influence_fast.search.influence_index import InfluenceIndex
 
@@ -121,14 +156,17 @@ def index(
         if len(ends) != 2 or not all(end.isdigit() for end in ends):
             raise InputError(f"rows: expected a range such as 0:500000, got {rows!r}")
         share = range(int(ends[0]), int(ends[1]))
-    built = InfluenceIndex.build(
-        opened, factory, metric, names(layers), recall=recall, memory=memory, rows=share, path=out
-    )
+    if update:
+        built = InfluenceIndex.updated(out, opened)
+    else:
+        built = InfluenceIndex.build(
+            opened, factory, metric, names(layers), recall=recall, memory=memory, rows=share, path=out
+        )
     size = sum(file.stat().st_size for file in out.iterdir())
     document = {
         "path": str(out),
         "factory": built.factory,
-        "metric": metric,
+        "metric": built.metric,
         "rows": len(built),
         "recall": built.recall,
         "bytes": size,

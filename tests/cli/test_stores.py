@@ -37,6 +37,12 @@ def test_build_index_search_score_evaluate(folder: Path, tmp_path: Path) -> None
     )  # fmt: skip
     assert code == 0
     rows = read_csv(tmp_path / "scores.csv")
+    code, _, err = run(
+        "score", "--train", stores["train"], "--queries", stores["queries"], "--aggregation", "vote",
+        "--out", tmp_path / "scores.parquet",
+    )  # fmt: skip
+    assert code == 0, err
+    assert inf.read_scores(tmp_path / "scores.parquet").equals(inf.read_scores(tmp_path / "scores.csv"))
     with open(tmp_path / "noisy.csv", "w") as file:
         file.write("score,noise\n" + "".join(f"{row['score']},{i % 4 == 0}\n" for i, row in enumerate(rows)))
     code, out, err = run("evaluate", tmp_path / "noisy.csv", "--json")
@@ -58,3 +64,18 @@ def test_a_text_is_searched_by_the_model_and_tokenizer_of_the_index(folder: Path
     assert (code, "computes something else than the index was made with (tokenizer: template" in err) == (1, True), err
     code, _, err = run("build", "--model", model, "--data", data, *given, "--out", tmp_path / "s")
     assert (code, "was built by another computation (tokenizer: template" in err) == (1, True), err
+
+
+def test_rows_are_appended_with_the_settings_of_the_store(folder: Path, tmp_path: Path) -> None:
+    data = (folder / "train.jsonl").read_text().splitlines(keepends=True)
+    for name, part in (("first", data[:4]), ("second", data[4:7])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(part))
+    given = ["--model", folder / "model", "--out", tmp_path / "store"]
+    settings = ["--layers", "head", "--projection", "rademacher:4x4"]
+    assert run("build", *given, "--data", tmp_path / "first.jsonl", *settings)[0] == 0
+    code, out, err = run("build", *given, "--data", tmp_path / "second.jsonl", "--append", "--json")
+    assert code == 0, err
+    assert json.loads(out)["rows"] == 7
+    code, _, err = run("build", *given, "--data", tmp_path / "second.jsonl", "--append", *settings)
+    assert code == 2
+    assert "--layers: not with --append, the store has settled that." in err
