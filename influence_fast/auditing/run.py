@@ -35,6 +35,7 @@ from influence_fast.auditing.self_check import plant, self_check
 from influence_fast.data.batching import Loss, checked_rows
 from influence_fast.data.loading import SHOWN, describe, digests, read_table
 from influence_fast.data.models import load_model
+from influence_fast.data.remembered import remember
 from influence_fast.data.samples import Samples, prepare, task_of
 from influence_fast.errors import InputError
 from influence_fast.evaluation.comparison import RankingKey
@@ -86,7 +87,7 @@ def audit(
             on the disk, or take more than ``max_disk``.
     """
     if out is not None:
-        check_out(out)
+        check_out(out, model, train, queries)
     plan = plan_audit(model, train, queries, tokenizer, settings)
     check_disk(plan, out)
     return run_plan(plan, out, progress)
@@ -160,6 +161,8 @@ def run_plan(audit: AuditPlan, out: str | Path | None, progress: bool = True) ->
                 # Verified on the training rows; every other store of this audit is captured in the same way.
                 taken = stores[name].meta["settings"]
                 build = replace(build, verify=False, exact=taken.get("exact", ()), one_row=taken.get("one_row", False))
+        if out is not None and audit.digests:
+            remember(folder / "stores" / "train", config.train, config.data, task)
         inputs = method_inputs(
             network, samples, trusted, stores["train"], stores["queries"], folder, build, methods, progress
         )
@@ -357,7 +360,8 @@ def _folder(out: str | Path | None, config: AuditConfig) -> Iterator[Path]:
     folder = Path(out)
     text = json.dumps(config.document(), indent=1) + "\n"
     earlier = folder / "config.json"
-    if _contents(folder) and not (earlier.exists() and earlier.read_bytes() == text.encode()):
+    there = _contents(folder, config.model, config.train, config.queries)
+    if there and not (earlier.exists() and earlier.read_bytes() == text.encode()):
         raise InputError(f"out: {folder} holds something else than this very audit; choose a new folder")
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder / ".lock"):
@@ -366,24 +370,28 @@ def _folder(out: str | Path | None, config: AuditConfig) -> Iterator[Path]:
         yield folder
 
 
-def check_out(out: str | Path) -> None:
-    """Raise InputError where no audit can write: before a model is loaded."""
+def check_out(out: str | Path, *inputs: Any) -> None:
+    """Raise InputError where no audit of these inputs can write: before a model is loaded."""
     folder = Path(out)
-    if _contents(folder) and not (folder / "config.json").exists():
+    if _contents(folder, *inputs) and not (folder / "config.json").exists():
         raise InputError(f"out: {folder} holds something else than an audit; choose a new folder")
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         raise InputError(f"out: {folder} cannot be written ({there} is no folder that this user may write to)")
 
 
-def _contents(folder: Path) -> list[Path]:
-    """What is in a folder, but for a lock and half-written files: what is left of an audit that was killed as it began."""
+def _contents(folder: Path, *inputs: Any) -> list[Path]:
+    """What is in a folder, but for the audit's own model and data, a lock, and half-written files of an audit that was
+    killed as it began."""
+    parts = [part for given in inputs for part in (given if isinstance(given, list | tuple) else [given])]
+    own = {Path(part).absolute() for part in parts if isinstance(part, str | Path)}
     try:
         if not folder.exists():
             return []
-        return [file for file in folder.iterdir() if file.name != ".lock" and file.suffix != ".part"]
+        found = [file for file in folder.iterdir() if file.name != ".lock" and file.suffix != ".part"]
     except OSError as error:
         raise InputError(f"out: {folder} cannot be used ({os.strerror(error.errno or 0)})") from None
+    return [file for file in found if file.absolute() not in own]
 
 
 @contextmanager

@@ -6,7 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
-from audits import read_csv, run
+from audits import read_csv, run, write_rows
 
 import influence_fast as inf
 
@@ -79,3 +79,35 @@ def test_rows_are_appended_with_the_settings_of_the_store(folder: Path, tmp_path
     code, _, err = run("build", *given, "--data", tmp_path / "second.jsonl", "--append", *settings)
     assert code == 2
     assert "--layers: not with --append, the store has settled that." in err
+
+
+def test_search_prints_texts_and_labels_that_the_store_remembers(folder: Path, tmp_path: Path) -> None:
+    data = shutil.copy(folder / "train.jsonl", tmp_path / "train.jsonl")
+    rows = [json.loads(line) for line in Path(data).read_text().splitlines()]
+    given = ["--layers", "head", "--projection", "rademacher:4x4"]
+    store, queries = tmp_path / "store", folder / "queries.jsonl"
+    assert run("build", "--model", folder / "model", "--data", data, *given, "--out", store)[0] == 0
+    # A store is searched as it is, by queries from a file.
+    asked = ["search", store, "--model", folder / "model", "--queries", queries, "-k", 3]
+    code, out, err = run(*asked, "--json")
+    assert code == 0, err
+    found = json.loads(out)
+    assert len(found) == len(queries.read_text().splitlines())
+    for entry in found:
+        assert entry["texts"] == [rows[i]["text"] for i in entry["ids"]]
+        assert entry["labels"] == [str(rows[i]["label"]) for i in entry["ids"]]
+        assert entry["effects"] == ["helpful" if s > 0 else "harmful" if s < 0 else "none" for s in entry["scores"]]
+    harmful = json.loads(run(*asked, "--harmful", "--json")[1])
+    assert {effect for entry in harmful for effect in entry["effects"]} >= {"harmful"}
+    assert "helpful" in run(*asked)[1]
+    assert run("index", store, "--out", tmp_path / "index")[0] == 0
+    asked[1] = tmp_path / "index"
+    assert json.loads(run(*asked, "--json")[1])[0]["texts"] == found[0]["texts"]
+    # Moved data are named; changed data are refused, and never shown as what they are not.
+    moved = Path(data).rename(tmp_path / "moved.jsonl")
+    code, out, err = run(*asked, "--json")
+    assert (code, "texts are left out" in err, "texts" in json.loads(out)[0]) == (0, True, False)
+    assert json.loads(run(*asked, "--data", moved, "--json")[1])[0]["texts"] == found[0]["texts"]
+    write_rows(moved, rows[1:])
+    code, _, err = run(*asked, "--data", moved)
+    assert (code, "is not what the store was built of" in err) == (1, True)
