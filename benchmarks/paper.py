@@ -47,11 +47,12 @@ from benchmarks.paper_tasks import (
 )
 from benchmarks.training import causal_model, encoder, load_weights, train_epochs
 from influence_fast import ops
+from influence_fast.attribution.aggregation import aggregated
 from influence_fast.attribution.representations import neighbour_count
 from influence_fast.auditing.run import default_layers, groups_of, method_inputs
 from influence_fast.data import label_noise as noises
 from influence_fast.data.samples import Samples
-from influence_fast.evaluation.rankings import aggregated, baselines
+from influence_fast.evaluation.rankings import baselines
 from influence_fast.evaluation.rivals import FOLDS, label_quality, label_rivals, out_of_fold
 
 Scores = dict[tuple[str, str, str], Tensor]

@@ -51,6 +51,8 @@ from .evaluation.metrics import roc_auc as roc_auc
 from .evaluation.metrics import wins as wins
 from .evaluation.retraining import Retrained as Retrained
 from .evaluation.retraining import filter_and_retrain as filter_and_retrain
+from .evaluation.scores import read_scores as read_scores
+from .gradients.build import append_store as append_store
 from .gradients.build import build_store as build_store
 from .gradients.capture import GradientCapture as GradientCapture
 from .gradients.estimate import Estimate as Estimate
@@ -59,6 +61,7 @@ from .gradients.layers import select_layers as select_layers
 from .gradients.losses import PreferenceLoss as PreferenceLoss
 from .gradients.settings import BuildSettings as BuildSettings
 from .gradients.store import GradientStore as GradientStore
+from .gradients.store_merge import merge_stores as merge_stores
 from .gradients.verify import CaptureReport as CaptureReport
 from .gradients.verify import verify_capture as verify_capture
 from .ops.projections import Projection as Projection

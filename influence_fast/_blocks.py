@@ -68,18 +68,22 @@ class PlainFile:
         path: where it is.
         size: bytes that it must have.
         where: says what some of its bytes hold, for errors.
+        gone: says more of a file that is missing.
     """
+
+    gone: Callable[[], str]
 
     def __init__(self, path: Path, size: int, where: Callable[[int, int], str] | None = None) -> None:
         self.path, self.size = path, size
         self.where = where or (lambda begin, end: f"bytes {begin} to {end - 1}")
+        self.gone = str
 
     def check_size(self) -> None:
         """StoreError unless the file is there, plain, and as long as it was written."""
         try:
             found = os.stat(self.path)
         except FileNotFoundError:
-            raise StoreError(f"{self.path}: missing ({self.where(0, self.size)})") from None
+            raise StoreError(f"{self.path}: missing ({self.where(0, self.size)}){self.gone()}") from None
         except OSError as error:
             raise StoreError(f"{self.path}: cannot be read ({error})") from None
         if not stat.S_ISREG(found.st_mode):
@@ -145,7 +149,7 @@ class PlainFile:
                         raise StoreError(f"{self.path}: damaged, it ends at {at} where there should be more")
                     view, at = view[count:], at + count
         except FileNotFoundError:
-            raise StoreError(f"{self.path}: missing ({self.where(0, self.size)})") from None
+            raise StoreError(f"{self.path}: missing ({self.where(0, self.size)}){self.gone()}") from None
         except OSError as error:
             raise StoreError(f"{self.path}: cannot be read ({error})") from None
 

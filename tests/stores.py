@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 import influence_fast as inf
+from influence_fast.gradients.store_changes import add_segment
+from influence_fast.gradients.store_records import read_manifest
 from influence_fast.gradients.store_writer import StoreWriter
 
 
@@ -52,6 +54,20 @@ def write_store(
                 {name: tensor[rows] for name, tensor in gradients.items()},
                 {name: column[rows] for name, column in (columns or {}).items()},
             )
+    return inf.GradientStore.open(path)
+
+
+def append(
+    path: Path,
+    gradients: Mapping[str, Tensor],
+    ids: Sequence[int | str],
+    columns: Mapping[str, Tensor] | None = None,
+    **settings,
+) -> inf.GradientStore:
+    """Rows behind those of a store, as ``append_store`` adds them."""
+    name = f"segment-{read_manifest(path).get('next', 1):05d}"
+    write_store(path / name, gradients, columns, ids=ids, **settings)
+    add_segment(path, name)
     return inf.GradientStore.open(path)
 
 

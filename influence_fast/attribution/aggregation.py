@@ -34,11 +34,10 @@ from torch import Tensor
 from influence_fast import _records as records
 from influence_fast import ops
 from influence_fast._files import atomic_write, make_folder
+from influence_fast.attribution.aggregation_names import METHODS
 from influence_fast.attribution.influence_matrix import InfluenceMatrix, Matrix, as_matrix
 from influence_fast.errors import InputError, StoreError
 
-BASES = ("mean", "rank", "vote", "min", "median", "trimmed")
-METHODS = (*BASES, *(f"{base}-c" for base in BASES))
 _STREAMED = ("mean", "rank", "vote")
 _SAVE_SECONDS = 10.0
 Layers = Sequence[str] | Mapping[str, float]
@@ -290,6 +289,28 @@ def read_partial(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     except (SafetensorError, OSError, KeyError, StoreError, RuntimeError, ValueError) as error:
         raise StoreError(f"{path}: damaged partial sums ({error}); remove them to begin again") from None
     return found, tensors
+
+
+def aggregated(
+    matrix: Matrix | Mapping[str, Tensor],
+    aggregations: Sequence[str] | None,
+    groups: Mapping[str, Sequence[str]],
+    fraction: float,
+) -> Iterator[tuple[str, str, Tensor]]:
+    """``(group, aggregation, scores)``. A matrix with layers of its own has groups of its own: each layer, and all."""
+    there = list(matrix) if isinstance(matrix, Mapping) else matrix.layers
+    correct = None if isinstance(matrix, Mapping) else matrix.query_correct
+    own = {name: [layer for layer in layers if layer in there] for name, layers in groups.items()}
+    own = {name: layers for name, layers in own.items() if layers}
+    if not own:
+        own = {name: [name] for name in there} | {"all": there}
+    suffix = "-c" if correct is not None else ""
+    wanted = list(aggregations) if aggregations else ["mean", f"rank{suffix}", f"vote{suffix}"]
+    if correct is None:
+        wanted = list(dict.fromkeys(name.removesuffix("-c") for name in wanted))
+    for group, found in aggregate_many(matrix, wanted, own, fraction=fraction).items():
+        for aggregation, values in found.items():
+            yield group, aggregation, values
 
 
 def find_damage(path: Path) -> Iterator[StoreError]:

@@ -6,7 +6,7 @@ gradients would not fit: to look at some samples closely, and to tell how close 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,17 +14,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from influence_fast import ops
-from influence_fast.data.batching import Loss, batches, checked_rows, token_budget
-from influence_fast.data.tasks import device_of
+from influence_fast.data.batching import Loss
 from influence_fast.errors import InputError
-from influence_fast.gradients import losses
-from influence_fast.gradients.factor_capture import FactorCapture
+from influence_fast.gradients.factor_capture import FactorCapture, factors_of
 from influence_fast.gradients.layers import layer_shape, named_layers
 from influence_fast.gradients.model_state import as_evaluated
-from influence_fast.gradients.row_checks import settle_batches
 
 METHODS = ("dot", "cosine")
-_Factors = dict[str, tuple[Tensor, Tensor]]
 
 
 def exact_influence(
@@ -68,12 +64,12 @@ def exact_influence(
         tqdm(total=total, desc="exact influence", unit="sample", delay=2, disable=None if progress else True) as bar,
     ):
         held = []
-        for rows, factors in _factors(capture, queries, loss, batch_tokens, truncate):
+        for rows, factors, _ in factors_of(capture, queries, loss, batch_tokens, truncate):
             held.append((rows, factors))
             for name, (x, dy) in factors.items():
                 norms[name][0][rows] = _norm(x, dy)
             bar.update(len(rows))
-        for rows, factors in _factors(capture, train, loss, batch_tokens, truncate):
+        for rows, factors, _ in factors_of(capture, train, loss, batch_tokens, truncate):
             for name, (x, dy) in factors.items():
                 norms[name][1][rows] = _norm(x, dy)
                 for theirs, others in held:
@@ -94,25 +90,6 @@ def factor_bytes(model: nn.Module, layers: Iterable[str], tokens: int) -> int:
         out, in_ = layer_shape(modules[name])
         width += out + (2 if isinstance(modules[name], nn.Embedding) else in_)
     return 4 * tokens * width
-
-
-def _factors(
-    capture: FactorCapture,
-    dataset: Sequence[Mapping[str, Any]],
-    loss: str | Loss,
-    batch_tokens: int | str,
-    truncate: bool,
-) -> Iterator[tuple[Tensor, _Factors]]:
-    """Row numbers and factors of each batch."""
-    model = capture.model
-    rows, kind = checked_rows(model, dataset, loss, truncate=truncate)
-    function = loss if callable(loss) else losses.named(kind, chunked=False)
-    tokens = token_budget(batch_tokens, model)
-    settle_batches(model, rows, function, tokens)
-    for chosen in batches(rows, range(len(rows)), tokens):
-        batch = rows.batch(chosen, model)
-        function(model, {name: tensor.to(device_of(model)) for name, tensor in batch.items()}).sum().backward()
-        yield torch.tensor(chosen), capture.pop_factors()
 
 
 def _dot(xa: Tensor, dya: Tensor, xb: Tensor, dyb: Tensor) -> Tensor:

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from influence_fast.errors import InputError, StoreError
 from influence_fast.gradients.differences import other_space, recorded_identity
-from influence_fast.gradients.store import GradientStore
+from influence_fast.gradients.store_reader import StoreReader
 
-Gradients = GradientStore | Mapping[str, Tensor]
+Gradients = StoreReader | Mapping[str, Tensor]
 # Gradients read at once: small enough to be found in cache by the product that follows.
 _BLOCK_BYTES = 16 << 20
 
@@ -28,14 +28,14 @@ class GradientSource:
     """
 
     def __init__(self, argument: str, gradients: Gradients) -> None:
-        if not isinstance(gradients, GradientStore | Mapping):
+        if not isinstance(gradients, StoreReader | Mapping):
             raise InputError(
                 f"{argument}: expected a GradientStore or {{layer: tensor}}, got {type(gradients).__name__}"
             )
         self.argument = argument
-        self.store = gradients if isinstance(gradients, GradientStore) else None
-        self.memory: Mapping[str, Tensor] = {} if isinstance(gradients, GradientStore) else gradients
-        self.layers = list(gradients.layers if isinstance(gradients, GradientStore) else gradients)
+        self.store = gradients if isinstance(gradients, StoreReader) else None
+        self.memory: Mapping[str, Tensor] = {} if isinstance(gradients, StoreReader) else gradients
+        self.layers = list(gradients.layers if isinstance(gradients, StoreReader) else gradients)
         if not self.layers:
             raise InputError(f"{argument}: has no layers")
         for name, tensor in self.memory.items():
@@ -56,6 +56,11 @@ class GradientSource:
         if self.store is None or "correct" not in self.store.columns:
             return None
         return self.store.column("correct").bool()
+
+    @property
+    def ids(self) -> Sequence[int | str]:
+        """Names of the rows, their numbers in memory."""
+        return self.store.ids if self.store is not None else range(self.rows)
 
     def dim(self, name: str) -> int:
         return self.store.dims[name] if self.store is not None else self.memory[name].shape[1]

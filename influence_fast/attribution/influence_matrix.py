@@ -23,7 +23,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -32,6 +32,9 @@ from influence_fast._memory import parse_memory
 from influence_fast.attribution.gradient_source import Gradients, GradientSource, chosen_layers
 from influence_fast.attribution.preconditioners import Whitening, eigenvalue_corrected
 from influence_fast.errors import InputError
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 METHODS = ("dot", "cosine", "datainf", "trak", "trackstar", "ekfac")
 MEMORY = 512 << 20
@@ -121,6 +124,18 @@ class InfluenceMatrix:
     def layer(self, name: str) -> Tensor:
         """All of one layer: float32 ``(m, n)``."""
         return self._rows(self._checked(name), slice(0, self.shape[0]))
+
+    def to_pandas(self, layers: Sequence[str] | None = None) -> pd.DataFrame:
+        """All of some layers as a frame in memory, float32 ``(n, len(layers) * m)``.
+
+        Rows are the ids of the training samples, columns ``(layer, query)`` by name; numbers where a side is in memory.
+        """
+        import pandas as pd
+
+        names = chosen_layers(self.layers, layers)
+        values = torch.cat([self.layer(name) for name in names])
+        columns = pd.MultiIndex.from_product([names, list(self._queries.ids)], names=["layer", "query"])
+        return pd.DataFrame(values.T.numpy(), pd.Index(list(self._train.ids), name="id"), columns)
 
     def __iter__(self) -> Iterator[tuple[str, slice, Tensor]]:
         for name, queries in self.pieces():

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from influence_fast.attribution.gradient_source import GradientSource
 from influence_fast.attribution.influence_matrix import InMemory, inner_products
-from influence_fast.attribution.method_inputs import CLASSES, MethodInputs, of_no_query
-from influence_fast.attribution.probe import LEAST, ClassEstimate
+from influence_fast.attribution.method_inputs import CLASSES, PROBE, VOTES, MethodInputs, of_no_query
+from influence_fast.attribution.probe import LEAST, ClassEstimate, CrossFitted, cross_fitted, log_shares
 from influence_fast.attribution.probe import probe_estimate as probe_estimate
 from influence_fast.attribution.query_weighting import fitted_influence
 from influence_fast.attribution.representations import class_votes, neighbour_count
@@ -36,10 +36,12 @@ def make_pool(inputs: MethodInputs) -> InMemory:
     every = [torch.cat(list(part.values()), 1) for part in states]
     train, queries = (inputs.passes.class_log_probabilities(part) for part in (inputs.samples, inputs.trusted))
     classes, rows = train.shape[1], mislabelled.rows
+    probe, k = inputs.once(PROBE, lambda: _probe(every, labels, rows, classes)), neighbour_count(len(labels))
+    votes = inputs.once(VOTES, lambda: _votes(last, labels, rows, k, classes))
     estimates = {
         "model": (train, queries[rows]),
-        "neighbours": neighbour_estimate(last[0], labels, last[1][rows], neighbour_count(len(labels)), classes),
-        "probe": inputs.once("probe", lambda: probe_estimate(every[0], labels, every[1][rows], classes)),
+        "neighbours": (log_shares(votes[0]), log_shares(votes[1])),
+        "probe": (probe.train, probe.queries),
     }
     fit_on = torch.arange(len(rows)) if inputs.fit_on is None else inputs.fit_on
     if len(mislabelled.right[fit_on].unique()) > 1:
@@ -64,6 +66,15 @@ def make_pool(inputs: MethodInputs) -> InMemory:
     return of_no_query({"pool": scores[None].float()})
 
 
+def _votes(last: Sequence[Tensor], labels: Tensor, rows: Tensor, k: int, classes: int) -> tuple[Tensor, Tensor, int]:
+    train, queries = (class_votes(last[0], labels, k, part, classes) for part in (None, last[1][rows]))
+    return train, queries, k
+
+
+def _probe(every: Sequence[Tensor], labels: Tensor, rows: Tensor, classes: int) -> CrossFitted:
+    return cross_fitted(every[0].float().numpy(), labels, every[1][rows].float().numpy(), classes)
+
+
 def neighbour_estimate(
     states: Tensor, labels: Sequence[int] | Tensor, queries: Tensor, k: int = 50, classes: int | None = None
 ) -> ClassEstimate:
@@ -78,7 +89,7 @@ def neighbour_estimate(
     """
     given = torch.as_tensor(labels)
     votes = class_votes(states, given, k, classes=classes), class_votes(states, given, k, queries, classes)
-    return _log_shares(votes[0]), _log_shares(votes[1])
+    return log_shares(votes[0]), log_shares(votes[1])
 
 
 def pooled(
@@ -130,8 +141,3 @@ def _pool(estimates: Sequence[ClassEstimate], given: Tensor, trusted: Tensor) ->
     optimizer.step(closure)
     with torch.no_grad():
         return (train @ weights + bias).log_softmax(1), weights.detach()
-
-
-def _log_shares(votes: Tensor) -> Tensor:
-    """Log of shares, a hundredth of a vote more for each class, so that none is impossible."""
-    return ((votes + 0.01) / (votes.sum(1, keepdim=True) + 0.01 * votes.shape[1])).log()

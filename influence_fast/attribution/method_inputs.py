@@ -27,7 +27,7 @@ _FITTED_QUERIES = 2000
 T = TypeVar("T")
 
 
-CLASSES = "class log-probabilities"
+CLASSES, PROBE, VOTES = "class log-probabilities", "probe", "votes of neighbours"
 """What a pool keeps for whoever asks for more than its ranking: :meth:`MethodInputs.kept`."""
 
 

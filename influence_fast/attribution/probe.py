@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,21 @@ LEAST = -30.0
 ClassEstimate = tuple[Tensor, Tensor]
 
 
+@dataclass(frozen=True)
+class CrossFitted:
+    """Log-probabilities of the classes by a probe, float64 ``(rows, classes)``.
+
+    Attributes:
+        train: of each training sample, by one of five probes that was fitted without it.
+        queries: by a probe that was fitted to all training samples.
+        by_fold: of query j by fold ``j % 5`` of those five, so that it is as good as those of the training samples.
+    """
+
+    train: Tensor
+    queries: Tensor
+    by_fold: Tensor
+
+
 def probe_estimate(
     states: Tensor, labels: Sequence[int] | Tensor, queries: Tensor, classes: int | None = None, seed: int = 0
 ) -> ClassEstimate:
@@ -32,35 +48,62 @@ def probe_estimate(
     Raises:
         InputError: labels of another length, or a class with fewer samples than folds.
     """
+    found = cross_fitted(states.float().numpy(), labels, queries.float().numpy(), classes, seed)
+    return found.train, found.queries
+
+
+def cross_fitted(
+    x: Any,
+    labels: Sequence[int] | Tensor,
+    queries: Any,
+    classes: int | None = None,
+    seed: int = 0,
+    penalties: Sequence[float] = _PENALTIES,
+) -> CrossFitted:
+    """The probes of :func:`probe_estimate`, of any features: arrays, or sparse matrices, which are not centred.
+
+    Raises:
+        InputError: as of :func:`probe_estimate`.
+    """
+    from scipy.sparse import issparse
     from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import StratifiedKFold
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    x, y = states.float().numpy(), torch.as_tensor(labels).numpy()
-    if y.shape != (len(x),) or np.bincount(y)[np.unique(y)].min() < PROBE_FOLDS:
-        raise InputError(f"labels: expected ({len(x)},), each class {PROBE_FOLDS} times or more, got {y.shape}")
+    y = torch.as_tensor(labels).numpy()
+    if y.shape != (x.shape[0],) or np.bincount(y)[np.unique(y)].min() < PROBE_FOLDS:
+        raise InputError(f"labels: expected ({x.shape[0]},), each class {PROBE_FOLDS} times or more, got {y.shape}")
     random, width = np.random.default_rng(seed), classes or int(y.max()) + 1
 
     def fitted(rows: np.ndarray, penalty: float) -> Any:
         chosen = random.permutation(rows)[:_PROBE_ROWS]
-        return make_pipeline(StandardScaler(), LogisticRegression(C=penalty, max_iter=500)).fit(x[chosen], y[chosen])
+        steps = [LogisticRegression(C=penalty, max_iter=500)]
+        return make_pipeline(*([] if issparse(x) else [StandardScaler()]), *steps).fit(x[chosen], y[chosen])
 
-    def predicted(model: Any, rows: np.ndarray) -> np.ndarray:
-        out = np.full((len(rows), width), -np.inf)
-        out[:, model.classes_] = model.predict_log_proba(rows)
+    def predicted(model: Any, rows: Any) -> np.ndarray:
+        out = np.full((rows.shape[0], width), -np.inf)
+        if rows.shape[0]:
+            out[:, model.classes_] = model.predict_log_proba(rows)
         return out
 
-    folds = list(StratifiedKFold(PROBE_FOLDS, shuffle=True, random_state=seed).split(x, y))
-    best, chosen = np.inf, _PENALTIES[0]
-    estimate = np.empty((0, width))
-    for penalty in _PENALTIES:
-        found = np.empty((len(x), width))
-        for learned, left in folds:
-            found[left] = predicted(fitted(learned, penalty), x[left])
+    folds = list(StratifiedKFold(PROBE_FOLDS, shuffle=True, random_state=seed).split(np.zeros(len(y)), y))
+    best, chosen = np.inf, penalties[0]
+    estimate = by_fold = np.empty((0, width))
+    for penalty in penalties:
+        found, asked = np.empty((len(y), width)), np.empty((queries.shape[0], width))
+        for number, (learned, left) in enumerate(folds):
+            model = fitted(learned, penalty)
+            found[left] = predicted(model, x[left])
+            asked[number :: len(folds)] = predicted(model, queries[number :: len(folds)])
         # A rare class may be missing from what was learned.
         loss = -np.maximum(found[np.arange(len(y)), y], LEAST).mean()
         if loss < best:
-            best, chosen, estimate = loss, penalty, found
-    whole = predicted(fitted(np.arange(len(x)), chosen), queries.float().numpy())
-    return torch.from_numpy(estimate), torch.from_numpy(whole)
+            best, chosen, estimate, by_fold = loss, penalty, found, asked
+    whole = predicted(fitted(np.arange(len(y)), chosen), queries)
+    return CrossFitted(*(torch.from_numpy(part) for part in (estimate, whole, by_fold)))
+
+
+def log_shares(votes: Tensor) -> Tensor:
+    """Log of the classes' shares of votes, a hundredth of a vote more for each class, so that none is impossible."""
+    return ((votes + 0.01) / (votes.sum(1, keepdim=True) + 0.01 * votes.shape[1])).log()

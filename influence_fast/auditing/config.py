@@ -11,7 +11,7 @@ from torch import nn
 
 from influence_fast._json import check_types
 from influence_fast._memory import parse_memory
-from influence_fast.attribution.aggregation import METHODS as AGGREGATIONS
+from influence_fast.attribution.aggregation_names import METHODS as AGGREGATIONS
 from influence_fast.attribution.registry import method_names
 from influence_fast.data.batching import Loss
 from influence_fast.data.samples import Samples
@@ -28,8 +28,8 @@ AUTO = "auto"
 SELF_CHECK_ROWS = 4096
 # Bytes that an audit writes without being told that it may.
 MOST_DISK = "20GB"
-DIGESTS = "data.json"
-"""File of an audit's folder: SHA-256 of each file whose rows it ranked."""
+DIGESTS, FINDINGS = "data.json", "findings.jsonl"
+"""Files of an audit's folder: SHA-256 of each file whose rows it ranked, and what it says of each row."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,8 @@ class AuditConfig:
         checkpoints: folders of the model at other times of its training, for the self-check.
         allow_new_weights: load models whose files lack weights, which are drawn at random.
         max_disk: bytes, or text such as ``20GB``, that the audit may write.
+        evidence: how many of the most harmful rows get evidence: neighbours, queries, tokens.
+        query_group: column of the queries that says which group each belongs to.
 
     Raises:
         InputError: a setting that can be known to be wrong before anything is read; names it.
@@ -79,6 +81,8 @@ class AuditConfig:
     checkpoints: Sequence[str] | None = None
     allow_new_weights: bool = False
     max_disk: int | str = MOST_DISK
+    evidence: int = 2000
+    query_group: str | None = None
 
     def __post_init__(self) -> None:
         if self.task not in TASKS:
@@ -93,6 +97,8 @@ class AuditConfig:
             raise InputError("methods: expected at least one")
         if self.checkpoints and self.self_check is None:
             raise InputError("checkpoints: the self-check compares them; give self_check too")
+        if self.evidence < 0:
+            raise InputError(f"evidence: expected a number of rows, 0 or more, got {self.evidence}")
         parse_memory(self.max_disk)
 
     @classmethod
@@ -142,6 +148,7 @@ class AuditConfig:
         # As documents were before there were these settings.
         later = {"loss": described(self.loss), "beta": self.beta, "reference": self.reference}
         later |= {"allow_new_weights": self.allow_new_weights, "max_disk": self.max_disk}
+        later |= {"evidence": self.evidence, "query_group": self.query_group}
         defaults = {one.name: one.default for one in dataclasses.fields(self)}
         return out | {name: value for name, value in later.items() if value != defaults[name]}
 
@@ -179,6 +186,7 @@ class AuditPlan:
         tokenizer: what made texts tokens, if anything did.
         digests: SHA-256 of the files that the training rows came from.
         held_out: what stands for queries where none were given, in a sentence; empty otherwise.
+        query_groups: the group of each query, where a column says it.
     """
 
     config: AuditConfig
@@ -192,6 +200,7 @@ class AuditPlan:
     tokenizer: Any = None
     digests: Mapping[str, str] = field(default_factory=dict)
     held_out: str = ""
+    query_groups: list[str] | None = None
 
 
 def _listed(value: Any) -> Any:

@@ -12,7 +12,7 @@ from influence_fast.attribution.registry import get_method
 from influence_fast.auditing.config import SELF_CHECK_ROWS, AuditPlan
 from influence_fast.errors import InputError
 from influence_fast.gradients.default_projection import SMALL, numbers
-from influence_fast.gradients.store import DTYPES
+from influence_fast.gradients.shard import DTYPES
 from influence_fast.ops.projections import Projection
 
 # What is written beside stores: scores, a report; and what a disk should have left.

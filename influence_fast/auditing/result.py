@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
+from influence_fast.auditing.findings.finding import Finding
 from influence_fast.errors import InputError
 from influence_fast.evaluation.comparison import Evaluation, RankingKey, compare
 from influence_fast.evaluation.metrics import order
@@ -26,8 +27,10 @@ class AuditResult:
         config: the audit's settings, as ``config.json`` has them.
         facts: sizes, times and counts that the report states.
         predicted, suggested: labels of each sample by the model and by all that the pool knows, as ``labels`` are; None
-            where there are no classes, or no pool.
-        label_probability: that the given label is right, float64 ``(n,)``; None without a pool.
+            where there are no classes, or nothing to suggest by.
+        label_probability: that the given label is right, float64 ``(n,)``; None where nothing says it.
+        wrong_probability: that it is wrong, calibrated on trusted rows, float64 ``(n,)``; None without enough of those.
+        findings: of each sample its kind, why, and the evidence, in the order of ``ids``.
     """
 
     ids: Sequence[int | str]
@@ -42,6 +45,8 @@ class AuditResult:
     predicted: list[Any] | None = None
     suggested: list[Any] | None = None
     label_probability: Tensor | None = None
+    wrong_probability: Tensor | None = None
+    findings: list[Finding] = field(default_factory=list)
 
     @property
     def scores(self) -> dict[str, dict[str, dict[str, Tensor]]]:

@@ -14,31 +14,33 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from influence_fast._files import atomic_write, locked, remove_leftovers
+from influence_fast.attribution.aggregation import aggregated
 from influence_fast.attribution.influence_matrix import METHODS as INNER_PRODUCTS
 from influence_fast.attribution.influence_matrix import InfluenceMatrix
-from influence_fast.attribution.method_inputs import CLASSES, AuditInputs, MethodInputs
+from influence_fast.attribution.method_inputs import AuditInputs, MethodInputs
 from influence_fast.attribution.model_passes import ModelPasses
 from influence_fast.attribution.registry import NEEDS, PROBE_FOLDS, get_method
 from influence_fast.attribution.representations import neighbour_count, neighbours
-from influence_fast.auditing.config import DIGESTS, SELF_CHECK_ROWS, AuditConfig, AuditPlan, RankingPlan
+from influence_fast.auditing.config import DIGESTS, FINDINGS, SELF_CHECK_ROWS, AuditConfig, AuditPlan, RankingPlan
 from influence_fast.auditing.disk import check_disk
-from influence_fast.auditing.findings import label_findings
+from influence_fast.auditing.findings.evidence import gather
+from influence_fast.auditing.findings.judge import find, judge_labels
 from influence_fast.auditing.held_out import hold_out
 from influence_fast.auditing.report.page import write_report
-from influence_fast.auditing.report.table import scores_csv
+from influence_fast.auditing.report.table import findings_lines, scores_csv
 from influence_fast.auditing.result import AuditResult
 from influence_fast.auditing.self_check import plant, self_check
 from influence_fast.data.batching import Loss, checked_rows
 from influence_fast.data.loading import SHOWN, describe, digests, read_table
 from influence_fast.data.models import load_model
+from influence_fast.data.remembered import remember
 from influence_fast.data.samples import Samples, prepare, task_of
 from influence_fast.errors import InputError
 from influence_fast.evaluation.comparison import RankingKey
-from influence_fast.evaluation.rankings import aggregated, baselines
+from influence_fast.evaluation.rankings import baselines
 from influence_fast.evaluation.rivals import label_rivals
 from influence_fast.gradients.build import build_from
 from influence_fast.gradients.default_projection import default_projection
@@ -73,20 +75,21 @@ def audit(
         train, queries: a file (JSON lines, JSON, CSV, TSV, Parquet, also compressed), a glob, a folder, several of these, a
             hub name; or in memory dicts, a ``datasets`` data set, a pandas frame. Rows with ``input_ids`` and ``labels`` are
             used as they are. Without queries, rows of the training set are held out in their place and not ranked.
-        out: folder for ``scores.csv``, ``report.html``, ``config.json`` and the gradient stores, kept so that the same
-            audit goes on where it stopped; without it nothing is kept.
+        out: folder for ``scores.csv``, ``findings.jsonl``, ``report.html``, ``config.json`` and the gradient stores,
+            kept so that the same audit goes on where it stopped; without it nothing is kept.
         settings: as of the command line, with underscores: ``text_column``, ``label_column``, ``answer_column``,
             ``noise_column``, ``label_names``, ``chat_template``, ``as_chat``, ``block_size``, ``split``, ``limit``,
             ``skip_bad``, ``task``, ``loss`` (also a callable), ``beta``, ``reference``, ``layers``, ``projection``,
             ``methods``, ``aggregations``, ``rank_by``, ``fraction``, ``dtype``, ``precision``, ``batch_tokens``,
-            ``truncate``, ``allow_new_weights``, ``seed``, ``self_check``, ``checkpoints``, ``max_disk``.
+            ``truncate``, ``allow_new_weights``, ``seed``, ``self_check``, ``checkpoints``, ``max_disk``, ``evidence``,
+            ``query_group``.
 
     Raises:
         InputError: anything wrong with settings or data, found before the first gradient is taken; stores that would not fit
             on the disk, or take more than ``max_disk``.
     """
     if out is not None:
-        check_out(out)
+        check_out(out, model, train, queries)
     plan = plan_audit(model, train, queries, tokenizer, settings)
     check_disk(plan, out)
     return run_plan(plan, out, progress)
@@ -120,6 +123,7 @@ def plan_audit(
             shown = "; ".join(map(str, part.skipped[:SHOWN]))
             more = f"; and {len(part.skipped) - SHOWN} more" if len(part.skipped) > SHOWN else ""
             _log.warning("%s: left out %d rows: %s%s", argument, len(part.skipped), shown, more)
+    groups = _query_groups(config, queries, trusted)
     reference = None if config.reference is None else load_model(config.reference, task, config.allow_new_weights)[0]
     loss = find_loss(config.loss, task, config.beta, reference)
     layers = select_layers(network, config.layers or default_layers(network))
@@ -138,7 +142,9 @@ def plan_audit(
         lacking = set(layers) - set(named_layers(load_model(path, config.task, config.allow_new_weights)[0]))
         if lacking:
             raise InputError(f"checkpoints: {path} lacks layer {min(lacking)!r} of the model")
-    return AuditPlan(config, network, samples, trusted, task, layers, ranking, build, tokenizer, found, held_out)
+    return AuditPlan(
+        config, network, samples, trusted, task, layers, ranking, build, tokenizer, found, held_out, groups
+    )
 
 
 def run_plan(audit: AuditPlan, out: str | Path | None, progress: bool = True) -> AuditResult:
@@ -157,6 +163,8 @@ def run_plan(audit: AuditPlan, out: str | Path | None, progress: bool = True) ->
                 # Verified on the training rows; every other store of this audit is captured in the same way.
                 taken = stores[name].meta["settings"]
                 build = replace(build, verify=False, exact=taken.get("exact", ()), one_row=taken.get("one_row", False))
+        if out is not None and audit.digests:
+            remember(folder / "stores" / "train", config.train, config.data, task)
         inputs = method_inputs(
             network, samples, trusted, stores["train"], stores["queries"], folder, build, methods, progress
         )
@@ -166,7 +174,8 @@ def run_plan(audit: AuditPlan, out: str | Path | None, progress: bool = True) ->
         result = _score(inputs, stores["train"], config, plan, times)
         result.texts, result.labels, result.noise = samples.texts, samples.labels, samples.noise
         result.facts["task"] = task
-        _judge_labels(result, inputs, stores["train"], samples)
+        with _timed(times, "findings"):
+            _add_findings(result, inputs, stores["train"], audit)
         result.facts["form"] = samples.form
         if audit.held_out:
             result.facts["held_out"] = audit.held_out
@@ -189,6 +198,7 @@ def run_plan(audit: AuditPlan, out: str | Path | None, progress: bool = True) ->
             with _timed(times, "report"):
                 atomic_write(folder / DIGESTS, json.dumps(audit.digests, indent=1) + "\n")
                 atomic_write(folder / "scores.csv", scores_csv(result))
+                atomic_write(folder / FINDINGS, findings_lines(result))
                 write_report(folder / "report.html", result)
     return result
 
@@ -235,6 +245,22 @@ def _check(
             raise InputError(f"methods: {method.name} needs {NEEDS['whole gradients']}, got {config.build.projection}")
 
 
+def _query_groups(config: AuditConfig, queries: Any, trusted: Samples) -> list[str] | None:
+    """The group of each query, by a column of theirs."""
+    column = config.query_group
+    if column is None:
+        return None
+    if queries is None:
+        raise InputError(f"query_group: no queries are given, so none has a column {column!r}")
+    table = read_table("queries", queries, skip_bad=config.data.skip_bad)
+    if column not in table.columns:
+        raise InputError(f"query_group: queries have no column {column!r}; there are {', '.join(table.columns)}")
+    # Rows that were left out are no queries; those that stayed are known by name or number.
+    by_id = {str(row.get("id", number)): str(row.get(column)) for number, row in enumerate(table.rows)}
+    ids = range(len(trusted)) if trusted.ids is None else trusted.ids
+    return [by_id[str(name)] for name in ids]
+
+
 def _plan(
     config: AuditConfig, methods: Sequence[str], groups: dict[str, list[str]], classification: bool
 ) -> RankingPlan:
@@ -254,18 +280,19 @@ def _plan(
     return RankingPlan(methods, aggregations, groups, RankingKey(*parts), config.fraction)
 
 
-def _judge_labels(result: AuditResult, inputs: MethodInputs, train: GradientStore, samples: Samples) -> None:
-    """What the model and the pool say of each label."""
-    if inputs.task != "classification":
-        return
-    if "prediction" in train.columns:
-        result.predicted = [samples.shown(number) for number in train.column("prediction").tolist()]
-    classes = inputs.kept(CLASSES)
-    if classes is not None:
-        found = label_findings(classes, torch.tensor(inputs.labels()[0]))
-        result.suggested = [samples.shown(number) for number in found.suggested.tolist()]
-        result.label_probability = found.probability
-        result.facts["wrong_labels"] = found.share
+def _add_findings(result: AuditResult, inputs: MethodInputs, train: GradientStore, audit: AuditPlan) -> None:
+    """What is known of each label, and of each row."""
+    classes = inputs.task == "classification" and "prediction" in train.columns
+    predicted = train.column("prediction").long() if classes else None
+    judged = judge_labels(inputs, trusted=not audit.held_out)
+    if predicted is not None:
+        result.predicted = [audit.samples.shown(number) for number in predicted.tolist()]
+    if judged.suggested is not None:
+        result.suggested = [audit.samples.shown(number) for number in judged.suggested.tolist()]
+    result.label_probability, result.wrong_probability = judged.right, judged.wrong
+    evidence = gather(inputs, result.ranking[: audit.config.evidence], audit.query_groups, audit.tokenizer)
+    result.findings = find(inputs, judged, predicted, evidence)
+    result.facts |= judged.facts | evidence.facts
 
 
 def groups_of(model: nn.Module, layers: list[str]) -> dict[str, list[str]]:
@@ -345,7 +372,8 @@ def _folder(out: str | Path | None, config: AuditConfig) -> Iterator[Path]:
     folder = Path(out)
     text = json.dumps(config.document(), indent=1) + "\n"
     earlier = folder / "config.json"
-    if _contents(folder) and not (earlier.exists() and earlier.read_bytes() == text.encode()):
+    there = _contents(folder, config.model, config.train, config.queries)
+    if there and not (earlier.exists() and earlier.read_bytes() == text.encode()):
         raise InputError(f"out: {folder} holds something else than this very audit; choose a new folder")
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder / ".lock"):
@@ -354,24 +382,28 @@ def _folder(out: str | Path | None, config: AuditConfig) -> Iterator[Path]:
         yield folder
 
 
-def check_out(out: str | Path) -> None:
-    """Raise InputError where no audit can write: before a model is loaded."""
+def check_out(out: str | Path, *inputs: Any) -> None:
+    """Raise InputError where no audit of these inputs can write: before a model is loaded."""
     folder = Path(out)
-    if _contents(folder) and not (folder / "config.json").exists():
+    if _contents(folder, *inputs) and not (folder / "config.json").exists():
         raise InputError(f"out: {folder} holds something else than an audit; choose a new folder")
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         raise InputError(f"out: {folder} cannot be written ({there} is no folder that this user may write to)")
 
 
-def _contents(folder: Path) -> list[Path]:
-    """What is in a folder, but for a lock and half-written files: what is left of an audit that was killed as it began."""
+def _contents(folder: Path, *inputs: Any) -> list[Path]:
+    """What is in a folder, but for the audit's own model and data, a lock, and half-written files of an audit that was
+    killed as it began."""
+    parts = [part for given in inputs for part in (given if isinstance(given, list | tuple) else [given])]
+    own = {Path(part).absolute() for part in parts if isinstance(part, str | Path)}
     try:
         if not folder.exists():
             return []
-        return [file for file in folder.iterdir() if file.name != ".lock" and file.suffix != ".part"]
+        found = [file for file in folder.iterdir() if file.name != ".lock" and file.suffix != ".part"]
     except OSError as error:
         raise InputError(f"out: {folder} cannot be used ({os.strerror(error.errno or 0)})") from None
+    return [file for file in found if file.absolute() not in own]
 
 
 @contextmanager

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from influence_fast import ops
-from influence_fast.attribution.aggregation import aggregate
+from influence_fast.attribution.aggregation import aggregate, aggregated
 from influence_fast.attribution.exact_influence import METHODS, exact_influence, factor_bytes
 from influence_fast.attribution.influence_matrix import Matrix, inner_products
 from influence_fast.attribution.method_inputs import AuditInputs, MethodInputs
@@ -28,7 +28,6 @@ from influence_fast.data.tasks import IGNORED
 from influence_fast.errors import InfluenceError, InputError
 from influence_fast.evaluation.comparison import RankingKey, compare
 from influence_fast.evaluation.metrics import ndr_auc
-from influence_fast.evaluation.rankings import aggregated
 from influence_fast.gradients.build import build_from
 from influence_fast.gradients.settings import BuildSettings
 from influence_fast.gradients.store import GradientStore

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +36,10 @@ _SOURCES = ("model", "train", "queries")
 @json_option
 def demo(out: Path, samples: int, seed: int, as_json: bool) -> None:
     """Train a small transformer on labels of which 20 % are flipped, and find them. Offline, about a minute."""
-    from influence_fast.auditing.demo import run_demo
+    from influence_fast.auditing.demo import next_commands, run_demo
 
     result = run_demo(out, samples=samples, seed=seed)
-    _print_audit(result, out, as_json)
+    _print_audit(result, out, as_json, next_commands(out))
 
 
 @click.command(
@@ -74,6 +75,8 @@ def demo(out: Path, samples: int, seed: int, as_json: bool) -> None:
 )
 @click.option("--checkpoints", help="Folders of the model at other times of its training, for --self-check.")
 @click.option("--max-disk", default="20GB", help="Most that the audit may write; beyond it a terminal is asked.")
+@click.option("--evidence", default=2000, help="How many of the most harmful rows get evidence.")
+@click.option("--query-group", help="Column of the queries with their group, to find rows that hurt one group alone.")
 @click.option("--dry-run", is_flag=True, help="Say what the audit would take in time and disk; write nothing.")
 @click.option("--config", type=click.Path(path_type=Path), help="Replay this config.json; other options are ignored.")
 @verify_option
@@ -94,9 +97,9 @@ def _run_audit(out: Path, dry_run: bool, as_json: bool, options: dict[str, Any])
     from influence_fast.auditing.disk import TooLarge, check_disk
     from influence_fast.auditing.run import check_out, plan_audit, run_plan
 
-    if not dry_run:
-        check_out(out)
     model, train, queries = (options.pop(name, None) for name in ("model", "train", "queries"))
+    if not dry_run:
+        check_out(out, model, train, queries)
     plan = plan_audit(model, train, queries, None, options)
     if dry_run:
         _show_plan(plan, out, as_json)
@@ -169,12 +172,14 @@ def _replayed(path: Path) -> dict[str, Any]:
     return options
 
 
-def _print_audit(result: Any, out: Path, as_json: bool) -> None:
+def _print_audit(result: Any, out: Path, as_json: bool, then: Sequence[str] = ()) -> None:
     from influence_fast.auditing.report.page import findings
 
-    files = {name: str(out / name) for name in ("scores.csv", "report.html", "config.json")}
+    files = {name: str(out / name) for name in ("scores.csv", "findings.jsonl", "report.html", "config.json")}
     evaluation = result.evaluate() if result.noise is not None else []
     document = {"facts": result.facts, "main": result.main, "evaluation": evaluation, "files": files}
+    if then:
+        document["next"] = list(then)
 
     def show() -> None:
         if evaluation:
@@ -193,5 +198,7 @@ def _print_audit(result: Any, out: Path, as_json: bool) -> None:
         for finding in findings(result, evaluation):
             say(f"- {finding}")
         say("\n" + "\n".join(f"wrote {file}" for file in files.values()))
+        if then:
+            say("\nTry next:\n" + "\n".join(f"  {command}" for command in then))
 
     print_document(document, as_json, show)

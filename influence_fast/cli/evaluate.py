@@ -37,7 +37,12 @@ from influence_fast.errors import InputError
 )
 @click.option("--fraction", default=0.2, help="Share of the samples that a vote goes against.")
 @click.option("--layers", help="Names of layers joined by commas; all by default.")
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="CSV file for id, score and rank.")
+@click.option(
+    "--out",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="File for id, score and rank: CSV, or Parquet by its name.",
+)
 @click.option("--memory", default="512MiB", help="Memory that blocks of influence may take.")
 @click.option("--checkpoint", type=click.Path(path_type=Path), help="Folder from which a stopped job goes on.")
 @verify_option
@@ -55,11 +60,10 @@ def score(
     as_json: bool,
 ) -> None:
     """One score per training sample from two stores, lowest = most harmful."""
-    from influence_fast._csv import write_rows
-    from influence_fast._files import atomic_path
     from influence_fast.attribution.aggregation import aggregate_many
     from influence_fast.attribution.influence import influence
     from influence_fast.evaluation.metrics import order
+    from influence_fast.evaluation.scores import write_scores
     from influence_fast.gradients.store import GradientStore
 
     check_methods([method])
@@ -71,9 +75,7 @@ def score(
     scores, tie = found[aggregation], found[methods[1]] if len(methods) > 1 else None
     ranking = order(scores, tie).tolist()
     places = {row: place for place, row in enumerate(ranking)}
-    with atomic_path(out) as part, open(part, "w", newline="", encoding="utf-8") as file:
-        lines = ([store.ids[row], value, places[row]] for row, value in enumerate(scores.tolist()))
-        write_rows(file, ["id", "score", "rank"], lines)
+    write_scores(out, store.ids, scores.tolist(), [places[row] for row in range(len(store))])
     document = {"path": str(out), "rows": len(store), "most_harmful": [store.ids[row] for row in ranking[:10]]}
     print_document(document, as_json, lambda: say(f"wrote {out}; most harmful: {document['most_harmful']}"))
 

@@ -77,7 +77,7 @@ def verify_option(command: Callable[..., Any]) -> Callable[..., Any]:
 
     def chosen(context: click.Context, parameter: click.Parameter, verify: bool) -> None:
         if not verify:
-            from influence_fast.gradients.store import unverified
+            from influence_fast.gradients.store_records import unverified
 
             context.with_resource(unverified())
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,22 +40,41 @@ from influence_fast.errors import InputError
 @model_options
 @click.option("--strict", is_flag=True, help="Refuse where a layer needs a slower way to be captured rightly.")
 @click.option("--dry-run", is_flag=True, help="Run a few batches and say what the build would take; write nothing.")
+@click.option("--append", is_flag=True, help="Add the rows behind those of the store, with its layers and projection.")
 @verify_option
 @json_option
-def build(model: str, data: tuple[str, ...], out: Path, dry_run: bool, as_json: bool, **options: Any) -> None:
+def build(
+    model: str, data: tuple[str, ...], out: Path, dry_run: bool, append: bool, as_json: bool, **options: Any
+) -> None:
     """Write per-sample gradients of a data set to a store; goes on where it stopped.
 
     Runs on the GPU if there is one. Several processes share the work, on folders that all of them see:
     torchrun --nproc-per-node 2 -m influence_fast build ...
     """
     from influence_fast import _distributed as processes
-    from influence_fast.gradients.build import build_store
+    from influence_fast.data.remembered import remember
+    from influence_fast.gradients.build import append_store, build_store
     from influence_fast.gradients.default_projection import default_projection
     from influence_fast.gradients.estimate import estimate_build
     from influence_fast.gradients.layers import default_layers, select_layers
 
+    if append:
+        _check_append(dry_run)
     network, samples, settings, tokenizer = read_samples("data", data, model, options)
     options |= {"truncate": settings.truncate, "loss": chosen_loss(options, samples.task)}
+    if append:
+        with processes.joined() as device:
+            rank, _ = processes.here()
+            network.to(device)
+            given = {name: options[name] for name in ("loss", "strict")}
+            tokens = token_count(options["batch_tokens"])
+            names = samples.ids
+            store = append_store(
+                out, network, samples.rows, ids=names, tokenizer=tokenizer, batch_tokens=tokens, **given
+            )
+        if rank == 0:
+            _show_store(store, out, as_json)
+        return
     options["layers"] = select_layers(network, options["layers"] or default_layers(network))
     if options["projection"] == "auto":
         options["projection"] = default_projection(network, options["layers"])
@@ -70,9 +90,25 @@ def build(model: str, data: tuple[str, ...], out: Path, dry_run: bool, as_json: 
             return
         store = build_store(out, network, samples.rows, ids=samples.ids, tokenizer=tokenizer, **options)
     if rank == 0:
-        size = sum(shard["bytes"] for shard in store.meta["shards"])
-        document = {"path": str(out), "rows": len(store), "layers": store.layers, "dims": store.dims, "bytes": size}
-        print_document(document, as_json, lambda: say(f"{store}\n{size / 2**20:.1f} MiB in {out}"))
+        remember(out, data, settings, samples.task)
+        _show_store(store, out, as_json)
+
+
+def _show_store(store: Any, out: Path, as_json: bool) -> None:
+    size = sum(shard["bytes"] for shard in store.meta["shards"])
+    document = {"path": str(out), "rows": len(store), "layers": store.layers, "dims": store.dims, "bytes": size}
+    print_document(document, as_json, lambda: say(f"{store}\n{size / 2**20:.1f} MiB in {out}"))
+
+
+def _check_append(dry_run: bool) -> None:
+    """UsageError for what a store has settled."""
+    context = click.get_current_context()
+    own = ("layers", "projection", "dtype", "precision", "truncate")
+    given = [
+        f"--{name}" for name in own if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
+    ]
+    if given or dry_run:
+        raise click.UsageError(f"{given[0] if given else '--dry-run'}: not with --append, the store has settled that.")
 
 
 def _show_estimate(found: Any, world: int) -> None:
@@ -97,6 +133,7 @@ def _show_estimate(found: Any, world: int) -> None:
 @click.option("--recall", default=0.95, help="Share of the best 10 that an approximate index is to find.")
 @click.option("--memory", help="Memory that the index may take, such as 512MiB.")
 @click.option("--rows", help="Rows to index, such as 0:500000, for one of several machines.")
+@click.option("--update", is_flag=True, help="Bring the index that is there up to date with its store.")
 @verify_option
 @json_option
 def index(
@@ -108,9 +145,10 @@ def index(
     recall: float,
     memory: str | None,
     rows: str | None,
+    update: bool,
     as_json: bool,
 ) -> None:
-    """Build an index over a store: exact, or by FAISS."""
+    """Build an index over a store: exact, or by FAISS; with --update, follow rows that were appended or deleted."""
     from influence_fast.gradients.store import GradientStore
     from influence_fast.search.influence_index import InfluenceIndex
 
@@ -121,14 +159,17 @@ def index(
         if len(ends) != 2 or not all(end.isdigit() for end in ends):
             raise InputError(f"rows: expected a range such as 0:500000, got {rows!r}")
         share = range(int(ends[0]), int(ends[1]))
-    built = InfluenceIndex.build(
-        opened, factory, metric, names(layers), recall=recall, memory=memory, rows=share, path=out
-    )
+    if update:
+        built = InfluenceIndex.updated(out, opened)
+    else:
+        built = InfluenceIndex.build(
+            opened, factory, metric, names(layers), recall=recall, memory=memory, rows=share, path=out
+        )
     size = sum(file.stat().st_size for file in out.iterdir())
     document = {
         "path": str(out),
         "factory": built.factory,
-        "metric": metric,
+        "metric": built.metric,
         "rows": len(built),
         "recall": built.recall,
         "bytes": size,
@@ -138,8 +179,12 @@ def index(
 
 @click.command(cls=Command, epilog=example("influence-fast search store.index --queries query-store -k 5 --harmful"))
 @click.argument("index", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("--queries", type=click.Path(path_type=Path), help="A store of query gradients.")
-@click.option("--model", help="With --text: the model of the store.")
+@click.option(
+    "--queries",
+    type=click.Path(path_type=Path),
+    help="A store of query gradients; with --model, a file of rows or chats.",
+)
+@click.option("--model", help="With --text, or --queries of a file: the model of the store.")
 @click.option("--text", help="One query text; with --label its class, with --answer the text to predict.")
 @click.option("--label", help="Class of --text: a number, or a name that the model knows.")
 @click.option("--answer", help="For causal models: what follows --text.")
@@ -147,6 +192,7 @@ def index(
 @click.option("--harmful", is_flag=True, help="The most harmful rows instead of the most helpful.")
 @click.option("--layers", help="Search by these layers alone, each with a weight if wanted: NAME,NAME=2.")
 @click.option("--where", help="Search among rows whose column has a value, such as prediction=1.")
+@click.option("--data", multiple=True, help="The training data, whose texts are printed; by default where they were.")
 @verify_option
 @json_option
 def search(
@@ -160,24 +206,34 @@ def search(
     harmful: bool,
     layers: str | None,
     where: str | None,
+    data: tuple[str, ...],
     as_json: bool,
 ) -> None:
-    """Find the training samples with the most influence on each query.
+    """Find the training samples with the most influence on each query, with their texts and labels.
+
+    INDEX is an index, or a store that is searched as it is.
 
     Under torchrun each process takes one of as many indexes, and the first prints what all of them found together.
     """
+    from influence_fast.data.remembered import remembered
+    from influence_fast.data.settings import DataSettings
     from influence_fast.gradients.store import GradientStore
-    from influence_fast.search.influence_index import InfluenceIndex
 
-    if (queries is None) == (text is None) or (text is not None and model is None):
-        raise click.UsageError("Give --queries, or --text with --model.")
+    stored = queries is not None and (queries / "manifest.json").exists()
+    if (queries is None) == (text is None) or (model is None and not stored):
+        raise click.UsageError("Give --queries, with --model where they are no store, or --text with --model.")
     world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     if len(index) != world:
         raise click.UsageError(f"Give one index for each process: {len(index)} for {world}.")
-    loaded = InfluenceIndex.load(index[rank])
-    if queries is not None:
-        opened = GradientStore.open(queries)
-        gradients, names = opened, list(opened.ids)
+    loaded, store = _index_and_store(index[rank])
+    known = None if store is None or world > 1 else remembered(store)
+    gradients: Any
+    if stored:
+        gradients = GradientStore.open(str(queries))
+        names = list(gradients.ids)
+    elif queries is not None:
+        settings = DataSettings() if known is None else replace(known.settings, noise=None, limit=None, split=None)
+        gradients, names = _row_gradients(loaded, str(model), str(queries), settings)
     else:
         gradients, names = _text_gradient(loaded, str(model), str(text), label, answer), [str(text)]
     options = {"layers": _weighted(layers), "only": None if where is None else _rows_where(loaded, where)}
@@ -196,17 +252,59 @@ def search(
     else:
         scores, found = loaded.search(gradients, k, harmful, **options)
     ids = found if isinstance(found, list) else found.tolist()
-    document = [
-        {"query": query, "ids": row, "scores": values, "recall": loaded.recall}
-        for query, row, values in zip(names, ids, scores.tolist(), strict=True)
-    ]
+    shown = _shown(data, known)
+    document = []
+    for query, row, values in zip(names, ids, scores.tolist(), strict=True):
+        effects = ["helpful" if value > 0 else "harmful" if value < 0 else "none" for value in values]
+        entry = {"query": query, "ids": row, "scores": values, "effects": effects, "recall": loaded.recall}
+        if shown:
+            found_texts, found_labels = zip(*(shown.get(str(name), ("", "")) for name in row), strict=True)
+            entry |= {"texts": list(found_texts), "labels": list(found_labels)}
+        document.append(entry)
+    more = ["labels", "texts"] if shown else []
     rows = [
-        [entry["query"], place, entry["ids"][place], f"{entry['scores'][place]:.6g}"]
+        [
+            entry["query"],
+            place,
+            entry["ids"][place],
+            f"{entry['scores'][place]:.6g}",
+            entry["effects"][place],
+            *(entry[what][place] for what in more),
+        ]
         for entry in document
-        for place in range(k)
+        for place in range(len(entry["ids"]))
     ]
+    columns = ["query", "place", "id", "influence", "effect", *(what.removesuffix("s") for what in more)]
     how = "exact" if loaded.factory == "Flat" else f"{loaded.factory}: recall@10 {loaded.recall:.3f} when it was built"
-    print_document(document, as_json, lambda: print_table(["query", "place", "id", "influence"], rows, how))
+    print_document(document, as_json, lambda: print_table(columns, rows, how))
+
+
+def _index_and_store(path: Path) -> tuple[Any, Path | None]:
+    """An index, and the folder of the one store that it is of; a store is indexed in memory."""
+    from influence_fast.gradients.store import GradientStore
+    from influence_fast.search.index_files import read_document
+    from influence_fast.search.influence_index import InfluenceIndex
+
+    if (path / "manifest.json").exists():
+        return InfluenceIndex.build(GradientStore.open(path), "Flat"), path
+    loaded = InfluenceIndex.load(path)
+    stores = read_document(path)["stores"]
+    return loaded, Path(os.path.normpath(path.resolve() / stores[0]["path"])) if len(stores) == 1 else None
+
+
+def _shown(data: tuple[str, ...], known: Any) -> dict[str, tuple[str, str]]:
+    """Text and label by id: of the data given, or else of those that the store remembers, where they still are."""
+    from influence_fast.data.remembered import shown_rows
+
+    if data:
+        return shown_rows(list(data), known)
+    if known is None:
+        return {}
+    try:
+        return shown_rows(known.data, known)
+    except InputError as error:
+        say(f"texts are left out: {error} (--data FILE says where the data are)", err=True)
+        return {}
 
 
 def _weighted(layers: str | None) -> Any:
@@ -231,9 +329,22 @@ def _rows_where(index: Any, where: str) -> Any:
 
 def _text_gradient(index: Any, model: str, text: str, label: str | None, answer: str | None) -> Any:
     """Gradients of one text in the index's layers and projection."""
+    from influence_fast.data.settings import DataSettings
+
+    row: dict[str, Any] = {"text": text}
+    if label is not None:
+        row["label"] = int(label) if label.lstrip("-").isdigit() else label
+    if answer is not None:
+        row["answer"] = answer
+    given = DataSettings(answer=None if answer is None else "answer")
+    return _row_gradients(index, model, [row], given, "text")[0]
+
+
+def _row_gradients(index: Any, model: str, source: Any, given: Any, argument: str = "queries") -> tuple[Any, list[Any]]:
+    """Gradients of rows in the index's layers and projection, and the rows' names."""
+    from influence_fast.data.loading import read_table
     from influence_fast.data.models import load_model
     from influence_fast.data.samples import prepare, task_of
-    from influence_fast.data.settings import DataSettings
     from influence_fast.errors import StoreError
     from influence_fast.gradients.build import gradients_of
     from influence_fast.gradients.differences import other_space
@@ -245,11 +356,7 @@ def _text_gradient(index: Any, model: str, text: str, label: str | None, answer:
         raise StoreError(f"model: {model} is another than the index was made with")
     if other := other_space(index.identity, identity_of(network, None, tokenizer)):
         raise StoreError(f"model: {model} computes something else than the index was made with ({other})")
-    row: dict[str, Any] = {"text": text}
-    if label is not None:
-        row["label"] = int(label) if label.lstrip("-").isdigit() else label
-    if answer is not None:
-        row["answer"] = answer
-    given = DataSettings(answer=None if answer is None else "answer")
-    samples = prepare("text", [row], given, task_of("auto", network, [row]), network, tokenizer)
-    return gradients_of(network, samples.rows, index.layers, index.meta["projection"])
+    rows = read_table(argument, source, skip_bad=given.skip_bad)
+    samples = prepare(argument, rows, given, task_of("auto", network, rows), network, tokenizer)
+    gradients = gradients_of(network, samples.rows, index.layers, index.meta["projection"])
+    return gradients, list(range(len(samples)) if samples.ids is None else samples.ids)

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from influence_fast.attribution.aggregation import aggregated
 from influence_fast.attribution.gradient_source import Gradients, GradientSource
 from influence_fast.attribution.influence import influence
 from influence_fast.attribution.influence_matrix import Matrix
 from influence_fast.evaluation.comparison import Evaluation, RankingKey, compare
-from influence_fast.evaluation.rankings import aggregated, baselines, groups_by_name
+from influence_fast.evaluation.rankings import baselines, groups_by_name
 
 
 def evaluate(

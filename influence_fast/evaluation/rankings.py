@@ -1,40 +1,16 @@
-"""Rankings to be judged: influence by layer group and aggregation, and the baselines beside."""
+"""Baselines to judge rankings by, and groups of layers."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from influence_fast.attribution.aggregation import aggregate_many
 from influence_fast.attribution.gradient_source import Gradients, GradientSource
-from influence_fast.attribution.influence_matrix import Matrix
 from influence_fast.gradients.layers import block_of, kind_of
 
 BASELINES = ("random", "loss", "self-influence")
-
-
-def aggregated(
-    matrix: Matrix | Mapping[str, Tensor],
-    aggregations: Sequence[str] | None,
-    groups: Mapping[str, Sequence[str]],
-    fraction: float,
-) -> Iterator[tuple[str, str, Tensor]]:
-    """``(group, aggregation, scores)``. A matrix with layers of its own has groups of its own: each layer, and all."""
-    there = list(matrix) if isinstance(matrix, Mapping) else matrix.layers
-    correct = None if isinstance(matrix, Mapping) else matrix.query_correct
-    own = {name: [layer for layer in layers if layer in there] for name, layers in groups.items()}
-    own = {name: layers for name, layers in own.items() if layers}
-    if not own:
-        own = {name: [name] for name in there} | {"all": there}
-    suffix = "-c" if correct is not None else ""
-    wanted = list(aggregations) if aggregations else ["mean", f"rank{suffix}", f"vote{suffix}"]
-    if correct is None:
-        wanted = list(dict.fromkeys(name.removesuffix("-c") for name in wanted))
-    for group, found in aggregate_many(matrix, wanted, own, fraction=fraction).items():
-        for aggregation, values in found.items():
-            yield group, aggregation, values
 
 
 def baselines(train: Gradients, seed: int = 0) -> dict[str, Tensor]:

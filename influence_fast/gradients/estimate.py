@@ -19,7 +19,7 @@ from influence_fast.gradients.build import verified_settings
 from influence_fast.gradients.job import prepare_job
 from influence_fast.gradients.model_state import as_evaluated, fingerprint
 from influence_fast.gradients.settings import BuildSettings
-from influence_fast.gradients.store import DTYPES
+from influence_fast.gradients.shard import DTYPES
 from influence_fast.ops.projections import Projection
 
 # Groups of batches, one of which is run for each.

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import cast
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from influence_fast.data.batching import Loss, batches, checked_rows, token_budget
+from influence_fast.data.tasks import device_of
 from influence_fast.errors import InputError
+from influence_fast.gradients import losses
 from influence_fast.gradients.capture import GradientCapture
 from influence_fast.gradients.captured_layer import CapturedLayer, GradientRecords
+from influence_fast.gradients.row_checks import settle_batches
 from influence_fast.gradients.sample_rows import Factors, Operand, SampleRows, TokenIds, promoted
 from influence_fast.ops.projections import Projection
 
@@ -82,3 +86,22 @@ class FactorCapture(GradientCapture):
             found[name] = (torch.cat(xs, 1), torch.cat(dys, 1)) if len(several) > 1 else several[0]
         self.clear()
         return found
+
+
+def factors_of(
+    capture: FactorCapture,
+    dataset: Sequence[Mapping[str, Any]],
+    loss: str | Loss,
+    batch_tokens: int | str,
+    truncate: bool,
+) -> Iterator[tuple[Tensor, dict[str, Factors], dict[str, Tensor]]]:
+    """Row numbers and factors of each batch, and the batch."""
+    model = capture.model
+    rows, kind = checked_rows(model, dataset, loss, truncate=truncate)
+    function = loss if callable(loss) else losses.named(kind, chunked=False)
+    tokens = token_budget(batch_tokens, model)
+    settle_batches(model, rows, function, tokens)
+    for chosen in batches(rows, range(len(rows)), tokens):
+        batch = rows.batch(chosen, model)
+        function(model, {name: tensor.to(device_of(model)) for name, tensor in batch.items()}).sum().backward()
+        yield torch.tensor(chosen), capture.pop_factors(), batch

@@ -29,7 +29,7 @@ from influence_fast.data.tasks import device_of
 from influence_fast.errors import InfluenceError, InputError, StoreError
 from influence_fast.gradients import losses
 from influence_fast.gradients.capture import GradientCapture
-from influence_fast.gradients.differences import Probe, best_rows, difference, probe_difference
+from influence_fast.gradients.differences import Probe, best_rows, difference, probe_difference, recorded_identity
 from influence_fast.gradients.identity import identity_of, probe_of, tolerance_of
 from influence_fast.gradients.layers import select_layers
 from influence_fast.gradients.model_state import as_evaluated, autocast, fingerprint, is_out_of_memory, is_sharded
@@ -169,8 +169,28 @@ class Job:
         if not rows:
             by_length = sorted(range(len(self.rows)), key=lambda i: (self.rows.lengths[i], i))
             rows = sorted({0, by_length[0], by_length[len(by_length) // 2], len(by_length) - 1})
-            return {"identity": self._identity, "probe": best_rows(self._probe(rows))}
-        return {"identity": self._identity, "probe": self._probe(rows)}
+            return {"identity": self.identity, "probe": best_rows(self._probe(rows))}
+        return {"identity": self.identity, "probe": self._probe(rows)}
+
+    def check_appends(self, path: str | PathLike[str], manifest: Mapping[str, Any]) -> None:
+        """Raise StoreError unless these rows belong behind those of a store."""
+        now = self.store_settings()
+        layers = {
+            name: {"shape": list(shape), "dim": now["dims"][name], "matrices": dict(now["identifiers"].get(name, {}))}
+            for name, shape in now["layers"].items()
+        }
+        there = {
+            name: {key: layer[key] for key in ("shape", "dim", "matrices")}
+            for name, layer in manifest["layers"].items()
+        }
+        found = next(
+            (f"another {key}" for key in ("model", "projection", "loss", "dtype") if now[key] != manifest[key]), None
+        )
+        if found is None and layers != there:
+            found = "other layers"
+        found = found or difference(recorded_identity(manifest), self.identity)
+        if found is not None:
+            raise StoreError(f"{path}: was built with something else than is appended ({found}); choose a new folder")
 
     def check_same(self, path: str | PathLike[str], earlier: Mapping[str, Any], now: Mapping[str, Any]) -> None:
         """Raise StoreError where an earlier build computed something else."""
@@ -187,7 +207,8 @@ class Job:
             raise StoreError(f"{path}: was built by another computation ({found}); choose a new folder")
 
     @cached_property
-    def _identity(self) -> dict[str, Any]:
+    def identity(self) -> dict[str, Any]:
+        """What tells the computation apart."""
         given = self.settings.loss
         return identity_of(self.model, given if callable(given) else None, self.tokenizer)
 

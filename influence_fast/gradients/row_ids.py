@@ -88,6 +88,46 @@ class RowIds(Sequence[int | str]):
             raise StoreError(f"{self._file.path}: damaged names of rows {begin} to {end - 1} ({error})") from None
 
 
+class JoinedIds(Sequence[int | str]):
+    """Names of the rows of several segments, one behind the other, of which the rows ``live`` are there (None: all)."""
+
+    def __init__(self, parts: Sequence[Sequence[int | str]], live: np.ndarray | None) -> None:
+        self._parts, self._live = list(parts), live
+        self._firsts = np.cumsum([0, *map(len, parts)])
+
+    def __len__(self) -> int:
+        return int(self._firsts[-1]) if self._live is None else len(self._live)
+
+    @overload
+    def __getitem__(self, row: int) -> int | str: ...
+    @overload
+    def __getitem__(self, row: slice) -> list[int | str]: ...
+    def __getitem__(self, row: int | slice) -> Any:
+        if isinstance(row, slice):
+            begin, end, step = row.indices(len(self))
+            return self._read(begin, end) if step == 1 else [self[i] for i in range(begin, end, step)]
+        number = range(len(self))[row]
+        return self._read(number, number + 1)[0]
+
+    def __iter__(self) -> Iterator[int | str]:
+        for at in range(0, len(self), _AT_ONCE):
+            yield from self._read(at, min(at + _AT_ONCE, len(self)))
+
+    def __repr__(self) -> str:
+        return f"JoinedIds({len(self)} of {len(self._parts)} segments)"
+
+    def _read(self, begin: int, end: int) -> list[int | str]:
+        if end <= begin:
+            return []
+        numbers = None if self._live is None else self._live[begin:end]
+        low, high = (begin, end) if numbers is None else (int(numbers[0]), int(numbers[-1]) + 1)
+        found: list[int | str] = []
+        for part, first in zip(self._parts, self._firsts.tolist(), strict=False):
+            if first < high and first + len(part) > low:
+                found += part[max(low - first, 0) : high - first]
+        return found if numbers is None else [found[i] for i in (numbers - low).tolist()]
+
+
 def encoded(ids: Sequence[int | str]) -> tuple[dict[str, Any] | None, Callable[[], Iterator[bytes]]]:
     """What a manifest says of these names (None: they are the row numbers) and their bytes, in pieces."""
     if isinstance(ids, range) and ids == range(len(ids)):

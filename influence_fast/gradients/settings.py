@@ -9,7 +9,7 @@ from typing import Any
 from influence_fast.data.batching import Loss
 from influence_fast.data.tasks import LOSSES
 from influence_fast.errors import InputError
-from influence_fast.gradients.store import DTYPES
+from influence_fast.gradients.shard import DTYPES
 from influence_fast.ops.projections import Projection
 
 PRECISIONS = ("bfloat16", "float16")

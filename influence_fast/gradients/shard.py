@@ -85,7 +85,7 @@ class Shard:
         """``named`` is what the header's metadata must say, if it says anything."""
         self.file, self.first, self.rows = file, first, rows
         self.path = file.path
-        self._dims, self._dtype, self._named = dims, DTYPES[dtype], named
+        self.dims, self.dtype, self._named = dims, DTYPES[dtype], named
         self._locating = False
         file.where = self.where
 
@@ -119,7 +119,7 @@ class Shard:
     def check_all(self) -> None:
         """Check every byte, the header, and that no number is NaN or infinite."""
         self.file.check_all()
-        for layer in self._dims:
+        for layer in self.dims:
             if not self.tensor(f"@sqnorm/{layer}").isfinite().all():
                 raise StoreError(f"{self.path}: gradients of {layer!r} are not finite ({self.span})")
 
@@ -132,8 +132,8 @@ class Shard:
                 the file or over another one.
         """
         size = int.from_bytes(self.file.read(0, min(8, self.file.size)), "little")
-        names = sum(len(json.dumps(name)) for name in self._dims)
-        most = _HEADER_MOST + 3 * (names + _ENTRY_MOST * len(self._dims))
+        names = sum(len(json.dumps(name)) for name in self.dims)
+        most = _HEADER_MOST + 3 * (names + _ENTRY_MOST * len(self.dims))
         if not 2 <= size <= min(self.file.size - 8, most):
             raise self._bad(f"its length is {size} bytes")
         try:
@@ -178,11 +178,11 @@ class Shard:
     def _check_names(self, places: Mapping[str, Place]) -> None:
         """Every layer with what belongs to it, and nothing else than columns."""
         expected: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
-        for layer, dim in self._dims.items():
-            expected[layer] = ((self.rows, dim), self._dtype)
+        for layer, dim in self.dims.items():
+            expected[layer] = ((self.rows, dim), self.dtype)
             expected[f"@sqnorm/{layer}"] = ((self.rows,), torch.float64)
             # Half precision is scaled too, but was not in version 0.1.
-            if self._dtype == torch.int8 or (self._dtype == torch.float16 and f"@scale/{layer}" in places):
+            if self.dtype == torch.int8 or (self.dtype == torch.float16 and f"@scale/{layer}" in places):
                 expected[f"@scale/{layer}"] = ((self.rows,), torch.float32)
         for name, (shape, dtype) in expected.items():
             if name not in places:

@@ -1,16 +1,18 @@
 """Per-sample gradients on disk: written shard by shard, resumed, checked while they are read.
 
 A store is a folder of ``manifest.json``, ``journal``, shards ``shard-00000.safetensors``, ``shard-00001.safetensors``, ...,
-and ``ids.bin`` where rows have names. Every shard but the last holds ``shard_rows`` consecutive rows. Nothing is ever
-unpickled. All numbers are little-endian, all text is UTF-8.
+and ``ids.bin`` where rows have names. Every shard but the last holds ``shard_rows`` consecutive rows. Rows that are appended
+are *segments*, folders within that are stores themselves; rows that are deleted are named by a file of *tombstones*.
+Nothing is ever unpickled. All numbers are little-endian, all text is UTF-8.
 
-**Manifest**, written once: a JSON object ``format``, ``version`` (2), ``requires`` (what a reader must know beside this
-page: none so far, ``tombstones``, ``segments`` and ``factors`` are set aside; refuse what you do not know, and ignore other
-keys), ``model`` (SHA-256 of the weights), ``projection`` (text), ``layers`` (by name: ``shape`` (out, in), ``dim``,
-``matrices`` with the identifier of each random matrix), ``dtype``, ``loss``, ``rows``, ``shard_rows``, ``block`` (16384),
-``ids`` (null: row numbers), ``settings`` of the build, ``facts`` (optional: which rows capture was verified on, how many
-trained numbers the layers cover of how many), and ``seal``: the SHA-256 of all bytes of the file before its value, which
-with ``"``, ``}`` and two line ends is its last 68 bytes.
+**Manifest**, replaced as a whole when rows are appended, deleted or compacted, and never otherwise: a JSON object
+``format``, ``version`` (2), ``requires`` (what else a reader must know: ``segments`` and ``tombstones`` where there are
+any; ``factors`` is set aside; refuse what you do not know, and ignore other keys), ``model`` (SHA-256 of the weights),
+``projection`` (text), ``layers`` (by name: ``shape`` (out, in), ``dim``, ``matrices`` with the identifier of each random
+matrix), ``dtype``, ``loss``, ``rows``, ``shard_rows``, ``block`` (16384), ``ids`` (null: row numbers), ``settings`` of the
+build, ``facts`` (optional: which rows capture was verified on, how many trained numbers the layers cover of how many), what
+follows under *Changes*, and ``seal``: the SHA-256 of all bytes of the file before its value, which with ``"``, ``}`` and
+two line ends is its last 68 bytes.
 
 **Journal**, only ever added to: one JSON object a line, in any order while a store is being built, in that of the rows when
 it is done. A line that does not end is not there yet.
@@ -19,14 +21,15 @@ it is done. A line that does not end is not there yet.
 key          content
 ===========  ==============================================================================================
 ``kind``     ``shard``; a reader refuses others
-``segment``  0; rows that are appended later are counted from 1
+``segment``  0
 ``file``     name of the shard
 ``first``    its first row
 ``rows``     how many
 ``bytes``    length of the file
 ``sha256``   of the file
 ``blocks``   XXH3 (64 bits, hexadecimal) of its table of checksums
-``settings`` SHA-256 of the manifest's content, facts aside: which store it belongs to
+``settings`` which store it belongs to: SHA-256 of the manifest's content (keys sorted, as ``json.dumps`` writes it)
+             without ``facts`` and what *Changes* adds, ``requires`` empty
 ``before``   ``seal`` of the line before; of the first line: ``settings``
 ``seal``     SHA-256 of all bytes of the line before its value, which with ``"}`` ends the line
 ===========  ==============================================================================================
@@ -64,17 +67,63 @@ build that was killed goes on with the shards that are missing. Adding a shard w
 there are. Version 1 had all of it in ``manifest.json``, without checksums of blocks: such a store opens, each shard is
 hashed as a whole when it is first read, and ``influence-fast upgrade`` rewrites it.
 
+**Changes.** A store that was never changed has none of this. Else the manifest has also
+
+===============  ============================================================================================
+key              content
+===============  ============================================================================================
+``segments``     the parts of the store in the order of their rows, each ``folder``, ``rows`` and ``settings`` as
+                 its journal has it. Folder ``""`` is the store's own, described by this manifest; others are
+                 ``segment-00001``, ... (appended) and ``compacted-00002``, ..., each a store with a manifest,
+                 journal, shards and ids of its own, whose ``first`` count from 0
+``next``         the number of the next folder; one is never used twice
+``tombstones``   only where rows are deleted: ``file``, ``rows`` (how many are deleted), ``bytes`` and ``blocks``
+===============  ============================================================================================
+
+The file of tombstones, ``deleted-00001.bin``, ..., is one bit a row of all parts together, 1 where it is deleted, the lowest
+bit of each byte first; rows behind its last byte are not. A table of checksums, as of a shard, ends it. A reader leaves
+deleted rows out: they count neither in ``rows`` that it reports nor in the order of rows. Names of rows that have none are
+their numbers within their part.
+
+*Appending* writes ``segment-N`` as any store is built, then the manifest that names it. *Deleting* writes a file of
+tombstones, then the manifest that names it; gradients and names stay on disk until the store is compacted. *Compacting*
+copies the rows that are left, bit by bit, into ``compacted-N``, replaces the manifest by that store's with ``segments``
+naming it alone, and then removes the files of before: what is known of single rows in ``facts`` goes too. What no manifest
+names was left by a process that was killed, and is removed by the next change; ``segment-N`` and ``compacted-N`` of the
+next number stay to be finished.
+
 A reader that checks what it reads, in plain NumPy::
 
     import hashlib, json, pathlib
     import numpy as np
 
 
-    def read_store(folder, layer):
-        folder, parts, before = pathlib.Path(folder), {}, None
+    def read_manifest(folder):
         raw = (folder / "manifest.json").read_bytes()
         manifest = json.loads(raw)
-        assert hashlib.sha256(raw[:-68]).hexdigest() == manifest["seal"] and not manifest["requires"]
+        assert hashlib.sha256(raw[:-68]).hexdigest() == manifest["seal"]
+        assert set(manifest["requires"]) <= {"segments", "tombstones"}
+        return manifest
+
+
+    def read_store(folder, layer):
+        folder = pathlib.Path(folder)
+        manifest = read_manifest(folder)
+        parts = []
+        for segment in manifest.get("segments", [{"folder": ""}]):
+            inner = folder / segment["folder"]
+            parts.append(read_part(inner, manifest if inner == folder else read_manifest(inner), layer))
+        rows = np.concatenate(parts)
+        if (deleted := manifest.get("tombstones")) is not None:
+            raw = np.fromfile(folder / deleted["file"], np.uint8)
+            bits = np.unpackbits(raw[: -8 * -(-len(raw) // 16392)], bitorder="little")[: len(rows)]
+            assert len(raw) == deleted["bytes"] and bits.sum() == deleted["rows"]
+            rows = rows[np.flatnonzero(np.pad(bits, (0, len(rows) - len(bits))) == 0)]
+        return rows
+
+
+    def read_part(folder, manifest, layer):
+        parts, before = {}, None
         for line in (folder / "journal").read_bytes().splitlines():
             shard = json.loads(line)
             assert hashlib.sha256(line[:-66]).hexdigest() == shard["seal"] and shard["kind"] == "shard"

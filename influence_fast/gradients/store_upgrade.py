@@ -9,8 +9,9 @@ from typing import Any
 
 from influence_fast._files import disk_errors, locked
 from influence_fast.errors import InputError, StoreError
-from influence_fast.gradients.store import GradientStore, read_lines, read_manifest
+from influence_fast.gradients.store import GradientStore
 from influence_fast.gradients.store_format import MANIFEST, VERSION
+from influence_fast.gradients.store_records import read_lines, read_manifest, read_state
 from influence_fast.gradients.store_writer import StoreWriter
 
 
@@ -37,8 +38,7 @@ def upgrade_store(path: str | os.PathLike[str]) -> GradientStore | None:
                 shutil.rmtree(old)
             return _finished(folder)
         raise InputError(f"{folder}: is of version {VERSION} already")
-    lines = read_lines(folder, manifest)
-    store = GradientStore(folder, manifest, lines, verify=True)
+    store = GradientStore(folder, read_state(folder, verify=True, unfinished=True), verify=True)
     with disk_errors(folder), locked(folder / ".lock"):
         writer = StoreWriter.create(
             beside,
@@ -56,7 +56,7 @@ def upgrade_store(path: str | os.PathLike[str]) -> GradientStore | None:
         )
         with writer:
             missing = set(writer.missing)
-            for shard in store._shards:
+            for shard in store.shards:
                 number, beyond = divmod(shard.first, manifest["shard_rows"])
                 if beyond or shard.rows != len(writer.span(number)):
                     raise StoreError(f"{shard.path}: holds {shard.span}, which no shard of {folder} should")

@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,18 +28,19 @@ from influence_fast._files import (
 )
 from influence_fast.errors import InputError, StoreError
 from influence_fast.gradients import row_ids
-from influence_fast.gradients.shard import DTYPES, bytes_of, layout
-from influence_fast.gradients.store import (
-    GradientStore,
+from influence_fast.gradients.shard import DTYPES, SUMS, Shard, bytes_of, layout
+from influence_fast.gradients.store_format import FORMAT, JOURNAL, MANIFEST, VERSION
+from influence_fast.gradients.store_records import (
+    Part,
     check_line,
     fingerprint,
     named,
     read_journal,
     read_lines,
     read_manifest,
+    read_state,
     verifying,
 )
-from influence_fast.gradients.store_format import FORMAT, JOURNAL, MANIFEST, VERSION
 
 _log = logging.getLogger("influence_fast")
 
@@ -120,6 +122,10 @@ class StoreWriter:
             earlier = read_manifest(folder)
             if not resume:
                 raise InputError(f"{folder}: holds a store already; remove it, or pass resume=True")
+            if earlier.get("requires"):
+                raise StoreError(
+                    f"{folder}: rows were appended to this store or deleted; open it, or choose a new folder"
+                )
             _check_same(folder, earlier, manifest)
             manifest = earlier
         elif foreign:
@@ -159,7 +165,9 @@ class StoreWriter:
                 raise StoreError(
                     f"{self.path}: an unfinished store of version 1; rewrite it by influence-fast upgrade, then build again"
                 )
-            GradientStore.open(self.path).verify() if verifying() else GradientStore.open(self.path)
+            whole = read_state(self.path, verifying()).parts[0]
+            for damage in whole.damage() if verifying() else ():
+                raise damage
             return
         remove_leftovers(self.path)
         if not (self.path / MANIFEST).exists():
@@ -195,18 +203,16 @@ class StoreWriter:
 
     def _is_whole(self, line: dict[str, Any]) -> bool:
         """Whether a shard is as it was written; says which is not, and will be computed again."""
-        store = GradientStore(self.path, self.manifest, [line], verifying())
         try:
-            store.check_shards()
+            Part(self.path, self.manifest, []).shard(line, verifying()).check_all()
         except StoreError as error:
             _log.warning("%s; it is computed again", error)
             return False
         return True
 
     def _ids_are_whole(self) -> bool:
-        store = GradientStore(self.path, self.manifest, [], verifying())
         try:
-            store.check_ids()
+            Part(self.path, self.manifest, []).check_ids(verifying())
         except StoreError:
             return False
         return True
@@ -311,6 +317,33 @@ class StoreWriter:
         if len(bad):
             row = span[int(bad[0])]
             raise InputError(f"gradient of layer {layer!r} for row {self._ids[row]!r} {what}")
+
+
+def copy_rows(writer: StoreWriter, shards: Sequence[Shard], firsts: np.ndarray, rows: np.ndarray | None = None) -> None:
+    """Write the shards that are missing with rows of others, whose numbers keep every bit.
+
+    ``firsts`` int64 ``(shards + 1,)`` numbers the first row of each of ``shards``; ``rows`` int64, ascending, says which
+    to take, all by default.
+    """
+    for number in writer.missing:
+        span = writer.span(number)
+        wanted = np.arange(span.start, span.stop) if rows is None else rows[span.start : span.stop]
+        edges = np.searchsorted(wanted, firsts).tolist()
+        pieces = [
+            _copied(shard, wanted[low:high] - first)
+            for shard, first, low, high in zip(shards, firsts.tolist(), edges, edges[1:], strict=False)
+            if low < high
+        ]
+        writer.write_tensors(number, {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]})
+
+
+def _copied(shard: Shard, rows: np.ndarray) -> dict[str, Tensor]:
+    found = {name: shard.tensor(name, rows) for name in shard.places if name != SUMS}
+    if shard.dtype == torch.float16:
+        # Version 0.1 had no scales of half precision.
+        for layer in shard.dims:
+            found.setdefault(f"@scale/{layer}", torch.ones(len(rows)))
+    return found
 
 
 def scaled(gradient: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

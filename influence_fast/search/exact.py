@@ -33,7 +33,7 @@ from torch import Tensor
 
 from influence_fast._files import atomic_path
 from influence_fast.errors import BackendError, InputError, StoreError
-from influence_fast.gradients.store import GradientStore
+from influence_fast.gradients.store_reader import StoreReader
 from influence_fast.search.index_files import IndexFolder, describe
 
 try:
@@ -72,13 +72,41 @@ def parts_of(dims: dict[str, int]) -> tuple[list[Part], int]:
 
 
 class Rows:
-    """The exact rows: stores of the same layers, one behind the other; ``rows`` picks a range of the first store."""
+    """The exact rows: stores of the same layers, one behind the other, of each a range of the rows that were written.
 
-    def __init__(self, stores: Sequence[tuple[GradientStore, range]], layers: Sequence[str]) -> None:
-        self.stores = list(stores)
+    Attributes:
+        stores: with the rows that are deleted, which are numbered like the others.
+        live: numbers of the rows that are not deleted, int64 ascending; None where none is.
+    """
+
+    def __init__(self, stores: Sequence[tuple[StoreReader, range]], layers: Sequence[str]) -> None:
+        self.given = list(stores)
+        self.stores = [(store.with_deleted, rows) for store, rows in stores]
         self.layers = list(layers)
         self.dims = {name: self.stores[0][0].dims[name] for name in layers}
         self.count = sum(len(rows) for _, rows in self.stores)
+        self.live = self._live()
+
+    def _live(self) -> np.ndarray | None:
+        if all(store.live is None for store, _ in self.given):
+            return None
+        found, first = [], 0
+        for store, rows in self.given:
+            live = np.arange(rows.start, rows.stop) if store.live is None else store.live
+            low, high = np.searchsorted(live, [rows.start, rows.stop])
+            found.append(live[low:high] - rows.start + first)
+            first += len(rows)
+        live = np.concatenate(found)
+        return None if len(live) == self.count else live
+
+    @property
+    def alive(self) -> Tensor | None:
+        """Which rows are not deleted: boolean ``(count,)``; None where none is."""
+        if self.live is None:
+            return None
+        mask = torch.zeros(self.count, dtype=torch.bool)
+        mask[torch.from_numpy(self.live)] = True
+        return mask
 
     def read(self, layer: str, begin: int, end: int) -> Tensor:
         """Rows ``begin .. end`` of all stores together: float32."""
@@ -154,8 +182,16 @@ class Rows:
 class Segment:
     """Consecutive rows of the copy."""
 
-    def __init__(self, first: int, rows: int, arrays: dict[str, np.ndarray], path: Path | None = None) -> None:
-        self.first, self.rows, self.arrays, self.path = first, rows, arrays, path
+    def __init__(
+        self,
+        first: int,
+        rows: int,
+        arrays: dict[str, np.ndarray],
+        path: Path | None = None,
+        about: Mapping[str, Any] | None = None,
+    ) -> None:
+        """``about`` is what ``index.json`` says of the file, where that is known."""
+        self.first, self.rows, self.arrays, self.path, self.about = first, rows, arrays, path, about
 
 
 class Scan:
@@ -179,8 +215,13 @@ class Scan:
         return sum(array.nbytes for segment in self.segments for array in segment.arrays.values())
 
     def add(self, rows: Rows, folder: IndexFolder | None = None) -> None:
-        """Copy the rows that are not yet in it; with ``folder`` each segment into a file, which is then mapped."""
+        """Copy the rows that are not yet in it; with ``folder`` each segment into a file, which is then mapped.
+
+        A last segment with space left is copied again with them: many additions of few rows give no more segments than one.
+        """
         step = max(_native.block_rows, _SEGMENT_BYTES // (4 * sum(self.dims.values())))
+        if rows.count > self.rows and self.segments and self.segments[-1].rows < step:
+            self.segments.pop()
         # One buffer for all segments: freed and asked for again, it would leave holes that the allocator cannot fill.
         count = min(step, rows.count - self.rows)
         codes = np.empty((count, self.stride), np.uint8)
@@ -199,11 +240,11 @@ class Scan:
         """Write the segments that are not there yet; what ``index.json`` says of all."""
         entries = []
         for segment in self.segments:
-            path = segment.path
+            path, about = segment.path, segment.about
             if path is None or not folder.has(path):
-                path = folder.new(SEGMENT)
+                path, about = folder.new(SEGMENT), None
                 self._write(path, segment.arrays)
-            entries.append({"rows": segment.rows, "data": describe(path)})
+            entries.append({"rows": segment.rows, "data": about or describe(path)})
         return entries
 
     @classmethod
@@ -212,7 +253,8 @@ class Scan:
         scan, first = cls(dims), 0
         for entry in entries:
             path = (folder / entry["data"]["file"]).resolve()
-            scan.segments.append(Segment(first, entry["rows"], scan._mapped(path, entry["rows"]), path))
+            arrays = scan._mapped(path, entry["rows"])
+            scan.segments.append(Segment(first, entry["rows"], arrays, path, entry["data"]))
             first += entry["rows"]
         return scan
 

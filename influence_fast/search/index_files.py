@@ -51,7 +51,8 @@ _DOCUMENT = records.record(
                     "path": records.text(r"[^/\0][^\0]*", "a path that begins at the index"),
                     "digest": records.text(records.SHA256, "64 hexadecimal digits"),
                     "rows": records.items(records.whole(), 2),
-                }
+                },
+                {"written": records.whole(1, 2**40)},
             )
         ),
         "segments": records.items(records.record({"rows": records.whole(1, 2**31 - 1), "data": _FILE})),

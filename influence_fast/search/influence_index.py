@@ -25,27 +25,27 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from influence_fast import ops
 from influence_fast._memory import parse_memory
 from influence_fast.attribution.gradient_source import Gradients, GradientSource, chosen_layers
 from influence_fast.errors import BackendError, InfluenceError, InputError, StoreError
 from influence_fast.gradients.differences import other_space, recorded_identity
-from influence_fast.gradients.store import GradientStore, verifying
-from influence_fast.search.exact import Rows, Scan, parts_of, rescore
+from influence_fast.gradients.store import GradientStore
+from influence_fast.gradients.store_reader import StoreReader
+from influence_fast.gradients.store_records import verifying
+from influence_fast.search.exact import Rows, Scan, rescore
 from influence_fast.search.index_files import IndexFolder, check_files, read_document, writing
 from influence_fast.search.norm_partitions import (
     NormPartition,
     add_to_partitions,
+    automatic_factory,
     build_partitions,
     directions,
-    least_rows,
+    live_blocks,
     load_faiss,
-    row_blocks,
 )
 
 METRICS = ("dot", "cosine")
 _HELD_OUT = 64
-_SLOW_SCAN = 1 << 32
 _SPREAD = 8
 
 _log = logging.getLogger("influence_fast")
@@ -69,19 +69,26 @@ class InfluenceIndex:
         self.layers: list[str] = meta["layers"]
         self.recall: float = meta["recall"]
         self._rows, self._scan, self._partitions = rows, scan, partitions
+        # Rows that each store had when it was indexed, deleted ones among them.
+        self._written = [len(store) for store, _ in rows.stores]
 
     @property
     def ids(self) -> Sequence[int | str]:
         """Names of the rows, in the order of the stores."""
-        stores = self._rows.stores
+        stores, live = self._rows.stores, self._rows.live
+        names: Sequence[int | str]
         if len(stores) == 1:
-            return stores[0][0].ids[stores[0][1].start : stores[0][1].stop]
-        if all(isinstance(store.ids, range) for store, _ in stores):
-            return range(len(self))
-        return [name for store, rows in stores for name in store.ids[rows.start : rows.stop]]
+            names = stores[0][0].ids[stores[0][1].start : stores[0][1].stop]
+        elif all(isinstance(store.ids, range) for store, _ in stores):
+            names = range(self._rows.count)
+        else:
+            names = [name for store, rows in stores for name in store.ids[rows.start : rows.stop]]
+        return names if live is None else [names[row] for row in live.tolist()]
 
     def name_of(self, row: int) -> int | str:
         """Name of one row: ``ids[row]``, without reading the others."""
+        if self._rows.live is not None:
+            row = int(self._rows.live[row])
         if len(self._rows.stores) > 1 and all(isinstance(store.ids, range) for store, _ in self._rows.stores):
             return row
         return self._rows.id_of(row)
@@ -92,7 +99,7 @@ class InfluenceIndex:
         return recorded_identity(self._rows.stores[0][0].meta)
 
     def __len__(self) -> int:
-        return self._rows.count
+        return self._rows.count if self._rows.live is None else len(self._rows.live)
 
     def __repr__(self) -> str:
         how = "exact" if self.factory == "Flat" else f"recall@10 {self.recall:.3f}"
@@ -144,9 +151,9 @@ class InfluenceIndex:
         part = range(len(store)) if rows is None else rows
         if part.step != 1 or not 0 <= part.start < part.stop <= len(store):
             raise InputError(f"rows: expected a range within the {len(store)} rows of the store, got {rows!r}")
-        source = Rows([(store, part)], names)
+        source = Rows([(store, _as_written(store, part))], names)
         if factory == "auto":
-            factory = _auto(source, recall, None if memory is None else parse_memory(memory))
+            factory = automatic_factory(source, recall, None if memory is None else parse_memory(memory))
         meta = {
             "factory": factory,
             "metric": metric,
@@ -172,8 +179,8 @@ class InfluenceIndex:
     @staticmethod
     def choose_factory(store: GradientStore, recall: float = 0.95, memory: int | str | None = None) -> str:
         """What ``factory="auto"`` becomes for this store; arguments and errors as of :meth:`build`."""
-        rows = Rows([(store, range(len(store)))], store.layers)
-        return _auto(rows, recall, None if memory is None else parse_memory(memory))
+        rows = Rows([(store, _as_written(store, range(len(store))))], store.layers)
+        return automatic_factory(rows, recall, None if memory is None else parse_memory(memory))
 
     def measure_recall(self, queries: Gradients, k: int = 10, most: int = 64) -> float:
         """Share of the true best ``k`` that a search finds, over the first ``most`` queries, by float64 brute force.
@@ -186,7 +193,7 @@ class InfluenceIndex:
         cosine = self.metric == "cosine"
         values = _unit_or_whole(torch.cat(list(some.values()), 1).double(), cosine)
         best = torch.empty(len(values), 0, dtype=torch.float64)
-        for _, _, rows in row_blocks(self._rows):
+        for _, rows in live_blocks(self._rows):
             best = torch.cat([best, values @ _unit_or_whole(rows.double(), cosine).T], 1)
             best = best.topk(min(k, best.shape[1])).values
         edge = best[:, -1:]
@@ -200,6 +207,84 @@ class InfluenceIndex:
         Raises:
             StoreError: a store of another model, projection or layers.
         """
+        self._check_space(store)
+        before = self._rows.count
+        rows = Rows([*self._rows.given, (store, _as_written(store, range(len(store))))], self.layers)
+        rows.native(self.layers)
+        self._take_in(rows, before)
+        self._written.append(len(store.with_deleted))
+
+    def update(self, store: GradientStore, path: str | os.PathLike[str] | None = None) -> None:
+        """Follow the store that was indexed: take in rows that were appended, leave out rows that were deleted.
+
+        Costs what changed: rows that were there are not read again (FAISS rewrites its files). Once the store was compacted,
+        the index is built anew, and no byte of deleted rows is left in it.
+
+        Args:
+            store: as it is now. An index of several stores is told by its folder which one.
+            path: the folder of the index, which is written on the way; otherwise :meth:`save` it. Killed at any moment, the
+                index in it is the old one or the new one.
+
+        Raises:
+            InputError: the index is of several stores, none of which is in this folder; or only the last can grow.
+            StoreError: a store of another model, projection or layers.
+        """
+        given = self._rows.given
+        own = [i for i, (other, _) in enumerate(given) if other.path.resolve() == store.path.resolve()]
+        if len(given) > 1 and not own:
+            raise InputError(f"store: {store.path} is none of the {len(given)} stores of the index")
+        self._check_space(store)
+        place = own[0] if own else 0
+        (was, covered), now = given[place], store.with_deleted
+        written = self._written[place]
+        if now.digest_of(written) != was.with_deleted.digest_of(written):
+            if len(given) > 1 or covered != range(written):
+                raise InputError(
+                    "store: was compacted, and the index is of a part of it or of others too; build it again"
+                )
+            _log.info("%s: was compacted; the index is built anew", store.path)
+            built = self.build(store, self.factory, self.metric, self.layers, path=path)
+            self.__dict__.update(built.__dict__)
+            return
+        if covered.stop == written:
+            covered = range(covered.start, len(now))
+        rows = Rows([*given[:place], (store, covered), *given[place + 1 :]], self.layers)
+        if rows.count > self._rows.count and place < len(given) - 1:
+            raise InputError(f"store: only the last store of an index can grow, {given[-1][0].path}; build it again")
+        if rows.count == self._rows.count:
+            # Deleted rows are left out by the store, whatever the index holds.
+            self._rows = rows
+            return
+        with nullcontext() if path is None else writing(path) as folder:
+            self._take_in(rows, self._rows.count, folder)
+            self._written[place] = len(now)
+            if folder is not None:
+                self._publish(folder)
+
+    @classmethod
+    def updated(cls, path: str | os.PathLike[str], store: GradientStore) -> InfluenceIndex:
+        """Bring the index in a folder up to date with its store, as :meth:`update` does; what is there if nothing changed.
+
+        An index whose store was compacted since, which does not load, is built anew, of the same kind.
+
+        Raises:
+            InputError, StoreError: as of :meth:`load` and :meth:`update`.
+        """
+        document = read_document(Path(path))
+        entries = document["stores"]
+        if len(entries) == 1 and store.with_deleted.digest_of(entries[0].get("written", -1)) != entries[0]["digest"]:
+            begin, end = entries[0]["rows"]
+            if (begin, end) != (0, entries[0].get("written", end)):
+                raise InputError(f"store: was compacted, and {path} is an index of a part of it; build it again")
+            for key in ("model", "projection"):
+                if store.meta[key] != document[key]:
+                    raise StoreError(f"store: another {key} than the index ({store.meta[key]}, {document[key]})")
+            return cls.build(store, document["factory"], document["metric"], document["layers"], path=path)
+        index = cls.load(path, store if len(entries) == 1 else None)
+        index.update(store, path)
+        return index
+
+    def _check_space(self, store: StoreReader) -> None:
         for key in ("model", "projection"):
             if store.meta[key] != self.meta[key]:
                 raise StoreError(f"store: another {key} than the index ({store.meta[key]}, {self.meta[key]})")
@@ -210,11 +295,11 @@ class InfluenceIndex:
                 raise StoreError(
                     f"store: layer {name!r} has {store.dims.get(name)} numbers per row, the index {self.meta['dims'][name]}"
                 )
-        before = len(self)
-        rows = Rows([*self._rows.stores, (store, range(len(store)))], self.layers)
-        rows.native(self.layers)
+
+    def _take_in(self, rows: Rows, before: int, folder: IndexFolder | None = None) -> None:
+        """Search these rows from now on, of which the first ``before`` are known."""
         if self._scan is not None:
-            self._scan.add(rows)
+            self._scan.add(rows, folder)
         else:
             add_to_partitions(self._partitions, rows, before, self.metric)
         self._rows = rows
@@ -247,10 +332,17 @@ class InfluenceIndex:
                 of the store that has changed. InfluenceError: an approximate index that finds fewer than ``k`` rows.
         """
         scores, rows = self.search_rows(queries, k, harmful, layers=layers, only=only)
-        ids = self.ids if all(isinstance(store.ids, range) for store, _ in self._rows.stores) else None
-        if isinstance(ids, range):
+        if self._rows.live is None and isinstance(ids := self.ids if self._by_rows else None, range):
             return scores.float(), rows + ids.start
-        return scores.float(), [[self.name_of(row) for row in found] for found in rows.tolist()]
+        names = [[self.name_of(row) for row in found] for found in rows.tolist()]
+        if all(store.numbered for store, _ in self._rows.stores):
+            return scores.float(), torch.tensor(names, dtype=torch.int64)
+        return scores.float(), names
+
+    @property
+    def _by_rows(self) -> bool:
+        """Whether all ids are the numbers of rows, which nothing is to be read for."""
+        return all(isinstance(store.ids, range) for store, _ in self._rows.stores)
 
     def search_rows(
         self,
@@ -264,7 +356,7 @@ class InfluenceIndex:
         """As :meth:`search`, with float64 scores and row numbers, both ``(m, k)``; errors as of :meth:`search`."""
         weights = self._weights(layers)
         values = self._queries(queries, list(weights))
-        allowed = None if only is None else self._mask(only)
+        allowed, live = None if only is None else self._mask(only), self._rows.live
         most = len(self) if allowed is None else int(allowed.sum())
         if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= most:
             left = "" if allowed is None else " that are left"
@@ -273,7 +365,10 @@ class InfluenceIndex:
         if self._scan is not None:
             names, factors = list(weights), list(weights.values())
             cosine = self.metric == "cosine"
-            scores, rows = self._scan.search(self._rows, sign * values, names, factors, k, cosine, allowed)
+            mask = allowed if live is None else self._rows.alive
+            if live is not None and mask is not None and allowed is not None:
+                mask[torch.from_numpy(live)] = allowed
+            scores, rows = self._scan.search(self._rows, sign * values, names, factors, k, cosine, mask)
         else:
             if layers is not None or allowed is not None:
                 raise InputError(
@@ -281,12 +376,15 @@ class InfluenceIndex:
                 )
             _log.info("%s finds %.1f %% of the true best 10", self.factory, 100 * self.recall)
             scores, rows = self._approximately(sign * values, k)
+        if live is not None:
+            rows = torch.from_numpy(np.searchsorted(live, rows.numpy()))
         # No -0 where a harmful search turned a zero.
         return sign * scores + 0.0, rows
 
     def column(self, name: str) -> Tensor:
         """``loss``, ``correct`` or ``prediction`` of every row of the index, from its stores: ``(rows,)``."""
-        return torch.cat([store.column(name)[rows.start : rows.stop] for store, rows in self._rows.stores])
+        found = torch.cat([store.column(name)[rows.start : rows.stop] for store, rows in self._rows.stores])
+        return found if self._rows.live is None else found[torch.from_numpy(self._rows.live)]
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the index into a folder; ``index.json`` last, so that an index that was there stays until this one is whole.
@@ -300,9 +398,10 @@ class InfluenceIndex:
 
     def _publish(self, folder: IndexFolder) -> None:
         stores = []
-        for store, rows in self._rows.stores:
+        for (store, rows), written in zip(self._rows.stores, self._written, strict=True):
             where = os.path.relpath(store.path.resolve(), folder.path)
-            stores.append({"path": where, "digest": store.digest, "rows": [rows.start, rows.stop]})
+            digest = store.digest_of(written)
+            stores.append({"path": where, "digest": digest, "rows": [rows.start, rows.stop], "written": written})
         folder.publish(
             {
                 **self.meta,
@@ -341,11 +440,15 @@ class InfluenceIndex:
         ]
         pairs = []
         for entry, one in zip(entries, found, strict=True):
-            if one.digest != entry["digest"]:
-                raise StoreError(f"{one.path}: another store than was indexed; build the index again")
+            whole = one.with_deleted
+            written = entry.get("written", len(whole))
+            if whole.digest_of(written) != entry["digest"]:
+                raise StoreError(f"{one.path}: another store than was indexed; update the index or build it again")
             begin, end = entry["rows"]
-            if not begin < end <= len(one):
-                raise StoreError(f"{folder}: damaged index, rows {begin} to {end} of the {len(one)} of {one.path}")
+            if not begin < end <= written:
+                raise StoreError(f"{folder}: damaged index, rows {begin} to {end} of the {written} of {one.path}")
+            if end == written < len(whole):
+                _log.warning("%s: %d rows were appended since it was indexed", one.path, len(whole) - written)
             pairs.append((one, range(begin, end)))
         meta = {key: document[key] for key in document if key not in ("stores", "segments", "partitions")}
         layers, dims = meta["layers"], meta["dims"]
@@ -362,7 +465,9 @@ class InfluenceIndex:
         counted = scan.rows if scan is not None else sum(len(partition.rows) for partition in partitions)
         if counted != rows.count or exact == bool(partitions):
             raise StoreError(f"{folder}: damaged index, {counted} vectors where {rows.count} are named")
-        return cls(rows, meta, scan, partitions)
+        loaded = cls(rows, meta, scan, partitions)
+        loaded._written = [entry.get("written", known) for entry, known in zip(entries, loaded._written, strict=True)]
+        return loaded
 
     def to_gpu(self) -> InfluenceIndex:
         """The same index with its partitions cloned to all GPUs, sharded; BackendError without faiss-gpu. ``Flat`` stays."""
@@ -432,10 +537,13 @@ class InfluenceIndex:
         breadth, cosine = self.meta["breadth"], self.metric == "cosine"
         unit = directions(values).numpy()
         weights = [1.0] * len(self.layers)
+        alive = self._rows.alive
         while True:
             numbers = torch.from_numpy(
                 np.concatenate([partition.search(unit, _SPREAD * k, breadth) for partition in self._partitions], axis=1)
             )
+            if alive is not None:
+                numbers = torch.where((numbers >= 0) & alive[numbers], numbers, -1)
             if int((numbers >= 0).sum(1).min()) >= k:
                 break
             breadth *= 4
@@ -452,7 +560,8 @@ class InfluenceIndex:
         """Search wider until held-out queries find ``recall`` of their best 10, and note what was reached."""
         k = min(10, len(self))
         if queries is None:
-            numbers = torch.from_numpy(np.sort(np.random.default_rng(1).permutation(len(self))[:_HELD_OUT]))
+            chosen = np.sort(np.random.default_rng(1).permutation(len(self))[:_HELD_OUT])
+            numbers = torch.from_numpy(chosen if self._rows.live is None else self._rows.live[chosen])
             held_out = torch.cat([self._rows.take(name, numbers) for name in self.layers], 1)
         else:
             held_out = self._queries(queries, self.layers)[:_HELD_OUT]
@@ -467,66 +576,25 @@ class InfluenceIndex:
             self.meta["breadth"] = min(2 * self.meta["breadth"], limit)
 
 
-def vote_from_index(
-    index: InfluenceIndex, queries: Gradients, k: int, *, check: int = 8
-) -> tuple[Tensor, dict[str, float | int]]:
-    """``vote`` from searches: for every layer and query the ``k`` most harmful rows, ``-sum of (k - rank)`` of each.
-
-    No row of influence is formed, so this is for small ``k``; the index is a ``Flat`` one of inner products, to search
-    layer by layer. It differs from ``aggregate(.., "vote")`` only in ties: scores are compared in float64, and those across
-    the k-th place count as if no more rows shared them.
-
-    Returns:
-        Votes float64 ``(n,)`` and ``{"checked": rows of influence computed to compare, "difference": share of their votes
-        that went elsewhere}``.
-    """
-    if index.metric != "dot":
-        raise InputError("index: votes from an index are of inner products; build it with metric='dot'")
-    source, n = GradientSource("queries", queries), len(index)
-    votes = torch.zeros(n, dtype=torch.float64)
-    off, total, checked = 0.0, 0.0, 0
-    picked = set(np.random.default_rng(0).permutation(len(index.layers) * source.rows)[:check].tolist())
-    for layer, name in enumerate(index.layers):
-        values = source.read(name)
-        scores, rows = index.search_rows({name: values}, k, harmful=True, layers=[name])
-        for query in range(source.rows):
-            _, run, size = scores[query].unique_consecutive(return_inverse=True, return_counts=True)
-            rank = (size.cumsum(0) - (size + 1) / 2)[run].double()
-            votes[rows[query]] -= k - rank
-            if layer * source.rows + query in picked:
-                own = torch.zeros(n, dtype=torch.float64)
-                own[rows[query]] = rank - k
-                row = torch.cat([values[query] @ block.T for _, _, block in row_blocks(index._rows, layers=[name])])
-                exact = ops.vote(row[None], k)
-                off += float((exact - own).abs().sum()) / 2
-                total += float(exact.abs().sum())
-                checked += 1
-    return votes, {"checked": checked, "difference": off / total if total else 0.0}
-
-
-def _auto(rows: Rows, recall: float, memory: int | None) -> str:
-    """A factory string by rows, numbers per row, memory and recall."""
-    n, dim = rows.count, sum(rows.dims.values())
-    _, stride = parts_of(rows.dims)
-    if (memory is None or n * (stride + 16 * len(rows.dims)) <= memory) and (recall == 1 or n * stride <= _SLOW_SCAN):
-        return "Flat"
-    lists = int(2 ** np.clip(np.round(np.log2(4 * n**0.5)), 4, 16))
-    # Centres, and the longest rows as they are.
-    whole = 4 * dim * (lists + min(n, least_rows(lists)))
-    codes = [("SQ8", dim), ("SQ4", dim / 2), *((f"PQ{dim // d}", dim / d) for d in (4, 8, 16) if dim % d == 0)]
-    for name, size in codes:
-        if recall < 1 and (memory is None or n * (size + 16) + whole <= memory):
-            return f"IVF{lists},{name}"
-    raise InputError(f"memory: no index of {n} rows of {dim} numbers fits {memory} bytes at recall {recall:g}")
+def _as_written(store: StoreReader, rows: range) -> range:
+    """A range of rows as the shards number them, deleted rows among them."""
+    if store.live is None:
+        return rows
+    whole = rows.start == 0 and rows.stop == len(store)
+    return (
+        range(len(store.with_deleted))
+        if whole
+        else range(int(store.live[rows.start]), int(store.live[rows.stop - 1]) + 1)
+    )
 
 
 def _best(rows: Rows, queries: Tensor, k: int, metric: str) -> Tensor:
     """Row numbers of the best k by brute force in float32."""
     best, where = torch.empty(len(queries), 0), torch.empty(len(queries), 0, dtype=torch.int64)
-    for begin, end, values in row_blocks(rows):
+    for numbers, values in live_blocks(rows):
         scores = queries @ (directions(values) if metric == "cosine" else values).T
         best = torch.cat([best, scores], 1)
-        where = torch.cat([where, torch.arange(begin, end).expand(len(queries), -1)], 1)
+        where = torch.cat([where, numbers.expand(len(queries), -1)], 1)
         best, place = best.topk(min(k, best.shape[1]))
         where = where.gather(1, place)
     return where

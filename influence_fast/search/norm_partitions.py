@@ -19,13 +19,14 @@ from torch import Tensor
 
 from influence_fast._files import atomic_path, atomic_write
 from influence_fast.errors import BackendError, InputError, StoreError
-from influence_fast.search.exact import Rows
+from influence_fast.search.exact import Rows, parts_of
 from influence_fast.search.index_files import IndexFolder, check_files, describe
 
 _BLOCK_BYTES = 32 << 20
 _TRAIN_ROWS = 50_000
 _RATIO = 1.5
 _ROWS = 2_000
+_SLOW_SCAN = 1 << 32
 
 
 @dataclass
@@ -36,6 +37,15 @@ class NormPartition:
     rows: np.ndarray
     longest: float
     whole: bool = False
+    mapped: bool = False
+
+    def add(self, values: np.ndarray, rows: np.ndarray) -> None:
+        """Take in vectors of rows; what is mapped from a file, which cannot grow, is read into memory first."""
+        if self.mapped:
+            faiss = load_faiss()
+            self.index, self.mapped = faiss.deserialize_index(faiss.serialize_index(self.index)), False
+        self.index.add(values)
+        self.rows = np.concatenate([self.rows, rows])
 
     @property
     def limit(self) -> int:
@@ -94,7 +104,7 @@ class NormPartition:
             )
         if len(rows) and not 0 <= int(rows.min()) <= int(rows.max()) < count:
             raise StoreError(f"{path}: damaged index, it names rows beyond the {count} of its stores")
-        return cls(index, rows, entry["longest"], entry["whole"])
+        return cls(index, rows, entry["longest"], entry["whole"], mapped=True)
 
 
 def build_partitions(rows: Rows, factory: str, metric: str) -> list[NormPartition]:
@@ -143,7 +153,6 @@ def build_partitions(rows: Rows, factory: str, metric: str) -> list[NormPartitio
 
 def add_to_partitions(partitions: list[NormPartition], rows: Rows, first: int, metric: str) -> None:
     edges = [partition.longest for partition in partitions]
-    grown: list[list[np.ndarray]] = [[partition.rows] for partition in partitions]
     for begin, _, values in row_blocks(rows, first):
         length = values.double().square().sum(1).sqrt().numpy()
         place = (
@@ -155,10 +164,23 @@ def add_to_partitions(partitions: list[NormPartition], rows: Rows, first: int, m
         for number, partition in enumerate(partitions):
             mine = np.flatnonzero(place == number)
             if len(mine):
-                partition.index.add((values if partition.whole else unit)[mine].numpy())
-                grown[number].append(begin + mine)
-    for partition, parts in zip(partitions, grown, strict=True):
-        partition.rows = np.concatenate(parts)
+                partition.add((values if partition.whole else unit)[mine].numpy(), begin + mine)
+
+
+def automatic_factory(rows: Rows, recall: float, memory: int | None) -> str:
+    """A factory string by rows, numbers per row, memory and recall."""
+    n, dim = rows.count, sum(rows.dims.values())
+    _, stride = parts_of(rows.dims)
+    if (memory is None or n * (stride + 16 * len(rows.dims)) <= memory) and (recall == 1 or n * stride <= _SLOW_SCAN):
+        return "Flat"
+    lists = int(2 ** np.clip(np.round(np.log2(4 * n**0.5)), 4, 16))
+    # Centres, and the longest rows as they are.
+    whole = 4 * dim * (lists + min(n, least_rows(lists)))
+    codes = [("SQ8", dim), ("SQ4", dim / 2), *((f"PQ{dim // d}", dim / d) for d in (4, 8, 16) if dim % d == 0)]
+    for name, size in codes:
+        if recall < 1 and (memory is None or n * (size + 16) + whole <= memory):
+            return f"IVF{lists},{name}"
+    raise InputError(f"memory: no index of {n} rows of {dim} numbers fits {memory} bytes at recall {recall:g}")
 
 
 def least_rows(lists: int) -> int:
@@ -187,6 +209,16 @@ def row_blocks(rows: Rows, first: int = 0, layers: Sequence[str] | None = None) 
     for begin in range(first, rows.count, step):
         end = min(begin + step, rows.count)
         yield begin, end, torch.cat([rows.read(name, begin, end) for name in names], 1)
+
+
+def live_blocks(rows: Rows, layers: Sequence[str] | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+    """Numbers and gradients of the rows that are not deleted, block by block."""
+    alive = rows.alive
+    for begin, end, values in row_blocks(rows, layers=layers):
+        numbers = torch.arange(begin, end)
+        if alive is not None:
+            numbers, values = numbers[alive[begin:end]], values[alive[begin:end]]
+        yield numbers, values
 
 
 def directions(values: Tensor) -> Tensor:

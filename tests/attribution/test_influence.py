@@ -118,3 +118,16 @@ def test_errors_name_both_sides(tmp_path: Path) -> None:
     train["b"][3, 0] = float("nan")
     with pytest.raises(inf.InputError, match="train: layer 'b' has NaN or infinity in row 3"):
         inf.influence(train, queries, "cosine").layer("b")
+
+
+def test_a_frame_of_influence_has_the_names_of_both_sides(tmp_path: Path) -> None:
+    train = write_store(tmp_path / "t", gradients(6, 0), ids=[f"row {i}" for i in range(6)])
+    train.delete(["row 2"])
+    matrix = inf.influence(train, write_store(tmp_path / "q", gradients(3, 1)))
+    frame = matrix.to_pandas()
+    assert frame.shape == (5, 6)
+    for layer in ("a", "b"):
+        assert torch.equal(torch.from_numpy(frame[layer].to_numpy()).T, matrix.layer(layer))
+    assert frame.loc["row 3", ("b", 1)] == float(matrix.layer("b")[1, 2])
+    assert list(matrix.to_pandas(["b"]).columns) == [("b", 0), ("b", 1), ("b", 2)]
+    assert list(inf.influence(gradients(2, 0), gradients(2, 1)).to_pandas().index) == [0, 1]

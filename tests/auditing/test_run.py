@@ -98,7 +98,7 @@ def test_audit_writes_scores_report_and_config(folder: Path, tmp_path: Path) -> 
     for one, other in zip(rows, read_csv(tmp_path / "b" / "scores.csv"), strict=True):
         assert list(one) == list(other)
         for name, value in one.items():
-            if name in ("id", "label", "noise", "text", "rank"):
+            if name in ("id", "label", "noise", "text", "rank", "kind"):
                 assert other[name] == value, name
             else:
                 assert float(other[name]) == pytest.approx(float(value), rel=1e-4, abs=1e-6), name

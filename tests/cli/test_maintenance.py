@@ -7,10 +7,10 @@ import shutil
 from pathlib import Path
 
 from audits import run
-from stores import gradients, write_store
+from stores import append, gradients, write_store
 
 import influence_fast as inf
-from influence_fast.gradients.store import verifying
+from influence_fast.gradients.store_records import verifying
 
 FIXTURES = Path(__file__).parent.parent / "fixtures" / "store-0.1" / "float32"
 
@@ -74,3 +74,27 @@ def test_reading_is_checked_unless_asked_not_to(tmp_path: Path) -> None:
     code, _, err = run(*evaluate)
     assert (code, "train/shard-00001.safetensors: damaged" in err) == (1, True)
     assert run(*evaluate, "--no-verify")[0] == 0
+
+
+def test_delete_compact_merge_and_update(tmp_path: Path) -> None:
+    write_store(tmp_path / "one", gradients(12, 0))
+    append(tmp_path / "one", gradients(3, 1), range(12, 15))
+    write_store(tmp_path / "two", gradients(5, 2), ids=[f"b,{i}" for i in range(5)])
+    assert run("index", tmp_path / "one", "--out", tmp_path / "index")[0] == 0
+    code, out, _ = run("delete", tmp_path / "one", "--ids", "3,13", "--json")
+    assert (code, json.loads(out)) == (0, {"path": str(tmp_path / "one"), "deleted": 2, "rows": 13})
+    (tmp_path / "names").write_text("b,1\nb,3\n", encoding="utf-8")
+    code, out, _ = run("delete", tmp_path / "two", "--file", tmp_path / "names")
+    assert (code, out) == (0, f"{tmp_path / 'two'}: 2 rows deleted, 3 are left\n")
+    assert run("delete", tmp_path / "two")[0] == 2
+    code, _, err = run("delete", tmp_path / "one", "--ids", "x")
+    assert (code, err) == (1, "error: ids: the rows of this store are numbered, got 'x'\n")
+    code, out, _ = run("verify", tmp_path / "one", "--json")
+    assert [(entry["kind"], entry["damage"]) for entry in json.loads(out)] == [("store", [])], "segments are no stores"
+    code, out, _ = run("merge", tmp_path / "one", tmp_path / "two", "--out", tmp_path / "both", "--json")
+    assert (code, json.loads(out)["rows"]) == (0, 16)
+    code, out, _ = run("compact", tmp_path / "one", "--json")
+    assert (code, json.loads(out)) == (0, [{"path": str(tmp_path / "one"), "rows": 13}])
+    code, out, err = run("index", tmp_path / "one", "--out", tmp_path / "index", "--update", "--json")
+    assert (code, json.loads(out)["rows"]) == (0, 13), err
+    assert inf.InfluenceIndex.load(tmp_path / "index").ids == inf.GradientStore.open(tmp_path / "one").ids[:]

@@ -6,7 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
-from audits import read_csv, run
+from audits import read_csv, run, write_rows
 
 import influence_fast as inf
 
@@ -37,6 +37,12 @@ def test_build_index_search_score_evaluate(folder: Path, tmp_path: Path) -> None
     )  # fmt: skip
     assert code == 0
     rows = read_csv(tmp_path / "scores.csv")
+    code, _, err = run(
+        "score", "--train", stores["train"], "--queries", stores["queries"], "--aggregation", "vote",
+        "--out", tmp_path / "scores.parquet",
+    )  # fmt: skip
+    assert code == 0, err
+    assert inf.read_scores(tmp_path / "scores.parquet").equals(inf.read_scores(tmp_path / "scores.csv"))
     with open(tmp_path / "noisy.csv", "w") as file:
         file.write("score,noise\n" + "".join(f"{row['score']},{i % 4 == 0}\n" for i, row in enumerate(rows)))
     code, out, err = run("evaluate", tmp_path / "noisy.csv", "--json")
@@ -58,3 +64,50 @@ def test_a_text_is_searched_by_the_model_and_tokenizer_of_the_index(folder: Path
     assert (code, "computes something else than the index was made with (tokenizer: template" in err) == (1, True), err
     code, _, err = run("build", "--model", model, "--data", data, *given, "--out", tmp_path / "s")
     assert (code, "was built by another computation (tokenizer: template" in err) == (1, True), err
+
+
+def test_rows_are_appended_with_the_settings_of_the_store(folder: Path, tmp_path: Path) -> None:
+    data = (folder / "train.jsonl").read_text().splitlines(keepends=True)
+    for name, part in (("first", data[:4]), ("second", data[4:7])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(part))
+    given = ["--model", folder / "model", "--out", tmp_path / "store"]
+    settings = ["--layers", "head", "--projection", "rademacher:4x4"]
+    assert run("build", *given, "--data", tmp_path / "first.jsonl", *settings)[0] == 0
+    code, out, err = run("build", *given, "--data", tmp_path / "second.jsonl", "--append", "--json")
+    assert code == 0, err
+    assert json.loads(out)["rows"] == 7
+    code, _, err = run("build", *given, "--data", tmp_path / "second.jsonl", "--append", *settings)
+    assert code == 2
+    assert "--layers: not with --append, the store has settled that." in err
+
+
+def test_search_prints_texts_and_labels_that_the_store_remembers(folder: Path, tmp_path: Path) -> None:
+    data = shutil.copy(folder / "train.jsonl", tmp_path / "train.jsonl")
+    rows = [json.loads(line) for line in Path(data).read_text().splitlines()]
+    given = ["--layers", "head", "--projection", "rademacher:4x4"]
+    store, queries = tmp_path / "store", folder / "queries.jsonl"
+    assert run("build", "--model", folder / "model", "--data", data, *given, "--out", store)[0] == 0
+    # A store is searched as it is, by queries from a file.
+    asked = ["search", store, "--model", folder / "model", "--queries", queries, "-k", 3]
+    code, out, err = run(*asked, "--json")
+    assert code == 0, err
+    found = json.loads(out)
+    assert len(found) == len(queries.read_text().splitlines())
+    for entry in found:
+        assert entry["texts"] == [rows[i]["text"] for i in entry["ids"]]
+        assert entry["labels"] == [str(rows[i]["label"]) for i in entry["ids"]]
+        assert entry["effects"] == ["helpful" if s > 0 else "harmful" if s < 0 else "none" for s in entry["scores"]]
+    harmful = json.loads(run(*asked, "--harmful", "--json")[1])
+    assert {effect for entry in harmful for effect in entry["effects"]} >= {"harmful"}
+    assert "helpful" in run(*asked)[1]
+    assert run("index", store, "--out", tmp_path / "index")[0] == 0
+    asked[1] = tmp_path / "index"
+    assert json.loads(run(*asked, "--json")[1])[0]["texts"] == found[0]["texts"]
+    # Moved data are named; changed data are refused, and never shown as what they are not.
+    moved = Path(data).rename(tmp_path / "moved.jsonl")
+    code, out, err = run(*asked, "--json")
+    assert (code, "texts are left out" in err, "texts" in json.loads(out)[0]) == (0, True, False)
+    assert json.loads(run(*asked, "--data", moved, "--json")[1])[0]["texts"] == found[0]["texts"]
+    write_rows(moved, rows[1:])
+    code, _, err = run(*asked, "--data", moved)
+    assert (code, "is not what the store was built of" in err) == (1, True)

@@ -209,3 +209,134 @@ def test_a_gradient_that_is_not_finite_names_layer_and_row(tmp_path: Path) -> No
     nn.init.constant_(model.classifier.bias, float("inf"))
     with pytest.raises(inf.InputError, match=r"row 's\d' has a non-finite loss"):
         make_store(tmp_path / "t", model, samples, layers="head", ids=ids)
+
+
+# --------------------------------------------------------------------------------------------- appending, and streams
+
+_GIVEN = {"loss": integer_loss, "verify": False, "shard_rows": 4}
+
+
+def rows_of(count: int) -> list[dict]:
+    return integer_rows(count)
+
+
+def test_appended_rows_are_those_of_one_build(tmp_path: Path) -> None:
+    model, rows = IntegerModel(), rows_of(15)
+    whole = make_store(tmp_path / "whole", model, rows, **_GIVEN)
+    make_store(tmp_path / "s", model, rows[:9], **_GIVEN)
+    given = {"loss": integer_loss, "verify": False, "progress": False}
+    store = inf.append_store(tmp_path / "s", model, rows[9:13], **given)
+    store = inf.append_store(tmp_path / "s", model, rows[13:], earlier=rows[:9], **given)
+    assert list(store.ids) == list(range(15))
+    for name in whole.layers:
+        assert torch.equal(store.read(name), whole.read(name))
+    assert torch.equal(store.column("loss"), whole.column("loss"))
+    before = files(tmp_path / "s" / "segment-00002")
+    assert len(inf.append_store(tmp_path / "s", model, rows[13:], **given)) == 15, (
+        "they are the last that were appended"
+    )
+    assert files(tmp_path / "s" / "segment-00002") == before
+    store.delete([14])
+    store.compact()
+    assert list(inf.append_store(tmp_path / "s", model, rows[:1], **given).ids) == [*range(14), 14]
+
+
+def test_what_does_not_belong_into_a_store_is_not_appended(tmp_path: Path) -> None:
+    model, rows = IntegerModel(), rows_of(6)
+    make_store(tmp_path / "s", model, rows, ids=list("abcdef"), **_GIVEN)
+    given = {"verify": False, "progress": False}
+    with pytest.raises(inf.InputError, match="loss of its own, integer_loss; pass it again"):
+        inf.append_store(tmp_path / "s", model, rows, ids=list("ghijkl"), **given)
+    given["loss"] = integer_loss
+    with pytest.raises(inf.InputError, match="have names, such as 'a'; name the new ones too"):
+        inf.append_store(tmp_path / "s", model, rows, **given)
+    with pytest.raises(inf.InputError, match="ids: 'c' is that of a row"):
+        inf.append_store(tmp_path / "s", model, rows, ids=list("ghicjk"), **given)
+    with pytest.raises(inf.StoreError, match="another loss"):
+        inf.append_store(tmp_path / "s", model, rows, ids=list("ghijkl"), **{**given, "loss": "classification"})
+    with torch.no_grad():
+        next(model.parameters()).add_(1)
+    with pytest.raises(inf.StoreError, match="something else than is appended"):
+        inf.append_store(tmp_path / "s", model, rows, ids=list("ghijkl"), **given)
+    with pytest.raises(inf.StoreError, match="was built by another computation"):
+        inf.append_store(tmp_path / "s", model, rows, ids=list("ghijkl"), earlier=rows, **given)
+    assert len(inf.GradientStore.open(tmp_path / "s")) == 6
+
+
+def test_an_append_that_was_stopped_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, rows = IntegerModel(), rows_of(18)
+    make_store(tmp_path / "s", model, rows[:6], **_GIVEN)
+    given = {"loss": integer_loss, "verify": False, "progress": False, "shard_rows": 4}
+    compute, done = job.Job.compute, []
+
+    def stop(self, span, *rest):
+        done.append(span)
+        if len(done) == 3:
+            raise KeyboardInterrupt
+        return compute(self, span, *rest)
+
+    monkeypatch.setattr(job.Job, "compute", stop)
+    with pytest.raises(KeyboardInterrupt):
+        inf.append_store(tmp_path / "s", model, rows[6:], **given)
+    assert len(inf.GradientStore.open(tmp_path / "s")) == 6, "not seen before it is whole"
+    done[:] = range(5)
+    store = inf.append_store(tmp_path / "s", model, rows[6:], **given)
+    assert len(done) < 8, "what was written is not computed again"
+    whole = make_store(tmp_path / "whole", model, rows, **_GIVEN)
+    assert all(torch.equal(store.read(name), whole.read(name)) for name in whole.layers)
+
+
+def test_a_stream_is_built_in_segments_and_goes_on_by_its_rows(tmp_path: Path) -> None:
+    model, rows = IntegerModel(), rows_of(17)
+    whole = make_store(tmp_path / "whole", model, rows, **_GIVEN)
+    taken = []
+
+    def stream(last: int):
+        for row in rows[:last]:
+            taken.append(row)
+            yield row
+        if last < len(rows):
+            raise ConnectionError("the source is away")
+
+    with pytest.raises(ConnectionError):
+        make_store(tmp_path / "s", model, stream(11), segment_rows=4, **_GIVEN)
+    assert len(inf.GradientStore.open(tmp_path / "s")) == 8
+    store = make_store(tmp_path / "s", model, stream(17), segment_rows=4, **_GIVEN)
+    assert [part["rows"] for part in store.meta["segments"]] == [4, 4, 4, 4, 1]
+    assert list(store.ids) == list(range(17))
+    for name in whole.layers:
+        assert torch.equal(store.read(name), whole.read(name))
+    before = len(taken)
+    assert len(make_store(tmp_path / "s", model, stream(17), segment_rows=4, **_GIVEN)) == 17
+    assert len(taken) == before + 17
+    store.delete([2])
+    store.compact()
+    more = make_store(tmp_path / "s", model, iter([*rows, *rows[:2]]), segment_rows=4, **_GIVEN)
+    assert list(more.ids) == [i for i in range(19) if i != 2], "rows that were deleted are not built again"
+
+
+def test_a_stream_of_another_order_is_refused(tmp_path: Path) -> None:
+    model, rows = IntegerModel(), rows_of(9)
+    make_store(tmp_path / "s", model, iter(rows), segment_rows=4, **_GIVEN)
+    with pytest.raises(
+        inf.StoreError, match="rows 4 to 7 of the stream are others than those that were built; it does not"
+    ):
+        make_store(tmp_path / "s", model, iter([*rows[:4], *rows[:3:-1]]), segment_rows=4, **_GIVEN)
+    with pytest.raises(inf.StoreError, match="the stream has 2"):
+        make_store(tmp_path / "s", model, iter(rows[:2]), segment_rows=4, **_GIVEN)
+    with pytest.raises(inf.InputError, match="at least one row"):
+        make_store(tmp_path / "t", model, iter([]), **_GIVEN)
+    with pytest.raises(inf.InputError, match="segment_rows: expected a positive int"):
+        make_store(tmp_path / "t", model, iter(rows), segment_rows=0, **_GIVEN)
+
+
+def test_streaming_data_sets_with_names(tmp_path: Path) -> None:
+    from datasets import IterableDataset
+
+    model, rows = IntegerModel(), rows_of(6)
+    names = [f"row {i}" for i in range(6)]
+    stream = IterableDataset.from_generator(lambda: iter(rows))
+    store = make_store(tmp_path / "s", model, stream, ids=iter(names), segment_rows=4, **_GIVEN)
+    assert list(store.ids) == names
+    with pytest.raises(inf.InputError, match="expected one for each of the 4 rows, got 2"):
+        make_store(tmp_path / "t", model, stream, ids=names[:2], segment_rows=4, **_GIVEN)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from stores import write_store, writer
+from stores import append, write_store, writer
 from torch import Tensor
 
 import influence_fast as inf
@@ -56,6 +56,16 @@ def test_the_reader_in_the_documentation(tmp_path: Path, gradients: dict[str, Te
         store = write_store(tmp_path / dtype, gradients, dtype=dtype)
         got = torch.from_numpy(names["read_store"](tmp_path / dtype, "c")).float()
         assert torch.equal(got, store.read("c"))
+        append(tmp_path / dtype, gradients, range(10, 20), dtype=dtype)
+        store = inf.GradientStore.open(tmp_path / dtype)
+        store.delete([1, 12])
+        append(tmp_path / dtype, gradients, range(20, 30), dtype=dtype)
+        for compacted in (False, True):
+            store = inf.GradientStore.open(tmp_path / dtype)
+            if compacted:
+                store.compact()
+            assert len(store) == 28
+            assert torch.equal(torch.from_numpy(names["read_store"](tmp_path / dtype, "c")).float(), store.read("c"))
 
 
 def test_reads(tmp_path: Path, gradients: dict[str, Tensor]) -> None:
@@ -184,7 +194,7 @@ def test_what_a_store_claims_is_held_against_its_files(tmp_path: Path, gradients
     import tracemalloc
 
     from influence_fast import _records as records
-    from influence_fast.gradients.store import fingerprint
+    from influence_fast.gradients.store_records import fingerprint
 
     write_store(tmp_path, gradients)
     manifest = records.unseal("m", (tmp_path / "manifest.json").read_bytes())
@@ -222,8 +232,8 @@ def test_a_store_that_needs_a_later_version(tmp_path: Path, gradients: dict[str,
 
     write_store(tmp_path, gradients)
     manifest = records.unseal("m", (tmp_path / "manifest.json").read_bytes())
-    (tmp_path / "manifest.json").write_bytes(records.seal({**manifest, "requires": ["tombstones"]}))
-    with pytest.raises(inf.StoreError, match="needs a later version of this library, which knows 'tombstones'"):
+    (tmp_path / "manifest.json").write_bytes(records.seal({**manifest, "requires": ["factors"]}))
+    with pytest.raises(inf.StoreError, match="needs a later version of this library, which knows 'factors'"):
         inf.GradientStore.open(tmp_path)
     (tmp_path / "manifest.json").write_bytes(records.seal({**manifest, "later": 1}))
     with pytest.raises(inf.StoreError, match=r"belongs to another store|does not follow"):

@@ -32,11 +32,12 @@ _MEMORY = 1 << 30
 
 
 def make(folder: Path) -> None:
-    """Stores of both widths, names of both kinds, an exact and an approximate index, and partial sums."""
+    """Stores of both widths and one that was changed, names of both kinds, indexes of both kinds, and partial sums."""
     import torch
 
     import influence_fast as inf
     from influence_fast.attribution import aggregation
+    from influence_fast.gradients.store_changes import add_segment
     from tests.stores import write_store
 
     generator = torch.Generator().manual_seed(0)
@@ -51,6 +52,10 @@ def make(folder: Path) -> None:
     )
     narrow = write_store(folder / "narrow", gradients(24), dtype="int8", ids=range(100, 124), shard_rows=13)
     queries = write_store(folder / "queries", gradients(4))
+    alive = write_store(folder / "alive", gradients(20), ids=[f"row {row}" for row in range(20)], shard_rows=13)
+    write_store(folder / "alive" / "segment-00001", gradients(9), ids=[f"new {row}" for row in range(9)], shard_rows=5)
+    add_segment(folder / "alive", "segment-00001")
+    alive.delete(["row 3", "row 14", "new 2"])
     inf.InfluenceIndex.build(train, "Flat", path=folder / "flat")
     inf.InfluenceIndex.build(narrow, "SQ8", path=folder / "faiss")
     # Sums of the first blocks of a job that was stopped: as large a memory as holds one row each.
@@ -223,11 +228,13 @@ def work(folder: Path, seed: int, first: int, count: int, checked: bool) -> None
     import torch
 
     from influence_fast.errors import InfluenceError
-    from influence_fast.gradients.store import unverified
+    from influence_fast.gradients.store_records import unverified
 
     torch.set_num_threads(1)
     whole = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    expected = {kind: answer(folder, kind) for kind in ("train", "narrow", "queries", "flat", "faiss", "partial")}
+    expected = {
+        kind: answer(folder, kind) for kind in ("train", "narrow", "queries", "alive", "flat", "faiss", "partial")
+    }
     _restore(whole)
     chosen = targets(folder)
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()

@@ -8,6 +8,7 @@ file lost its tail, as a file that was not synced may.
 
 from __future__ import annotations
 
+import hashlib
 import multiprocessing
 import os
 import re
@@ -57,7 +58,8 @@ def _store(path: Path, seed: int, count: int, **settings: Any) -> None:
 
     given = {"layers": "head,attention[0]", "projection": "rademacher:2x2", "shard_rows": 4, "progress": False}
     ids = [f"row {i}" for i in range(count)]
-    inf.build_store(path, models.make("bert"), _rows(seed, count), ids=ids, **{**given, **settings})
+    rows = settings.pop("dataset", None) or _rows(seed, count)
+    inf.build_store(path, models.make("bert"), rows, ids=ids, **{**given, **settings})
 
 
 def _prepare_nothing(folder: Path) -> None:
@@ -91,6 +93,61 @@ def _prepare_index(folder: Path) -> None:
 
 def _prepare_old(folder: Path) -> None:
     shutil.copytree(Path(__file__).parents[1] / "fixtures" / "store-0.1" / "int8" / "train", folder / "out")
+
+
+def _prepare_alive(folder: Path) -> None:
+    """A store that was appended to and lost rows, with an index of what it was at first."""
+    import influence_fast as inf
+
+    _prepare_stores(folder)
+    inf.InfluenceIndex.build(inf.GradientStore.open(folder / "train"), "Flat", "dot", path=folder / "index")
+    append(folder)
+    inf.GradientStore.open(folder / "train").delete(["row 3", "new 1"])
+
+
+def _prepare_compacted(folder: Path) -> None:
+    """As :func:`_prepare_alive`, compacted, so that the index is to be built anew."""
+    _prepare_alive(folder)
+    compact(folder)
+
+
+def append(folder: Path) -> None:
+    import influence_fast as inf
+    from tests import models
+
+    given = {"shard_rows": 4, "progress": False, "verify": False}
+    inf.append_store(folder / "train", models.make("bert"), _rows(3, 6), ids=[f"new {i}" for i in range(6)], **given)
+
+
+def stream(folder: Path) -> None:
+    _store(folder / "out", 1, 10, dataset=iter(_rows(1, 10)), segment_rows=4, verify=False)
+
+
+def delete(folder: Path) -> None:
+    from influence_fast.cli import main
+
+    _call(main, ["delete", folder / "train", "--ids", "row 0,new 2"])
+
+
+def compact(folder: Path) -> None:
+    from influence_fast.cli import main
+
+    _call(main, ["compact", folder / "train"])
+
+
+def merge(folder: Path) -> None:
+    from influence_fast.cli import main
+
+    # The queries have names of the training rows.
+    (folder / "names").write_text("\n".join(f"row {i}" for i in range(5)), encoding="utf-8")
+    _call(main, ["delete", folder / "train", "--file", folder / "names"])
+    _call(main, ["merge", folder / "train", folder / "queries", "--out", folder / "out"])
+
+
+def update(folder: Path) -> None:
+    from influence_fast.cli import main
+
+    _call(main, ["index", folder / "train", "--out", folder / "index", "--update"])
 
 
 def build(folder: Path) -> None:
@@ -141,6 +198,13 @@ COMMANDS: dict[str, tuple[Callable[[Path], None], Callable[[Path], None]]] = {
     "score": (_prepare_stores, score),
     "upgrade": (_prepare_old, upgrade),
     "audit": (_prepare_nothing, audit),
+    "append": (_prepare_stores, append),
+    "stream": (_prepare_nothing, stream),
+    "delete": (_prepare_alive, delete),
+    "compact": (_prepare_alive, compact),
+    "merge": (_prepare_alive, merge),
+    "index update": (_prepare_alive, update),
+    "index update after compact": (_prepare_compacted, update),
 }
 
 
@@ -229,7 +293,8 @@ def _run(job: Callable[[Path], None], folder: Path, log: Path, at: int | None = 
 
 
 class Outcome(NamedTuple):
-    """What came of one kill: ``same bytes``, ``other bytes``, ``refused`` or ``left over``."""
+    """What came of one kill: ``same bytes``, ``other bytes``, ``refused``, ``left over`` or ``half seen``: in between,
+    neither the rows of before nor those of after could be read."""
 
     command: str
     at: int
@@ -250,6 +315,7 @@ class Target:
         shutil.copytree(self.scratch / "before", self.scratch / "whole")
         self._checked(self.job, self.scratch / "whole")
         self.expected = contents(self.scratch / "whole")
+        self.states = [seen(self.scratch / name) for name in ("before", "whole")]
 
     def _checked(self, job: Callable[[Path], None], folder: Path) -> None:
         code = _run(job, folder, self.log)
@@ -264,6 +330,8 @@ class Target:
         if code == 0:
             return None
         assert code == -signal.SIGKILL, self.log.read_text(encoding="utf-8")
+        if (between := seen(folder)) not in self.states:
+            return Outcome(self.name, at, torn, "half seen", str(between))
         if _run(self.job, folder, self.log) != 0:
             last = self.log.read_text(encoding="utf-8").strip().splitlines()
             return Outcome(self.name, at, torn, "refused", last[-1] if last else "")
@@ -281,6 +349,22 @@ class Target:
             while (outcome := self.kill(at, torn)) is not None:
                 yield outcome
                 at += step
+
+
+def seen(folder: Path) -> str:
+    """What a reader finds in the store that was there before: a hash of its rows and names, or the error."""
+    import influence_fast as inf
+
+    if not (folder / "train").exists():
+        return ""
+    try:
+        store = inf.GradientStore.open(folder / "train")
+        digest = hashlib.sha256(repr(list(store.ids)).encode())
+        for name in store.layers:
+            digest.update(store.read(name).numpy().tobytes())
+    except inf.InfluenceError as error:
+        return str(error)
+    return digest.hexdigest()
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -301,7 +385,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def table(outcomes: list[Outcome]) -> str:
     """Counts by command, as Markdown."""
-    kinds = ("same bytes", "other bytes", "left over", "refused")
+    kinds = ("same bytes", "other bytes", "left over", "refused", "half seen")
     lines = [f"| command | kills | {' | '.join(kinds)} |", "| --- |" + " ---: |" * (len(kinds) + 1)]
     for command in dict.fromkeys(outcome.command for outcome in outcomes):
         counts = Counter(outcome.what for outcome in outcomes if outcome.command == command)

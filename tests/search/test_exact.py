@@ -200,7 +200,7 @@ def test_a_damaged_index_is_found(tmp_path: Path) -> None:
 
 
 def test_votes_from_an_index(tmp_path: Path) -> None:
-    from influence_fast.search.influence_index import vote_from_index
+    from influence_fast.search.votes import vote_from_index
 
     dims = {"a": 12, "b": 30}
     # Of integers, whose products are exact: the votes of both sides are too.

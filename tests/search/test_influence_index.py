@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from stores import gradients, write_store
+from stores import append, gradients, write_store
 
 import influence_fast as inf
 
@@ -80,6 +80,95 @@ def test_recall_is_measured_and_can_fail(
 
 def test_the_factory_that_a_store_would_get(store: inf.GradientStore, monkeypatch: pytest.MonkeyPatch) -> None:
     assert inf.InfluenceIndex.choose_factory(store) == "Flat"
-    monkeypatch.setattr("influence_fast.search.influence_index._SLOW_SCAN", 0)
+    monkeypatch.setattr("influence_fast.search.norm_partitions._SLOW_SCAN", 0)
     assert inf.InfluenceIndex.choose_factory(store).startswith("IVF")
     assert inf.InfluenceIndex.choose_factory(store, recall=1) == "Flat"
+
+
+def answers(index: inf.InfluenceIndex, store: inf.GradientStore, queries: dict, harmful: bool) -> list:
+    """Ids of the best 5 by brute force."""
+    values = sum(queries[name].double() @ store.read(name).double().T for name in store.layers)
+    if index.metric == "cosine":
+        values = values / sum(store.read(name).double().square().sum(1) for name in store.layers).sqrt()
+    names = list(store.ids)
+    return [[names[i] for i in row] for row in values.topk(5, largest=not harmful).indices.tolist()]
+
+
+@pytest.mark.parametrize("named", [False, True])
+@pytest.mark.parametrize(
+    ("factory", "metric"), [("Flat", "dot"), ("Flat", "cosine"), ("SQ8", "dot"), ("SQ8", "cosine")]
+)
+def test_an_index_follows_its_store(tmp_path: Path, factory: str, metric: str, named: bool) -> None:
+    queries = gradients(3, 9)
+
+    def ids(rows) -> list:
+        return [f"row {row}" for row in rows] if named else list(rows)
+
+    def check(index: inf.InfluenceIndex, store: inf.GradientStore) -> None:
+        assert len(index) == len(store)
+        assert list(index.ids) == list(store.ids)
+        for harmful in (False, True):
+            found = index.search(queries, 5, harmful)[1]
+            assert (found if named else found.tolist()) == answers(index, store, queries, harmful)
+        assert index.measure_recall(queries) == 1.0
+
+    store = write_store(tmp_path / "s", gradients(120, 1), ids=ids(range(120)), shard_rows=50)
+    inf.InfluenceIndex.build(store, factory, metric, path=tmp_path / "i")
+    store = append(tmp_path / "s", gradients(30, 2), ids(range(120, 150)))
+    index = inf.InfluenceIndex.load(tmp_path / "i")
+    assert len(index) == 120
+    store.delete(ids([0, 7, 125, *range(40, 60)]))
+    # Rows that were deleted are not found by an index that is opened now, whatever it holds.
+    assert len(inf.InfluenceIndex.load(tmp_path / "i")) == 120 - 22
+    index.update(store, tmp_path / "i")
+    check(index, store)
+    check(inf.InfluenceIndex.load(tmp_path / "i"), store)
+    if factory == "Flat":
+        some = list(store.ids)[::3]
+        found = index.search(queries, 5, only=some)[1]
+        assert {name for row in (found if named else found.tolist()) for name in row} <= set(some)
+    store.compact()
+    with pytest.raises(inf.StoreError, match="another store than was indexed; update the index"):
+        inf.InfluenceIndex.load(tmp_path / "i")
+    check(inf.InfluenceIndex.updated(tmp_path / "i", store), store)
+    check(inf.InfluenceIndex.load(tmp_path / "i"), store)
+
+
+def test_an_update_reads_new_rows_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from influence_fast.search import exact
+
+    monkeypatch.setattr(exact, "_SEGMENT_BYTES", 1)
+    store = write_store(tmp_path / "s", gradients(1000, 1))
+    inf.InfluenceIndex.build(store, path=tmp_path / "i")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "i").glob("scan-*")}
+    store = append(tmp_path / "s", gradients(50, 2), range(1000, 1050))
+    read, rows = exact.Rows.read, []
+
+    def counted(self, layer, begin, end):
+        rows.append((begin, end))
+        return read(self, layer, begin, end)
+
+    monkeypatch.setattr(exact.Rows, "read", counted)
+    inf.InfluenceIndex.updated(tmp_path / "i", store)
+    # Segments of 192 rows: the last began at 960.
+    assert min(begin for begin, _ in rows) == 960
+    kept = {path.name: path.read_bytes() for path in (tmp_path / "i").glob("scan-*")}
+    assert sum(kept.get(name) == data for name, data in before.items()) == len(before) - 1, (
+        "all but one with space left"
+    )
+
+
+def test_what_an_index_cannot_follow(tmp_path: Path) -> None:
+    one = write_store(tmp_path / "one", gradients(20, 1))
+    two = write_store(tmp_path / "two", gradients(20, 2), ids=range(20, 40))
+    other = write_store(tmp_path / "other", gradients(20, 2), model="another")
+    index = inf.InfluenceIndex.build(one)
+    with pytest.raises(inf.StoreError, match="another model"):
+        index.update(other)
+    index.add(two)
+    with pytest.raises(inf.InputError, match="is none of the 2 stores of the index"):
+        index.update(write_store(tmp_path / "three", gradients(20, 2)))
+    with pytest.raises(inf.InputError, match="only the last store of an index can grow"):
+        index.update(append(tmp_path / "one", gradients(2, 3), [50, 51]))
+    index.update(append(tmp_path / "two", gradients(2, 3), [50, 51]))
+    assert len(index) == 42

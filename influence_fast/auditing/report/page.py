@@ -73,6 +73,8 @@ def findings(result: AuditResult, evaluation: list[dict[str, Any]]) -> list[str]
         out.append("No column says which samples are bad, so the quality of the ranking is not measured here.")
     if "wrong_labels" in facts:
         out.append(_wrong_labels(facts["wrong_labels"], len(result.ids)))
+    if "not_calibrated" in facts:
+        out.append(f"No label has a calibrated probability of being wrong: {facts['not_calibrated']}.")
     if result.main.method == "pool" and "pool_weights" in facts:
         weights = ", ".join(f"{name} {weight:.2f}" for name, weight in facts["pool_weights"].items())
         out.append(

@@ -1,7 +1,8 @@
-"""``scores.csv``: one row a training sample, with its score, its rank, and what else is known of it."""
+"""``scores.csv`` and ``findings.jsonl``: one row a training sample, with its score, its rank, and what else is known."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -31,11 +32,13 @@ def scores_csv(result: AuditResult) -> str:
     if result.noise is not None:
         noise = result.noise
         columns["noise"] = lambda i: int(noise[i])
-    probability = result.label_probability
+    probability, wrong = result.label_probability, result.wrong_probability
     judged = {
         "predicted_label": result.predicted,
         "suggested_label": result.suggested,
         "label_probability": None if probability is None else probability.tolist(),
+        "wrong_probability": None if wrong is None else wrong.tolist(),
+        "kind": [finding.kind for finding in result.findings] or None,
     }
     for name, found in judged.items():
         if found is not None:
@@ -55,6 +58,12 @@ def scores_csv(result: AuditResult) -> str:
         columns["text"] = lambda i: texts[i]
     makers = list(columns.values())
     return as_text(list(columns), ([make(i) for make in makers] for i in range(len(result.ids))))
+
+
+def findings_lines(result: AuditResult) -> str:
+    """``findings.jsonl``: one object a training row, most harmful first."""
+    lines = (result.findings[i].document() for i in result.ranking.tolist())
+    return "".join(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n" for line in lines)
 
 
 def _by_group(result: AuditResult) -> tuple[str, str]:

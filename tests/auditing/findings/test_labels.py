@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from influence_fast.auditing.findings import label_findings
+from influence_fast.auditing.findings.labels import label_findings
 
 
 @pytest.mark.parametrize("classes", [2, 5])

@@ -1,0 +1,1 @@
+"""What an audit says of each training row: label, kind, and the evidence."""
