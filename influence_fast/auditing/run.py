@@ -356,7 +356,7 @@ def _score(
             states = inputs.passes.hidden_states(inputs.samples, "mean", base=True)
             labels, last = inputs.labels()[0], list(states)[-1]
             agreement = neighbours({last: states[last]}, labels, neighbour_count(len(labels)))[last][0]
-            found = label_rivals(labels, agreement, probe[0])
+            found = label_rivals(labels, agreement, probe.train)
         rivals = {RankingKey(name): scores for name, scores in found.items()}
         # Baselines first.
         rankings = {key: s for key, s in rankings.items() if key.is_baseline} | rivals | rankings
