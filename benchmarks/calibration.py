@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ from influence_fast.data.settings import DataSettings
 @click.command()
 @click.option("--model", required=True, help="Folder of the pretrained encoder, with its tokenizer.")
 @click.option("--data", required=True, multiple=True, help="Rows with a sentence and a right label.")
-@click.option("--out", type=click.Path(path_type=Path), help="JSON file of the results.")
+@protocol.out_option("An earlier result there is replaced.")
 @click.option("--samples", default=3000, show_default=True, help="Training rows.")
 @click.option("--trusted", default=300, show_default=True, help="Trusted rows.")
 @click.option("--flips", default="0.1,0.2", show_default=True, help="Shares of flipped labels, joined by commas.")
@@ -52,7 +53,22 @@ def main(
     threads: int,
 ) -> None:
     torch.set_num_threads(threads)
-    runs: list[dict[str, Any]] = []
+    header = {**protocol.header("calibration"), "samples": samples, "trusted": trusted}
+    file = protocol.result_file(out, protocol.dated_name(header, "calibration"))
+    protocol.previous(file, "calibration")
+    with protocol.Results(file, header) as results:
+        runs: list[dict[str, Any]] = []
+        for run in _runs(model, data, samples, trusted, [float(flip) for flip in flips.split(",")], seeds):
+            runs.append(run)
+            click.echo(json.dumps(run))
+            results.add(summary=_summary(runs), runs=runs)
+    for line in _summary(runs):
+        click.echo(json.dumps(line))
+
+
+def _runs(
+    model: str, data: Sequence[str], samples: int, trusted: int, flips: Sequence[float], seeds: int
+) -> Iterator[dict[str, Any]]:
     for path in data:
         network, tokenizer = load_model(model, "classification", allow_new_weights=True)
         table = read_table("data", path)
@@ -69,7 +85,7 @@ def main(
             drawn = torch.randperm(len(kept), generator=random)[: samples + trusted]
             rows, asked = drawn[:samples], drawn[samples:]
             labels = torch.tensor([kept.rows[i]["labels"] for i in drawn.tolist()])
-            for flip in map(float, flips.split(",")):
+            for flip in flips:
                 flipped, wrong = uniform(labels[:samples].tolist(), flip, 2, seed)
                 given = torch.tensor(flipped)
                 begin = time.perf_counter()
@@ -85,11 +101,11 @@ def main(
                     sides = [{one: estimates[one][side] for one in used} for side in (0, 1)]
                     found = calibrate(sides[0], given, sides[1], labels[samples:])
                     if found is None:
-                        click.echo(f"{name}, seed {seed}: the estimates tell nothing apart")
+                        click.echo(f"{name}, seed {seed}: the estimates tell nothing apart", err=True)
                         continue
                     said, truth = found.wrong.numpy(), wrong.numpy()
                     number = int(wrong.sum())
-                    run = {
+                    yield {
                         "data": Path(path).parent.name, "estimates": name, "seed": seed, "flipped": flip,
                         "wrong": number, "estimate": found.share * samples,
                         "low": found.low * samples, "high": found.high * samples,
@@ -98,13 +114,6 @@ def main(
                         "ece_trusted": found.error, "auc": float(roc_auc_score(truth, said)),
                         "seconds": time.perf_counter() - begin,
                     }  # fmt: skip
-                    runs.append(run)
-                    click.echo(json.dumps(run))
-    summary = _summary(runs)
-    for line in summary:
-        click.echo(json.dumps(line))
-    if out is not None:
-        out.write_text(json.dumps({"samples": samples, "trusted": trusted, "summary": summary, "runs": runs}, indent=1))
 
 
 def _summary(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -29,7 +29,7 @@ AT = 0.3
 @click.option(
     "--cells", default=",".join(map(str, range(len(CELLS)))), show_default=True, help="Numbers of the cells to run."
 )
-@protocol.out_option("Cells that are there are left as they are.")
+@protocol.out_option("Cells that are there stay.")
 def main(draws: int, resamples: int, cells: str, out: Path | None) -> None:
     """Coverage of the intervals of AUC_NDR, of NDR@30 and of the difference of two AUC_NDR."""
     target = protocol.result_file(out or protocol.RESULTS, "coverage")

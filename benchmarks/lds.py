@@ -135,7 +135,12 @@ TASKS = {"digits": digits, "gpt": gpt, "mrpc": mrpc}
 @click.option("--processes", default=1, show_default=True)
 @click.option("--others", type=click.Path(path_type=Path, exists=True), help="Scores of other libraries.")
 @click.option("--work", type=click.Path(path_type=Path), default=Path("lds-runs"), help="Steps of unfinished runs.")
-@click.option("--out", type=click.Path(path_type=Path), default=protocol.RESULTS / "lds", help="Folder of the results.")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    default=protocol.RESULTS / "lds",
+    help="Folder of the results; a run there goes on, others stay.",
+)
 @click.option("--seconds", default=math.inf, help="Stop before a step that would take longer; run again to go on.")
 @click.option("--tables", is_flag=True, help="Make README.md in --out of the results there are.")
 def main(task: str | None, work: Path, out: Path, seconds: float, tables: bool, **settings: Any) -> None:

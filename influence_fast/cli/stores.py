@@ -219,7 +219,8 @@ def search(
     from influence_fast.data.settings import DataSettings
     from influence_fast.gradients.store import GradientStore
 
-    stored = queries is not None and (queries / "manifest.json").exists()
+    # What is missing is said below, after a missing index.
+    stored = queries is not None and not queries.is_file()
     if (queries is None) == (text is None) or (model is None and not stored):
         raise click.UsageError("Give --queries, with --model where they are no store, or --text with --model.")
     world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))

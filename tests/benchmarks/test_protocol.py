@@ -24,9 +24,12 @@ from influence_fast.data.models import load_model
 from influence_fast.diagnostics import kernel_bench as bench
 
 BENCHMARKS = (
+    "calibration",
     "capture",
+    "coverage",
     "default_projection",
     "finetune",
+    "lds",
     "million",
     "naive",
     "paper",

@@ -117,5 +117,5 @@ def test_an_audit_that_was_killed_as_it_began_can_begin_again(folder: Path, tmp_
     code, _, err = run("audit", *options(folder), "--methods", "dot", "--layers", "head", "--out", tmp_path / "a")
     assert code == 0, err
     assert sorted(p.name for p in (tmp_path / "a").iterdir()) == [
-        ".lock", "config.json", "data.json", "report.html", "scores.csv", "stores",
+        ".lock", "config.json", "data.json", "findings.jsonl", "report.html", "scores.csv", "stores",
     ]  # fmt: skip
