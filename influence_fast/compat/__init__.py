@@ -14,7 +14,7 @@ from typing import Any
 
 from influence_fast.errors import InputError
 
-NAMES = ("bergson", "trak", "fast_jl", "sjlt")
+NAMES = ("bergson", "trak", "fast_jl", "sjlt", "dattri")
 # Whole modules of ours that stand where an import looks for theirs.
 _MODULES = ("fast_jl", "sjlt")
 _active: dict[str, Patch] = {}
@@ -54,7 +54,7 @@ def patch(name: str) -> Patch:
     A second call changes nothing and returns what the first one did.
 
     Args:
-        name: ``bergson`` (its random matrices), ``trak`` (its projectors), ``fast_jl`` or ``sjlt`` (the
+        name: ``bergson`` (its random matrices), ``trak`` and ``dattri`` (their projectors), ``fast_jl`` or ``sjlt`` (the
             modules, installed or not).
 
     Raises:
