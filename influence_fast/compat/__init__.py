@@ -14,7 +14,7 @@ from typing import Any
 
 from influence_fast.errors import InputError
 
-NAMES = ("bergson", "trak", "fast_jl", "sjlt", "dattri")
+NAMES = ("bergson", "trak", "fast_jl", "sjlt", "dattri", "less")
 # Whole modules of ours that stand where an import looks for theirs.
 _MODULES = ("fast_jl", "sjlt")
 _active: dict[str, Patch] = {}
@@ -54,8 +54,8 @@ def patch(name: str) -> Patch:
     A second call changes nothing and returns what the first one did.
 
     Args:
-        name: ``bergson`` (its random matrices), ``trak`` and ``dattri`` (their projectors), ``fast_jl`` or ``sjlt`` (the
-            modules, installed or not).
+        name: ``bergson`` (its random matrices), ``trak`` and ``dattri`` (their projectors), ``less`` (its gradient
+            collection), ``fast_jl`` or ``sjlt`` (the modules, installed or not).
 
     Raises:
         InputError: an unknown name, a library that is not installed, or a version of it that this one does not know.
