@@ -20,6 +20,7 @@ import influence_fast as inf
 
 # Files of each repository that test what is replaced, and the patches that its tests need.
 FILES = {
+    "dattri": (("sjlt", "dattri"), ("test/dattri/func/test_proj.py",)),
     "trak": (("fast_jl", "trak"), ("tests/test_rademacher.py", "tests/test_jl.py")),
     "bergson": (
         ("bergson",),

@@ -14,7 +14,9 @@ from typing import Any
 
 from influence_fast.errors import InputError
 
-NAMES = ("bergson", "trak", "fast_jl")
+NAMES = ("bergson", "trak", "fast_jl", "sjlt", "dattri", "less")
+# Whole modules of ours that stand where an import looks for theirs.
+_MODULES = ("fast_jl", "sjlt")
 _active: dict[str, Patch] = {}
 
 
@@ -52,7 +54,8 @@ def patch(name: str) -> Patch:
     A second call changes nothing and returns what the first one did.
 
     Args:
-        name: ``bergson`` (its random matrices), ``trak`` (its projectors) or ``fast_jl`` (the module, installed or not).
+        name: ``bergson`` (its random matrices), ``trak`` and ``dattri`` (their projectors), ``less`` (its gradient
+            collection), ``fast_jl`` or ``sjlt`` (the modules, installed or not).
 
     Raises:
         InputError: an unknown name, a library that is not installed, or a version of it that this one does not know.
@@ -64,9 +67,9 @@ def patch(name: str) -> Patch:
     ours = importlib.import_module(f"influence_fast.compat.{name}")
     places: list[str] = []
     undo: list[Callable[[], None]] = []
-    if name == "fast_jl":
+    if name in _MODULES:
         _replace_module(name, ours, undo)
-        places.append('sys.modules["fast_jl"]')
+        places.append(f'sys.modules["{name}"]')
     else:
         _check_version(ours.DISTRIBUTION, ours.VERSIONS)
         for module in ours.MODULES:

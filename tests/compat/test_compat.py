@@ -60,7 +60,7 @@ def test_a_patch_reaches_every_holder_and_is_undone(stock: dict[str, ModuleType]
 def test_a_version_that_is_not_known_is_refused(stock: dict[str, ModuleType]) -> None:
     with pytest.raises(InputError, match=r"bergson: expected version 2\.5\.1, got 9\.9"):
         inf.patch("bergson")
-    with pytest.raises(InputError, match="expected one of bergson, trak, fast_jl, got 'numpy'"):
+    with pytest.raises(InputError, match=r"expected one of bergson, trak, fast_jl, .*, got 'numpy'"):
         inf.patch("numpy")
 
 
