@@ -25,6 +25,8 @@ _TF32_TOLERANCE = 2e-3
 _PADS = 16
 # Models that cut a row into pieces depend on pads where its length is no multiple of theirs.
 _PIECES = 8
+# Tokens of one forward, pads counted, that no model is short of memory for.
+_AT_ONCE = 512
 
 
 def settle_batches(model: nn.Module, rows: Rows, loss: Loss, tokens: int, precision: str | None = None) -> None:
@@ -64,9 +66,9 @@ def settle_batches(model: nn.Module, rows: Rows, loss: Loss, tokens: int, precis
         longer = probe.longer(tokens)
         if longer is None:
             return
-        if probe.padding_tells_nothing(longer, "right"):
+        if probe.padding_tells_nothing(longer, "right", tokens):
             return
-        if rows.kind != "seq2seq" and probe.padding_tells_nothing(longer, "left"):
+        if rows.kind != "seq2seq" and probe.padding_tells_nothing(longer, "left", tokens):
             rows.side = "left"
             return
         rows.together = EQUAL_LENGTHS
@@ -111,7 +113,7 @@ class _Probe:
     def equal(self, found: Tensor, wanted: Tensor, least: float = 0.0) -> bool:
         return bool((found - wanted).abs() <= max(self._tolerance, least) * (1 + wanted.abs()))
 
-    def padding_tells_nothing(self, longer: int, side: str) -> bool:
+    def padding_tells_nothing(self, longer: int, side: str, tokens: int) -> bool:
         """Whether the losses of rows padded at ``side``, beside row ``longer``, are those of each alone."""
         lengths = self.rows.lengths
         shortest: dict[int, int] = {}
@@ -119,10 +121,16 @@ class _Probe:
             known = shortest.get(length % _PIECES)
             if length < lengths[longer] and (known is None or length < lengths[known]):
                 shortest[length % _PIECES] = row
-        # The shortest first, where pads are most; two rows at once, for nobody knows yet how many fit in memory.
-        for row in sorted(shortest.values(), key=lengths.__getitem__):
-            samples = [self.rows[row], self.rows[longer]]
-            if not self.equal(self.losses(samples, side)[0], self.losses(samples[:1])[0]):
+        # The shortest first, where pads are most.
+        chosen = sorted(shortest.values(), key=lengths.__getitem__)
+        # Nobody knows yet how many fit in memory: few, and far fewer than a batch will have.
+        at_once = max(1, min(tokens // 8, _AT_ONCE) // lengths[longer] - 1)
+        for begin in range(0, len(chosen), at_once):
+            samples = [self.rows[row] for row in chosen[begin : begin + at_once]]
+            padded = self.losses([*samples, self.rows[longer]], side)
+            if not all(
+                self.equal(found, self.losses([sample])[0]) for found, sample in zip(padded, samples, strict=False)
+            ):
                 return False
         return True
 

@@ -138,7 +138,7 @@ def test_a_method_of_one_row_goes_beside_those_of_many(folder: Path, tmp_path: P
     assert found["checkpoints"] == {}
 
 
-@pytest.mark.parametrize("method", ["pool", "fitted-cosine", "dot"])
+@pytest.mark.parametrize("method", ["pool", "dot"])
 def test_other_checkpoints(folder: Path, tmp_path: Path, method: str) -> None:
     other = models.make("bert")
     with torch.no_grad():

@@ -340,10 +340,10 @@ def test_float32_keeps_all_its_bits(device: str) -> None:
 
 
 def test_two_runs_give_the_same_bits(device: str, request: pytest.FixtureRequest) -> None:
-    x, dy, g = random(2, 140, 200, device=device), random(2, 140, 150, device=device), random(3, 9000, device=device)
-    p_in, p_out = sides("rademacher", 16, 40, 200, 150)
-    flat = [Side(kind, "f", k, 9000) for kind in ("rademacher", "sjlt") for k in (16, 300)]
-    single = Side("sjlt", "m.q/single", 300, 200 * 150)
+    x, dy, g = random(2, 80, 140, device=device), random(2, 80, 150, device=device), random(3, 5000, device=device)
+    p_in, p_out = sides("rademacher", 16, 40, 140, 150)
+    flat = [Side(kind, "f", k, 5000) for kind in ("rademacher", "sjlt") for k in (16, 300)]
+    single = Side("sjlt", "m.q/single", 300, 140 * 150)
 
     def run() -> list[Tensor]:
         return [
@@ -353,7 +353,7 @@ def test_two_runs_give_the_same_bits(device: str, request: pytest.FixtureRequest
         ]
 
     first = run()
-    for seed in range(2, 5):
+    for seed in range(2, 4):
         if device == "cpu":
             request.getfixturevalue("simt").seed(seed)
         for a, b in zip(first, run(), strict=True):
@@ -573,8 +573,9 @@ def at_the_edge(tensor):  # its last byte is followed by a page that cannot be t
 
 
 native.empty = lambda like, *shape: at_the_edge(torch.full(shape, math.nan))
-for dtype in (torch.float32, torch.bfloat16):
-    for n, t, i, o, k in ((2, 3, 8, 16, 4), (1, 33, 129, 131, 65), (2, 130, 136, 8, 100), (1, 16, 256, 128, 24)):
+shapes = ((2, 3, 8, 16, 4), (1, 33, 129, 131, 65), (2, 130, 136, 8, 100), (1, 16, 256, 128, 24))
+for dtype, shapes in ((torch.float32, shapes), (torch.bfloat16, shapes[:2])):
+    for n, t, i, o, k in shapes:
         x, dy = (at_the_edge(torch.randn(n, t, f).to(dtype)) for f in (i, o))
         spans, scale = at_the_edge(torch.tensor([[0, t], [1, t - 1]][-n:])), at_the_edge(torch.rand(o, i))
         for kind in ("rademacher", "sjlt"):

@@ -145,6 +145,8 @@ def _agreement_heat(result: AuditResult, main: Tensor) -> str:
 
 
 def _histogram(scores: Tensor, noise: Tensor | None) -> str:
+    from matplotlib.ticker import NullFormatter
+
     def paint(figure: Any, axes: Any) -> None:
         # A few extreme gradients would squeeze the rest into one bar.
         low, high = np.quantile(scores, [0.005, 0.995])
@@ -159,6 +161,9 @@ def _histogram(scores: Tensor, noise: Tensor | None) -> str:
             axes.legend(frameon=False)
         # Few samples stand apart from many.
         axes.set(xlabel="score", ylabel="samples, log scale", yscale="log")
+        # Plain numbers: powers of ten would be typeset as formulas, which takes longer than all else in a report.
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter(NullFormatter())
         axes.spines[["top", "right"]].set_visible(False)
 
     return _draw(_WIDTH, 4.2, paint)
