@@ -11,21 +11,19 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
 
 from influence_fast.errors import StoreError
 
-# file, key, value -> nothing, or a StoreError that names all three
-Check = Callable[[str, str, Any], None]
 _SEAL = b'"seal": "'
 _LINE_SEAL = b'"seal":"'
 _HEX = re.compile(rb"[0-9a-f]{64}")
-PLAIN_NAME = r"[A-Za-z0-9_][A-Za-z0-9._-]{0,199}"
-SHA256 = r"[0-9a-f]{64}"
-XXH3 = r"[0-9a-f]{16}"
+_PLAIN_NAME = r"[A-Za-z0-9_][A-Za-z0-9._-]{0,199}"
 
 
 def parse(where: str, raw: bytes) -> Any:
@@ -117,7 +115,7 @@ def inside(folder: Path, name: str) -> Path:
         StoreError: it names or links to something outside, or is there and no plain file (a pipe would never end).
     """
     path = folder / name
-    if not re.fullmatch(PLAIN_NAME, name):
+    if not re.fullmatch(_PLAIN_NAME, name):
         raise StoreError(f"{folder}: names the file {name!r}, expected one inside this folder")
     try:
         if path.is_symlink() and path.resolve().parent != folder.resolve():
@@ -142,105 +140,75 @@ def read_bytes(path: Path, missing: str) -> bytes:
 
 
 # ------------------------------------------------------------------------------------------------- types of what was read
+# Documents are TypedDicts; other keys, which a later version may have, are ignored.
 
 
-def whole(least: int = 0, most: int = 2**62) -> Check:
-    """A whole number in a range."""
+def matching(pattern: str, what: str) -> AfterValidator:
+    """Allows texts that a pattern matches as a whole, with anything that JSON can hold in them."""
 
-    def check(file: str, key: str, value: Any) -> None:
-        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-            raise _wrong(file, key, f"a whole number from {least} to {most}", value)
+    def check(value: Any) -> Any:
+        if not isinstance(value, str) or not re.fullmatch(pattern, value):
+            raise ValueError(what)
+        return value
 
-    return check
-
-
-def real(file: str, key: str, value: Any) -> None:
-    """A number."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise _wrong(file, key, "a number", value)
+    return AfterValidator(check)
 
 
-def truth(file: str, key: str, value: Any) -> None:
-    """true or false."""
-    if not isinstance(value, bool):
-        raise _wrong(file, key, "true or false", value)
+def one_of(*choices: str) -> AfterValidator:
+    """Allows some texts."""
+    return matching("|".join(map(re.escape, choices)), " or ".join(map(repr, choices)))
 
 
-def text(pattern: str | None = None, what: str = "text") -> Check:
-    """Text, of a pattern if one is given."""
-
-    def check(file: str, key: str, value: Any) -> None:
-        if not isinstance(value, str) or (pattern is not None and not re.fullmatch(pattern, value)):
-            raise _wrong(file, key, what, value)
-
-    return check
-
-
-def one_of(*choices: Any) -> Check:
-    """One of some values."""
-
-    def check(file: str, key: str, value: Any) -> None:
-        if not any(type(value) is type(choice) and value == choice for choice in choices):
-            raise _wrong(file, key, " or ".join(map(repr, choices)), value)
-
-    return check
+Whole = Annotated[int, Field(ge=0, le=2**62)]
+Positive = Annotated[int, Field(ge=1, le=2**40)]
+Number = Annotated[float, Field(allow_inf_nan=False)]
+Pair = Annotated[list[Whole], Field(min_length=2, max_length=2)]
+# Not str, which has no place for half of a surrogate pair: Python's file names and texts may hold one.
+Text = Annotated[Any, matching(r"(?s:.*)", "text")]
+PlainName = Annotated[Any, matching(_PLAIN_NAME, "the name of a file in this folder")]
+Sha256 = Annotated[Any, matching(r"[0-9a-f]{64}", "64 hexadecimal digits")]
+Xxh3 = Annotated[Any, matching(r"[0-9a-f]{16}", "16 hexadecimal digits")]
 
 
-def items(of: Check, count: int | None = None) -> Check:
-    """A list, of so many if ``count`` is given."""
-
-    def check(file: str, key: str, value: Any) -> None:
-        if not isinstance(value, list) or (count is not None and len(value) != count):
-            raise _wrong(file, key, "a list" if count is None else f"a list of {count}", value)
-        for number, item in enumerate(value):
-            of(file, f"{key}[{number}]", item)
-
-    return check
-
-
-def table(of: Check | None = None, least: int = 0) -> Check:
-    """An object of any keys."""
-
-    def check(file: str, key: str, value: Any) -> None:
-        if not isinstance(value, dict) or len(value) < least:
-            raise _wrong(file, key, "an object" + (" that is not empty" if least else ""), value)
-        for name, item in value.items() if of is not None else ():
-            of(file, f"{key}.{name}", item)  # type: ignore[misc]
-
-    return check
+# The words of JSON, where pydantic's are those of Python.
+_WORDS = {
+    "int_type": "a whole number",
+    "float_type": "a number",
+    "finite_number": "a finite number",
+    "bool_type": "true or false",
+    "list_type": "a list",
+    "dict_type": "an object",
+    "greater_than_equal": "at least {ge}",
+    "less_than_equal": "at most {le}",
+}
 
 
-def record(needed: Mapping[str, Check], optional: Mapping[str, Check] | None = None) -> Check:
-    """An object with given keys; others, which a later version may have, are ignored."""
+class Schema:
+    """What a document must be: a TypedDict, held against values that were read.
 
-    def check(file: str, key: str, value: Any) -> None:
-        if not isinstance(value, dict):
-            raise _wrong(file, key, "an object", value)
-        for name, of in needed.items():
-            if name not in value:
-                raise StoreError(f"{file} is damaged: it lacks {f'{key}.{name}' if key else name}")
-            of(file, f"{key}.{name}" if key else name, value[name])
-        for name, of in (optional or {}).items():
-            if name in value:
-                of(file, f"{key}.{name}" if key else name, value[name])
+    An int is no bool and no float; a whole number will do for a float.
+    """
 
-    return check
+    def __init__(self, kind: Any) -> None:
+        self._adapter: TypeAdapter[Any] = TypeAdapter(kind)
 
-
-def maybe(of: Check) -> Check:
-    """null, or something."""
-
-    def check(file: str, key: str, value: Any) -> None:
-        if value is not None:
-            of(file, key, value)
-
-    return check
-
-
-def _wrong(file: str, key: str, expected: str, value: Any) -> StoreError:
-    shown = repr(value)
-    shown = shown if len(shown) <= 80 else f"{shown[:77]}..."
-    return StoreError(f"{file} is damaged: {key or 'content'}: expected {expected}, got {shown}")
+    def check(self, where: str, value: Any) -> None:
+        """StoreError names the place, the key, what came and what was expected."""
+        try:
+            self._adapter.validate_python(value, strict=True)
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            steps = (f"[{step}]" if isinstance(step, int) else f".{step}" for step in first["loc"])
+            key = "".join(steps).removeprefix(".") or "content"
+            if first["type"] == "missing":
+                raise StoreError(f"{where} is damaged: it lacks {key}") from None
+            if first["type"] in _WORDS:
+                expected = _WORDS[first["type"]].format(**first.get("ctx", {}))
+            else:
+                expected = re.sub(r"^(Input should be|Value error,) ", "", first["msg"])
+            shown = repr(first["input"])
+            shown = shown if len(shown) <= 80 else f"{shown[:77]}..."
+            raise StoreError(f"{where} is damaged: {key}: expected {expected}, got {shown}") from None
 
 
 def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

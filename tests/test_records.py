@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Annotated, Any
 
 import pytest
+from pydantic import Field
+from typing_extensions import NotRequired, TypedDict
 
 from influence_fast import _records as records
 from influence_fast.errors import StoreError
@@ -77,45 +80,60 @@ def test_json_that_is_no_document(raw: bytes, message: str) -> None:
         records.parse("f", raw)
 
 
-SCHEMA = records.record(
-    {
-        "count": records.whole(1, 9),
-        "name": records.text(),
-        "sides": records.items(records.whole(), 2),
-        "layers": records.table(records.record({"dim": records.whole(1)}), least=1),
-        "share": records.real,
-        "flag": records.truth,
-        "kind": records.one_of("x", 2),
-    },
-    {"maybe": records.maybe(records.text())},
-)
+class Layer(TypedDict):
+    dim: records.Positive
+
+
+class Document(TypedDict):
+    count: Annotated[int, Field(ge=1, le=9)]
+    name: records.Text
+    sides: records.Pair
+    layers: Annotated[dict[str, Layer], Field(min_length=1)]
+    share: records.Number
+    flag: bool
+    kind: Annotated[Any, records.one_of("x", "y.")]
+    maybe: NotRequired[records.Text | None]
+
+
+SCHEMA = records.Schema(Document)
 GOOD = {
-    "count": 3, "name": "n", "sides": [1, 2], "layers": {"l": {"dim": 4}}, "share": 0.5, "flag": True, "kind": 2, "more": [],
+    "count": 3, "name": "n", "sides": [1, 2], "layers": {"l": {"dim": 4}}, "share": 0.5, "flag": True, "kind": "y.",
+    "more": [],
 }  # fmt: skip
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"count": True}, "f is damaged: count: expected a whole number from 1 to 9, got True"),
-        ({"count": 10}, "count: expected a whole number from 1 to 9, got 10"),
+        ({"count": True}, "f is damaged: count: expected a whole number, got True"),
+        ({"count": 10}, "count: expected at most 9, got 10"),
+        ({"count": 10**400}, "count: expected at most 9, got 1000.*[.]{3}$"),
         ({"count": 1.0}, "got 1.0"),
         ({"name": None}, "name: expected text, got None"),
-        ({"sides": [1]}, r"sides: expected a list of 2, got \[1\]"),
-        ({"sides": [1, "2"]}, r"sides\[1\]: expected a whole number"),
-        ({"layers": {}}, "layers: expected an object that is not empty"),
+        ({"name": 7}, "name: expected text, got 7"),
+        ({"sides": [1]}, r"sides: expected .* at least 2 items .*, got \[1\]"),
+        ({"sides": [1, "2"]}, r"sides\[1\]: expected a whole number, got '2'"),
+        ({"sides": [1, -1]}, r"sides\[1\]: expected at least 0, got -1"),
+        ({"layers": {}}, "layers: expected .* at least 1 item"),
+        ({"layers": []}, "layers: expected an object"),
         ({"layers": {"l": {}}}, "it lacks layers.l.dim"),
-        ({"layers": {"l": {"dim": "4"}}}, "layers.l.dim: expected a whole number .*, got '4'"),
+        ({"layers": {"l": {"dim": "4"}}}, "layers.l.dim: expected a whole number, got '4'"),
         ({"share": "a"}, "share: expected a number"),
+        ({"share": float("inf")}, "share: expected a finite number"),
         ({"flag": "no"}, "flag: expected true or false, got 'no'"),
-        ({"kind": 2.0}, "kind: expected 'x' or 2, got 2.0"),
+        ({"flag": 1}, "flag: expected true or false, got 1"),
+        ({"kind": "yy"}, "kind: expected 'x' or 'y[.]', got 'yy'"),
+        ({"kind": 2.0}, "kind: expected 'x' or 'y[.]', got 2.0"),
         ({"maybe": 3}, "maybe: expected text, got 3"),
     ],
 )
 def test_types_are_named_with_file_key_and_value(change: dict, message: str) -> None:
-    SCHEMA("f", "", GOOD)
+    SCHEMA.check("f", GOOD)
+    SCHEMA.check("f", {**GOOD, "name": "\ud800", "share": 3, "maybe": None})
     with pytest.raises(StoreError, match=message):
-        SCHEMA("f", "", {**GOOD, **change})
+        SCHEMA.check("f", {**GOOD, **change})
+    with pytest.raises(StoreError, match="f is damaged: content: expected an object, got 3"):
+        SCHEMA.check("f", 3)
 
 
 def test_files_stay_inside_their_folder(tmp_path: Path) -> None:

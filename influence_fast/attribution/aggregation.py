@@ -30,6 +30,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
+from typing_extensions import TypedDict
 
 from influence_fast import _records as records
 from influence_fast import ops
@@ -263,13 +264,14 @@ class _Partial:
             self.path.unlink(missing_ok=True)
 
 
-_ENTRY = records.record(
-    {
-        "job": records.text(records.SHA256, "64 hexadecimal digits"),
-        "done": records.items(records.items(lambda *_: None, 2)),
-        "sha256": records.text(records.SHA256, "64 hexadecimal digits"),
-    }
-)
+class _Entry(TypedDict):
+    job: records.Sha256
+    done: list[Any]
+    sha256: records.Sha256
+
+
+_ENTRY = records.Schema(_Entry)
+_DONE = records.Schema(tuple[records.Text, records.Whole])
 
 
 def read_partial(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -280,10 +282,9 @@ def read_partial(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             sealed = (file.metadata() or {})["sums"]
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
         found = records.unseal(where, sealed.encode())
-        _ENTRY(where, "", found)
-        for name, stop in found["done"]:
-            records.text()(where, "done", name)
-            records.whole()(where, "done", stop)
+        _ENTRY.check(where, found)
+        for pair in found["done"]:
+            _DONE.check(f"{where}: done", tuple(pair) if isinstance(pair, list) else pair)
         if _digest(tensors) != found["sha256"]:
             raise StoreError(f"{path}: the sums are not those that were written")
     except (SafetensorError, OSError, KeyError, StoreError, RuntimeError, ValueError) as error:

@@ -15,15 +15,16 @@ import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
+from typing_extensions import TypedDict
 
+from influence_fast import _records as records
 from influence_fast._files import atomic_write, locked, make_folder, remove_leftovers
-from influence_fast._records import items, read_bytes, real, record, seal, text, unseal, whole
 from influence_fast.errors import InputError, StoreError
 
 Train = Callable[[Tensor], Any]
@@ -141,6 +142,23 @@ def _add(value: Any, add: Callable[[bytes], None], seen: dict[int, Any]) -> None
 _EMPTY = type((lambda x: lambda: x)(0).__closure__[0])()  # type: ignore[index]
 
 
+class _Kind(TypedDict):
+    rows: records.Whole
+    train: records.Text
+    losses: records.Text
+    depends_on: records.Text
+
+
+class _Retrained(TypedDict):
+    rows: records.Whole
+    seed: records.Whole
+    # JSON has no NaN.
+    losses: list[records.Number | Literal["nan", "inf", "-inf"]]
+
+
+_KIND, _RETRAINED = records.Schema(_Kind), records.Schema(_Retrained)
+
+
 def _about(train: Train, losses: Losses, rows: int, depends_on: Mapping[str, Any] | None) -> dict[str, Any]:
     given = json.dumps(depends_on or {}, sort_keys=True, default=fingerprint)
     return {"rows": rows, "train": fingerprint(train), "losses": fingerprint(losses), "depends_on": given}
@@ -158,8 +176,8 @@ def _kept_in(folder: str | Path | None, about: Mapping[str, Any]) -> Iterator[Pa
         remove_leftovers(path)
         there = path / _ABOUT
         if there.exists():
-            found = unseal(str(there), read_bytes(there, f"{there}: is missing"))
-            record({"rows": whole(), "train": text(), "losses": text(), "depends_on": text()})(str(there), "", found)
+            found = records.unseal(str(there), records.read_bytes(there, f"{there}: is missing"))
+            _KIND.check(str(there), found)
             other = [what for key, what in _DIFFERENCES.items() if found[key] != about[key]]
             if other:
                 raise StoreError(
@@ -168,7 +186,7 @@ def _kept_in(folder: str | Path | None, about: Mapping[str, Any]) -> Iterator[Pa
         elif any(file.name != ".lock" for file in path.iterdir()):
             raise InputError(f"folder: {path} holds something else than retrainings; choose a new folder")
         else:
-            atomic_write(there, seal(about))
+            atomic_write(there, records.seal(about))
         yield path
 
 
@@ -203,7 +221,7 @@ def _retrain(
 def _document(job: Retraining, values: list[float]) -> bytes:
     # JSON has no NaN.
     losses = [value if math.isfinite(value) else str(value) for value in values]
-    return seal({"rows": len(job.rows), "seed": job.seed, "losses": losses})
+    return records.seal({"rows": len(job.rows), "seed": job.seed, "losses": losses})
 
 
 def _kept(folder: Path, wanted: Mapping[str, Retraining]) -> Iterator[tuple[str, list[float]]]:
@@ -213,16 +231,11 @@ def _kept(folder: Path, wanted: Mapping[str, Retraining]) -> Iterator[tuple[str,
 
 
 def _read(path: Path, job: Retraining) -> list[float]:
-    found = unseal(str(path), read_bytes(path, f"{path}: is missing"))
-    record({"rows": whole(), "seed": whole(), "losses": items(_number)})(str(path), "", found)
+    found = records.unseal(str(path), records.read_bytes(path, f"{path}: is missing"))
+    _RETRAINED.check(str(path), found)
     if (found["rows"], found["seed"]) != (len(job.rows), job.seed):
         raise StoreError(f"{path}: holds another retraining than its name says; remove it")
     return [float(value) for value in found["losses"]]
-
-
-def _number(file: str, key: str, value: Any) -> None:
-    if value not in ("nan", "inf", "-inf"):
-        real(file, key, value)
 
 
 @contextmanager

@@ -12,9 +12,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Annotated, Any, Literal, TypeVar, cast
 
 import numpy as np
+from pydantic import AfterValidator, Field
+from typing_extensions import NotRequired, TypedDict
 
 from influence_fast import _records as records
 from influence_fast._blocks import BLOCK, BlockFile, BlockSums, HashedFile, PlainFile, block_count, root_of, sha256_of
@@ -49,87 +51,84 @@ _KNOWN = {"segments", "tombstones"}
 # What may change in a manifest while its shards stay: what it needs and names beside them.
 _BESIDE = ("facts", "shards", "segments", "next", "tombstones")
 
-_LAYER = records.record(
-    {
-        "shape": records.items(records.whole(), 2),
-        "dim": records.whole(1, 2**40),
-        "matrices": records.table(records.text()),
-    },
-    {"kind": records.one_of("dense")},
-)
-_SHARED = {
-    "model": records.text(),
-    "projection": records.text(),
-    "layers": records.table(_LAYER, least=1),
-    "dtype": records.one_of(*DTYPES),
-    "loss": records.text(),
-    "rows": records.whole(1, 2**40),
-    "shard_rows": records.whole(1, 2**40),
-}
-_FREE = {"settings": records.table(), "facts": records.table()}
-_FILE = {
-    "file": records.text(records.PLAIN_NAME, "the name of a file in this folder"),
-    "rows": records.whole(1, 2**40),
-    "bytes": records.whole(),
-    "sha256": records.text(records.SHA256, "64 hexadecimal digits"),
-}
-_IDS = records.record(
-    {
-        **{key: _FILE[key] for key in ("file", "bytes", "sha256")},
-        "type": records.one_of(*TYPES),
-        "width": records.maybe(records.whole()),
-        "blocks": records.text(records.XXH3, "16 hexadecimal digits"),
-    }
-)
+
+class _Layer(TypedDict):
+    shape: records.Pair
+    dim: records.Positive
+    matrices: dict[str, records.Text]
+    kind: NotRequired[Literal["dense"]]
 
 
-def _name(file: str, key: str, value: Any) -> None:
+class _File(TypedDict):
+    file: records.PlainName
+    bytes: records.Whole
+    sha256: records.Sha256
+
+
+class _Shard(_File):
+    rows: records.Positive
+
+
+class _Line(_Shard):
+    segment: Annotated[int, Field(ge=0, le=0)]
+    first: records.Whole
+    blocks: records.Xxh3
+    settings: records.Sha256
+
+
+class _Ids(_File):
+    type: Annotated[Any, records.one_of(*TYPES)]
+    width: records.Whole | None
+    blocks: records.Xxh3
+
+
+class _Segment(TypedDict):
+    folder: Annotated[Any, records.matching(rf"({SEGMENT})?", "the folder of a segment")]
+    rows: records.Positive
+    settings: records.Sha256
+
+
+class _Tombstones(TypedDict):
+    file: Annotated[Any, records.matching(TOMBSTONES, "the name of a file of tombstones")]
+    rows: records.Positive
+    bytes: Annotated[records.Whole, Field(ge=1)]
+    blocks: records.Xxh3
+
+
+class _Shared(TypedDict):
+    model: records.Text
+    projection: records.Text
+    layers: Annotated[dict[records.Text, _Layer], Field(min_length=1)]
+    dtype: Annotated[Any, records.one_of(*DTYPES)]
+    loss: records.Text
+    rows: records.Positive
+    shard_rows: records.Positive
+    facts: NotRequired[dict[Any, Any]]
+
+
+def _id(value: Any) -> Any:
     if type(value) not in (int, str):
-        raise StoreError(f"{file} is damaged: {key}: expected a number or text, got {value!r}")
+        raise ValueError("a number or text")
+    return value
 
 
-_VERSION_1 = records.record(
-    {**_SHARED, "ids": records.maybe(records.items(_name)), "shards": records.items(records.record(_FILE))}, _FREE
-)
-_VERSION_2 = records.record(
-    {
-        **_SHARED,
-        "requires": records.items(records.text()),
-        "ids": records.maybe(_IDS),
-        "block": records.one_of(BLOCK),
-        "settings": records.table(),
-    },
-    {
-        "facts": records.table(),
-        "segments": records.items(
-            records.record(
-                {
-                    "folder": records.text(rf"({SEGMENT})?", "the folder of a segment"),
-                    "rows": records.whole(1, 2**40),
-                    "settings": records.text(records.SHA256, "64 hexadecimal digits"),
-                }
-            )
-        ),
-        "next": records.whole(1, 2**31),
-        "tombstones": records.record(
-            {
-                "file": records.text(TOMBSTONES, "the name of a file of tombstones"),
-                "rows": records.whole(1, 2**40),
-                "bytes": records.whole(1),
-                "blocks": records.text(records.XXH3, "16 hexadecimal digits"),
-            }
-        ),
-    },
-)
-_LINE = records.record(
-    {
-        **_FILE,
-        "segment": records.one_of(0),
-        "first": records.whole(),
-        "blocks": records.text(records.XXH3, "16 hexadecimal digits"),
-        "settings": records.text(records.SHA256, "64 hexadecimal digits"),
-    }
-)
+class _Version1(_Shared):
+    ids: list[Annotated[Any, AfterValidator(_id)]] | None
+    shards: list[_Shard]
+    settings: NotRequired[dict[Any, Any]]
+
+
+class _Version2(_Shared):
+    requires: list[records.Text]
+    ids: _Ids | None
+    block: Annotated[int, Field(ge=BLOCK, le=BLOCK)]
+    settings: dict[Any, Any]
+    segments: NotRequired[list[_Segment]]
+    next: NotRequired[Annotated[int, Field(ge=1, le=2**31)]]
+    tombstones: NotRequired[_Tombstones]
+
+
+_VERSION_1, _VERSION_2, _LINE = map(records.Schema, (_Version1, _Version2, _Line))
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -147,12 +146,12 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if type(version) is not int or version not in (1, VERSION):
         raise StoreError(f"{folder}: store version {version!r}, this library reads 1 and {VERSION}")
     if version == 1:
-        _VERSION_1(where, "", manifest)
+        _VERSION_1.check(where, manifest)
         if manifest["ids"] is not None and len(manifest["ids"]) != manifest["rows"]:
             raise StoreError(f"{where} is damaged: {len(manifest['ids'])} ids for {manifest['rows']} rows")
         return manifest
     manifest = records.unseal(where, raw)
-    _VERSION_2(where, "", manifest)
+    _VERSION_2.check(where, manifest)
     if unknown := [name for name in manifest["requires"] if name not in _KNOWN]:
         raise StoreError(f"{folder}: needs a later version of this library, which knows {unknown[0]!r}")
     there = {name for name in _KNOWN if name in manifest}
@@ -213,7 +212,7 @@ def check_line(where: str, settings: str, line: Mapping[str, Any]) -> None:
     """StoreError unless a line of a journal is a shard of the store with this :func:`fingerprint`."""
     if line.get("kind") != "shard":
         raise StoreError(f"{where}: has a line of kind {line.get('kind')!r}, which this library does not know")
-    _LINE(where, "", line)
+    _LINE.check(where, line)
     if line["settings"] != settings:
         raise StoreError(f"{where} is damaged: {line['file']} belongs to another store")
 

@@ -14,8 +14,10 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
+from pydantic import Field
+from typing_extensions import NotRequired, TypedDict
 from xxhash import xxh3_64
 
 from influence_fast import _records as records
@@ -27,40 +29,48 @@ DOCUMENT = "index.json"
 _OURS = re.compile(r"scan-\d+\.bin|band-\d+\.(faiss|rows|npy)")
 _READ = 1 << 20
 
-_FILE = records.record(
-    {
-        "file": records.text(_OURS.pattern, "a file of an index"),
-        "bytes": records.whole(),
-        "sha256": records.text(records.SHA256, "64 hexadecimal digits"),
-        "xxh3": records.text(records.XXH3, "16 hexadecimal digits"),
-    }
-)
-_DOCUMENT = records.record(
-    {
-        "factory": records.text(),
-        "metric": records.one_of("dot", "cosine"),
-        "layers": records.items(records.text()),
-        "dims": records.table(records.whole(1, 2**40), least=1),
-        "projection": records.text(),
-        "model": records.text(),
-        "recall": records.real,
-        "breadth": records.whole(1, 2**31),
-        "stores": records.items(
-            records.record(
-                {
-                    "path": records.text(r"[^/\0][^\0]*", "a path that begins at the index"),
-                    "digest": records.text(records.SHA256, "64 hexadecimal digits"),
-                    "rows": records.items(records.whole(), 2),
-                },
-                {"written": records.whole(1, 2**40)},
-            )
-        ),
-        "segments": records.items(records.record({"rows": records.whole(1, 2**31 - 1), "data": _FILE})),
-        "partitions": records.items(
-            records.record({"longest": records.real, "whole": records.truth, "index": _FILE, "rows": _FILE})
-        ),
-    }
-)
+
+class _File(TypedDict):
+    file: Annotated[Any, records.matching(_OURS.pattern, "a file of an index")]
+    bytes: records.Whole
+    sha256: records.Sha256
+    xxh3: records.Xxh3
+
+
+class _Store(TypedDict):
+    path: Annotated[Any, records.matching(r"[^/\0][^\0]*", "a path that begins at the index")]
+    digest: records.Sha256
+    rows: records.Pair
+    written: NotRequired[records.Positive]
+
+
+class _Segment(TypedDict):
+    rows: Annotated[int, Field(ge=1, le=2**31 - 1)]
+    data: _File
+
+
+class _Partition(TypedDict):
+    longest: records.Number
+    whole: bool
+    index: _File
+    rows: _File
+
+
+class _Index(TypedDict):
+    factory: records.Text
+    metric: Literal["dot", "cosine"]
+    layers: list[records.Text]
+    dims: Annotated[dict[records.Text, records.Positive], Field(min_length=1)]
+    projection: records.Text
+    model: records.Text
+    recall: records.Number
+    breadth: Annotated[int, Field(ge=1, le=2**31)]
+    stores: list[_Store]
+    segments: list[_Segment]
+    partitions: list[_Partition]
+
+
+_DOCUMENT = records.Schema(_Index)
 
 
 def read_document(folder: Path) -> dict[str, Any]:
@@ -82,7 +92,7 @@ def read_document(folder: Path) -> dict[str, Any]:
         raise StoreError(f"{folder}: index version {version}, this library reads {VERSION}; build it again")
     try:
         document = records.unseal(where, raw)
-        _DOCUMENT(where, "", document)
+        _DOCUMENT.check(where, document)
     except StoreError as error:
         raise StoreError(f"{error}; a damaged index: build it again") from None
     for entry in files_of(document):

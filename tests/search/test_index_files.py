@@ -93,7 +93,7 @@ def test_leftovers_of_a_killed_process_are_removed(tmp_path: Path, store: inf.Gr
         ({"stores": []}, "its layers are not those of its stores"),
         ({"partitions": 1}, "partitions: expected a list"),
         ({"segments": []}, "0 vectors where 300 are named"),
-        ({"breadth": 2**62}, "breadth: expected a whole number"),
+        ({"breadth": 2**62}, "breadth: expected at most 2147483648"),
     ],
 )
 def test_what_an_index_says_is_held_against_its_stores(
