@@ -1,4 +1,4 @@
-"""Kernel benchmarks: ours, plain torch, and peers' packages where they are installed, into a JSON file.
+"""Kernel benchmarks: ours, plain torch (compiled too), and other packages where they are installed, into a JSON file.
 
     python -m benchmarks.run --op all
     python -m benchmarks.run --op rank --json --threads 2
@@ -10,46 +10,19 @@ made from these files alone.
 
 from __future__ import annotations
 
-import contextlib
+import itertools
 import re
 import sys
 from pathlib import Path
-from typing import Any
 
 import click
 import torch
 
 from benchmarks import protocol
 from influence_fast.cli.diagnostics import bench_table
+from influence_fast.diagnostics import bench_peers
 from influence_fast.diagnostics import kernel_bench as bench
 from influence_fast.errors import InfluenceError
-
-
-def with_peers(case: bench.Case) -> bench.Case:
-    """Add the peers that are installed to a sketch: each projects vectors of the same size to as many numbers."""
-    if case.op != "sketch":
-        return case
-    n, d, k, kind = bench.SKETCH_SHAPES[case.name]
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    g = torch.randn(n, d, device=device)
-    with contextlib.suppress(ImportError):
-        from trak.projectors import BasicProjector, ProjectionType
-
-        if kind == "rademacher":
-            trak = BasicProjector(d, k, 0, ProjectionType.rademacher, device, dtype=torch.float32)
-            case.baselines["TRAK BasicProjector"] = lambda: trak.project(g, model_id=0)
-    with contextlib.suppress(ImportError):
-        import fast_jl
-
-        if kind == "rademacher" and device == "cuda" and k % 512 == 0:
-            case.baselines["fast_jl"] = lambda: fast_jl.project_rademacher_8(g, k, 0, 132)
-    with contextlib.suppress(ImportError):
-        from sjlt import SJLTProjection
-
-        if kind == "sjlt" and device == "cuda":
-            projection = SJLTProjection(d, k, c=1, device=device)
-            case.baselines["sjlt"] = lambda: projection(g)
-    return case
 
 
 def with_compiled(case: bench.Case) -> bench.Case:
@@ -67,7 +40,8 @@ def with_compiled(case: bench.Case) -> bench.Case:
 @click.option("--dtype", default="float32", type=click.Choice(["float32", "float16", "bfloat16"]))
 @click.option("--backend", default="auto")
 @protocol.threads_option
-@click.option("--repeats", default=15, show_default=True)
+@click.option("--passes", default=5, show_default=True, help="Times to go through all cases, in both orders.")
+@click.option("--repeats", default=3, show_default=True, help="Rounds a pass, in which each candidate takes its turn.")
 @click.option(
     "--compile/--no-compile", "compiled", default=True, help="Baselines under torch.compile too (slow start)."
 )
@@ -80,6 +54,7 @@ def main(
     dtype: str,
     backend: str,
     threads: int,
+    passes: int,
     repeats: int,
     compiled: bool,
     out: Path | None,
@@ -91,23 +66,27 @@ def main(
     header = {**protocol.header("kernels", device), "dtype": dtype}
     file = protocol.result_file(out, protocol.dated_name(header, "-".join(op_names), dtype))
     protocol.previous(file, "kernels")
-    found: list[dict[str, Any]] = []
+    found: list[bench.Measurement] = []
     failed = False
     with protocol.Results(file, header) as results, protocol.Progress() as progress:
         with progress.step("what the machine does at best"):
             results.document["ceilings"] = bench.ceilings(device, kind)
-        for op in bench.OPS if "all" in op_names else op_names:
-            for case in bench.cases(op, device, kind, backend):
-                if not re.search(case_pattern, case.name):
-                    continue
-                case = with_peers(case)
-                try:
-                    with progress.step(f"{op} {case.name}"):
-                        found.append(bench.measure(with_compiled(case) if compiled else case, device, repeats))
-                    results.add(results=found)
-                except InfluenceError as error:
-                    failed = True
-                    click.echo(f"error: {error}", err=True)
+        chosen = bench.OPS if "all" in op_names else op_names
+        cases = itertools.chain.from_iterable(bench.cases(op, device, kind, backend) for op in chosen)
+        theirs, results.document["peers"] = bench_peers.peer_cases(device, kind) if "sketch" in chosen else ([], {})
+        for case in itertools.chain(cases, theirs):
+            if not re.search(case_pattern, case.name):
+                continue
+            try:
+                with progress.step(f"verify {case.op} {case.name}"):
+                    found.append(bench.Measurement(with_compiled(case) if compiled else case, device))
+            except InfluenceError as error:
+                failed = True
+                click.echo(f"error: {error}", err=True)
+        for number, measurement in bench.turns(found, passes):
+            with progress.step(f"pass {number + 1} of {passes}, {measurement.case.op} {measurement.case.name}"):
+                measurement.run_pass(repeats)
+            results.add(results=[measured.result() for measured in found if measured.passes])
     protocol.show(results.document, as_json, bench_table)
     sys.exit(1 if failed else 0)
 

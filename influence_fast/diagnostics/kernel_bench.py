@@ -1,14 +1,16 @@
 """Times of the kernels on the machine at hand, each verified against the float64 reference before it is timed.
 
 A case names its work (bytes that must move, FLOPs that must be done), its inputs, our call and the strongest plain-torch
-baselines for the same work. All of them run in turn, in both orders, in one process.
+baselines for the same work. All cases are gone through several times, forwards and backwards in turn, and so are the
+candidates of a case: what changes on the machine meanwhile falls on all of them. Each pass leaves one median a candidate,
+by which two runs are compared (:mod:`influence_fast.diagnostics.bench_compare`).
 """
 
 from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,16 +19,31 @@ from torch import Tensor
 
 from influence_fast import __version__, ops
 from influence_fast._memory import peak_memory
+from influence_fast.diagnostics.bench_shapes import OPS as OPS
+from influence_fast.diagnostics.bench_shapes import (
+    SHAPES,
+    OuterShape,
+    RankShape,
+    Shape,
+    Shapes,
+    SketchShape,
+    described,
+)
 from influence_fast.errors import InfluenceError
 from influence_fast.ops.projections import Side
 
 Call = Callable[[], Any]
 _TOLERANCE = 1e-4
+# Of one case in one pass.
+_PASS_SECONDS = 6.0
 
 
 @dataclass
 class Case:
-    """One measurement: ``ours`` and ``baselines`` do the same work, which moves ``bytes`` and does ``flops``."""
+    """One measurement: ``ours`` and ``baselines`` do the same work, which moves ``bytes`` and does ``flops``.
+
+    ``checks`` refuse a baseline that does something else, with an InfluenceError.
+    """
 
     op: str
     name: str
@@ -36,65 +53,44 @@ class Case:
     bytes: float = 0
     flops: float = 0
     elements: int = 0
+    shape: dict[str, Any] = field(default_factory=dict)
+    checks: list[Callable[[], None]] = field(default_factory=list)
 
 
-@dataclass(frozen=True)
-class Shape:
-    """Of an operation on outer products: samples, tokens, inputs, outputs, projected numbers, kind of side."""
-
-    n: int
-    t: int
-    i: int
-    o: int
-    k: int = 16
-    kind: str = "rademacher"
-
-
-OUTER_SHAPES = {
-    "project_outer": {
-        "small": Shape(32, 16, 384, 384),
-        "d1024": Shape(16, 128, 1024, 1024),
-        "d1024-sjlt": Shape(16, 128, 1024, 1024, kind="sjlt"),
-        "mistral-7b mlp-sjlt": Shape(2, 512, 4096, 14336, k=128, kind="sjlt"),
-        "roberta-large mlp": Shape(8, 128, 1024, 4096),
-        "llama-1b mlp": Shape(4, 512, 2048, 8192, k=64),
-        "qwen-1.5b mlp": Shape(4, 512, 1536, 8960, k=64),
-        "mistral-7b mlp": Shape(2, 512, 4096, 14336, k=64),
-    },
-    "sketch_outer": {"1024": Shape(16, 128, 1024, 1024, k=4096, kind="sjlt")},
-    "outer": {"minilm": Shape(32, 16, 384, 384)},
-    "score_outer": {"1024": Shape(16, 128, 1024, 1024, k=8)},
-    "ghost_dot": {"1024": Shape(16, 64, 1024, 1024)},
-    "ghost_norm": {"1024": Shape(16, 128, 1024, 1024)},
-}
-SKETCH_SHAPES = {"589k-dense": (16, 589_824, 512, "rademacher"), "589k-sjlt": (16, 589_824, 512, "sjlt")}
-RANK_SHAPES = {"200x100k": (200, 100_000)}
-OPS = (*OUTER_SHAPES, "sketch", "rank", "vote")
-
-
-def cases(op: str, device: str = "cpu", dtype: torch.dtype = torch.float32, backend: str = "auto") -> Iterable[Case]:
-    """The cases of one operation, made one at a time (some inputs are large)."""
+def cases(
+    op: str,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    backend: str = "auto",
+    shapes: Shapes | None = None,
+) -> Iterable[Case]:
+    """The cases of one operation, at the built-in shapes or others; made one at a time (some inputs are large)."""
     generator = torch.Generator(device).manual_seed(0)
 
     def random(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, device=device, dtype=torch.float32).to(dtype)
 
-    for name, shape in OUTER_SHAPES.get(op, {}).items():
-        x, dy = random(shape.n, shape.t, shape.i), random(shape.n, shape.t, shape.o)
-        yield _OUTER_CASES[op](name, shape, x, dy, random, backend)
-    if op == "sketch":
-        for name, (n, d, k, kind) in SKETCH_SHAPES.items():
-            yield _sketch_case(name, random(n, d), Side(kind, "bench/single", k, d), backend)  # type: ignore[arg-type]
-    if op in ("rank", "vote"):
-        for name, (m, n) in RANK_SHAPES.items():
-            yield _rank_case(op, name, random(m, n).float(), backend)
+    for name, shape in (SHAPES if shapes is None else shapes).get(op, {}).items():
+        case = _case(op, name, shape, random, backend)
+        case.shape = described(shape)
+        yield case
 
 
-def _work(shape: Shape, x: Tensor) -> float:
+def _case(op: str, name: str, shape: Shape, random: Any, backend: str) -> Case:
+    if isinstance(shape, SketchShape):
+        side = Side(shape.kind, "bench/single", shape.k, shape.d)  # type: ignore[arg-type]
+        return sketch_case(name, random(shape.n, shape.d), side, backend)
+    if isinstance(shape, RankShape):
+        return _rank_case(op, name, random(shape.m, shape.n).float(), backend)
+    x, dy = random(shape.n, shape.t, shape.i), random(shape.n, shape.t, shape.o)
+    return _OUTER_CASES[op](name, shape, x, dy, random, backend)
+
+
+def _work(shape: OuterShape, x: Tensor) -> float:
     return shape.n * shape.t * (shape.i + shape.o) * x.element_size()
 
 
-def _project_outer(name: str, s: Shape, x: Tensor, dy: Tensor, random: Any, backend: str) -> Case:
+def _project_outer(name: str, s: OuterShape, x: Tensor, dy: Tensor, random: Any, backend: str) -> Case:
     right, left = Side(s.kind, "bench/right", s.k, s.i), Side(s.kind, "bench/left", s.k, s.o)  # type: ignore[arg-type]
     p, q = right.matrix(x.dtype, x.device), left.matrix(x.dtype, x.device)
     return Case(
@@ -108,7 +104,7 @@ def _project_outer(name: str, s: Shape, x: Tensor, dy: Tensor, random: Any, back
     )
 
 
-def _sketch_outer(name: str, s: Shape, x: Tensor, dy: Tensor, random: Any, backend: str) -> Case:
+def _sketch_outer(name: str, s: OuterShape, x: Tensor, dy: Tensor, random: Any, backend: str) -> Case:
     side = Side(s.kind, "bench/single", s.k, s.i * s.o)  # type: ignore[arg-type]
     return Case(
         "sketch_outer",
@@ -124,7 +120,7 @@ def _sketch_outer(name: str, s: Shape, x: Tensor, dy: Tensor, random: Any, backe
     )
 
 
-def _outer(name: str, s: Shape, x: Tensor, dy: Tensor, random: Any, backend: str) -> Case:
+def _outer(name: str, s: OuterShape, x: Tensor, dy: Tensor, random: Any, backend: str) -> Case:
     return Case(
         "outer",
         name,
@@ -136,7 +132,7 @@ def _outer(name: str, s: Shape, x: Tensor, dy: Tensor, random: Any, backend: str
     )
 
 
-def _score_outer(name: str, s: Shape, x: Tensor, dy: Tensor, random: Any, backend: str) -> Case:
+def _score_outer(name: str, s: OuterShape, x: Tensor, dy: Tensor, random: Any, backend: str) -> Case:
     q = random(s.k, s.o, s.i)
     return Case(
         "score_outer",
@@ -149,7 +145,7 @@ def _score_outer(name: str, s: Shape, x: Tensor, dy: Tensor, random: Any, backen
     )
 
 
-def _ghost_dot(name: str, s: Shape, x: Tensor, dy: Tensor, random: Any, backend: str) -> Case:
+def _ghost_dot(name: str, s: OuterShape, x: Tensor, dy: Tensor, random: Any, backend: str) -> Case:
     def materialised() -> Tensor:
         gradients = (dy.mT @ x).flatten(1)
         return gradients @ gradients.T
@@ -173,7 +169,7 @@ def _ghost_dot(name: str, s: Shape, x: Tensor, dy: Tensor, random: Any, backend:
     )
 
 
-def _ghost_norm(name: str, s: Shape, x: Tensor, dy: Tensor, random: Any, backend: str) -> Case:
+def _ghost_norm(name: str, s: OuterShape, x: Tensor, dy: Tensor, random: Any, backend: str) -> Case:
     return Case(
         "ghost_norm",
         name,
@@ -188,7 +184,8 @@ def _ghost_norm(name: str, s: Shape, x: Tensor, dy: Tensor, random: Any, backend
     )
 
 
-def _sketch_case(name: str, g: Tensor, side: Side, backend: str) -> Case:
+def sketch_case(name: str, g: Tensor, side: Side, backend: str) -> Case:
+    """A sketch of the rows of ``g``."""
     dense = side.kind != "sjlt"
     return Case(
         "sketch",
@@ -197,7 +194,7 @@ def _sketch_case(name: str, g: Tensor, side: Side, backend: str) -> Case:
         lambda: ops.sketch(g.double(), side, backend="reference"),
         {},
         float(g.nbytes),
-        2.0 * g.numel() * (side.k if dense else 1),
+        2.0 * g.numel() * (side.k if dense else side.nonzeros),
     )
 
 
@@ -243,35 +240,73 @@ def verify(case: Case) -> float:
     error = float((got - expected).norm()) / scale
     if not error < _TOLERANCE:
         raise InfluenceError(f"{case.op} {case.name}: wrong by {error:.1e} of its norm; a wrong kernel is not timed")
+    for check in case.checks:
+        check()
     return error
 
 
+class Measurement:
+    """A case that was verified, and the times of its passes so far.
+
+    Raises:
+        InfluenceError: ours or a baseline is wrong.
+    """
+
+    def __init__(self, case: Case, device: str = "cpu") -> None:
+        self.case, self.device, self.error = case, device, verify(case)
+        self._spent: dict[str, list[list[float]]] = {name: [] for name in ("ours", *case.baselines)}
+
+    @property
+    def passes(self) -> int:
+        return len(self._spent["ours"])
+
+    def run_pass(self, repeats: int) -> None:
+        """Time each candidate ``repeats`` times in turn, in both orders; rounds that would take long are left out."""
+        calls = {"ours": self.case.ours, **self.case.baselines}
+        for taken in self._spent.values():
+            taken.append([])
+        begin = time.perf_counter()
+        # Caches are cold after another case, and at first there is code to compile.
+        warm = 1 if self.passes > 1 else 2
+        for round_ in range(repeats + warm):
+            for name in list(calls)[:: 1 if round_ % 2 else -1]:
+                seconds = _time(calls[name], self.device)
+                if round_ >= warm:
+                    self._spent[name][-1].append(seconds)
+            if round_ >= warm and time.perf_counter() - begin > _PASS_SECONDS:
+                break
+
+    def result(self) -> dict[str, Any]:
+        """Times in seconds: 20th, 50th and 80th percentile of all, and the median of each pass."""
+        times = {name: _percentiles([t for taken in passes for t in taken]) for name, passes in self._spent.items()}
+        ours, case = times["ours"]["p50"], self.case
+        return {
+            "op": case.op,
+            "case": case.name,
+            "shape": case.shape,
+            "error": self.error,
+            "times": times,
+            "medians": {name: [_percentiles(taken)["p50"] for taken in passes] for name, passes in self._spent.items()},
+            "ratios": {name: times[name]["p50"] / ours for name in case.baselines},
+            "bytes_per_s": case.bytes / ours,
+            "flops_per_s": case.flops / ours,
+            "ns_per_element": ours / case.elements * 1e9 if case.elements else None,
+            "peak_bytes": _peak(self.device),
+        }
+
+
+def turns(measurements: Sequence[Measurement], passes: int) -> Iterator[tuple[int, Measurement]]:
+    """Whose turn it is in which pass; every other pass goes backwards."""
+    for number in range(passes):
+        for measurement in measurements[:: 1 if number % 2 == 0 else -1]:
+            yield number, measurement
+
+
 def measure(case: Case, device: str = "cpu", repeats: int = 15) -> dict[str, Any]:
-    """Verify, then time ours and every baseline in turn; times in seconds as 20th, 50th and 80th percentile."""
-    error = verify(case)
-    calls = {"ours": case.ours, **case.baselines}
-    spent: dict[str, list[float]] = {name: [] for name in calls}
-    budget, begin = 20.0, time.perf_counter()
-    for round_ in range(repeats + 2):
-        for name in list(calls)[:: 1 if round_ % 2 else -1]:
-            seconds = _time(calls[name], device)
-            if round_ > 1:
-                spent[name].append(seconds)
-        if round_ > 4 and time.perf_counter() - begin > budget:
-            break
-    times = {name: _percentiles(values) for name, values in spent.items()}
-    ours = times["ours"]["p50"]
-    return {
-        "op": case.op,
-        "case": case.name,
-        "error": error,
-        "times": times,
-        "ratios": {name: times[name]["p50"] / ours for name in case.baselines},
-        "bytes_per_s": case.bytes / ours,
-        "flops_per_s": case.flops / ours,
-        "ns_per_element": ours / case.elements * 1e9 if case.elements else None,
-        "peak_bytes": _peak(device),
-    }
+    """Verify, then time ours and every baseline in one pass."""
+    measurement = Measurement(case, device)
+    measurement.run_pass(repeats)
+    return measurement.result()
 
 
 def ceilings(device: str = "cpu", dtype: torch.dtype = torch.float32) -> dict[str, float]:

@@ -130,10 +130,13 @@ def test_a_killed_run_keeps_what_it_measured(tmp_path: Path) -> None:
         import os, signal, sys
         from benchmarks import run
         from influence_fast.diagnostics import kernel_bench as bench
-        bench.RANK_SHAPES = {"one": (3, 40), "two": (3, 50)}
+        from influence_fast.diagnostics.bench_shapes import RankShape
+        bench.SHAPES = {"rank": {"one": RankShape(3, 40), "two": RankShape(3, 50)}}
         bench.ceilings = lambda *args: {}
-        measure = bench.measure
-        bench.measure = lambda case, *args: os.kill(os.getpid(), signal.SIGKILL) if case.name == "two" else measure(case)
+        run_pass = bench.Measurement.run_pass
+        bench.Measurement.run_pass = lambda self, repeats: (
+            os.kill(os.getpid(), signal.SIGKILL) if self.case.name == "two" else run_pass(self, repeats)
+        )
         run.main(sys.argv[1:])
     """
     arguments = ["--op", "rank", "--no-compile", "--out", str(out)]
