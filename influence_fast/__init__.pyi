@@ -66,6 +66,9 @@ from .gradients.verify import CaptureReport as CaptureReport
 from .gradients.verify import verify_capture as verify_capture
 from .ops.projections import Projection as Projection
 from .search.influence_index import InfluenceIndex as InfluenceIndex
+from .training.callback import InfluenceCallback as InfluenceCallback
+from .training.recorded import RecordedTraining as RecordedTraining
+from .training.recorded import read_training as read_training
 
 __version__: str
 __all__: list[str]
