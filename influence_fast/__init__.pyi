@@ -67,6 +67,8 @@ from .gradients.verify import verify_capture as verify_capture
 from .ops.projections import Projection as Projection
 from .search.influence_index import InfluenceIndex as InfluenceIndex
 from .training.callback import InfluenceCallback as InfluenceCallback
+from .training.from_trainer import TrainerInputs as TrainerInputs
+from .training.from_trainer import from_trainer as from_trainer
 from .training.recorded import RecordedTraining as RecordedTraining
 from .training.recorded import read_training as read_training
 

@@ -175,7 +175,7 @@ def run_plan(audit: AuditPlan, out: str | Path | None, progress: bool = True) ->
         )
         # Without predictions no query counts as correct.
         if "correct" not in stores["queries"].columns:
-            plan = replace(plan, aggregations=config.aggregations or ["mean", "rank", "vote"])
+            plan = _without_predictions(plan, config)
         result = _score(inputs, stores["train"], config, plan, times, audit.training)
         result.texts, result.labels, result.noise = samples.texts, samples.labels, samples.noise
         result.facts["task"] = task
@@ -248,6 +248,18 @@ def _check(
             raise InputError(f"methods: {method.name} sees one text a sample, and preferences have two")
         if "whole gradients" in method.needs and config.build.projection.kind != "identity":
             raise InputError(f"methods: {method.name} needs {NEEDS['whole gradients']}, got {config.build.projection}")
+
+
+def _without_predictions(plan: RankingPlan, config: AuditConfig) -> RankingPlan:
+    """The plan without aggregations over correct queries alone, unless they were asked for."""
+    main = plan.main._replace(aggregation=plan.main.aggregation.removesuffix("-c"))
+    if config.rank_by is not None and main != plan.main:
+        raise InputError(
+            f"rank_by: the loss gives no predictions, so no query is known to be correct; got {config.rank_by}"
+        )
+    if config.aggregations is not None:
+        return plan
+    return replace(plan, aggregations=["mean", "rank", "vote"], main=main)
 
 
 def _training(folder: str, samples: Samples, task: str) -> RecordedTraining:

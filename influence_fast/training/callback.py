@@ -45,6 +45,7 @@ class InfluenceCallback(TrainerCallback):
     the logit of the label minus the largest other logit (Pleiss et al. 2020, eq. 1), or the mean of that over its target
     tokens. Both are of the weights before the step that the row is part of, in train mode (dropout is on), and without label
     smoothing, whatever loss is trained. A row that an epoch sees several times keeps the last. Evaluation is not recorded.
+    TRL's SFTTrainer has no logits, so no margins: they are NaN.
 
     Written are one file for each epoch, at its end and with each checkpoint, and the checkpoints' folders with the mean
     learning rate since the one before. A training that resumes goes on with the epoch that was cut short; rows that it has
@@ -171,13 +172,19 @@ class InfluenceCallback(TrainerCallback):
         if self._carried is None:
             return
         (rows, labels), self._carried = self._carried, None
-        logits = logits_of(model, output, "labels" in kwargs)
+        # TRL's losses never have all logits at once.
+        fused = getattr(output, "log_probs", None) if getattr(output, "logits", None) is None else None
+        logits = logits_of(model, output, "labels" in kwargs) if fused is None else fused
         if len(logits) != len(rows) or len(labels) != len(rows):
             raise InputError(
                 f"data_collator: {len(rows)} rows became a batch of {len(logits)}; rows that are packed together cannot be "
                 "recorded one by one"
             )
-        losses, margins, classes = by_row(self._kind, logits, labels.to(logits.device))
+        if fused is None:
+            losses, margins, classes = by_row(self._kind, logits, labels.to(logits.device))
+        else:
+            losses = -fused.float().sum(1) / output.label_mask.sum(1)
+            margins, classes = torch.full_like(losses, torch.nan), None
         self._waiting.append((int(self._state.global_step), rows, losses, margins, classes))
         self._recorded = True
         if len(self._waiting) >= _WAITING:

@@ -111,9 +111,16 @@ class RecordedTraining:
         return -torch.nanmean(self.losses.double(), 0)
 
     def scores(self) -> dict[str, Tensor]:
-        """:meth:`aum` and :meth:`mean_loss` by name; a row that was never seen gets the mean of those that were."""
+        """:meth:`aum` and :meth:`mean_loss` by name, as far as they were recorded.
+
+        A row that was never seen gets the mean of those that were.
+        """
         found = {"aum": self.aum(), "mean_loss": self.mean_loss()}
-        return {name: torch.where(score.isnan(), score.nanmean(), score) for name, score in found.items()}
+        return {
+            name: torch.where(score.isnan(), score.nanmean(), score)
+            for name, score in found.items()
+            if not bool(score.isnan().all())
+        }
 
     def some(self, rows: list[int]) -> RecordedTraining:
         """These rows alone."""

@@ -120,7 +120,7 @@ def _training(result: AuditResult) -> str:
     found = [
         f"{name} {float(spearmanr(main, result.baselines[name]).statistic):.2f}"
         for name in ("aum", "mean_loss")
-        if float(main.std()) and float(result.baselines[name].std())
+        if name in result.baselines and float(main.std()) and float(result.baselines[name].std())
     ]
     text = f"Losses and margins of {about['epochs']} epochs of training were recorded"
     if about["never_seen"]:
