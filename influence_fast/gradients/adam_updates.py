@@ -10,6 +10,7 @@ import hashlib
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from influence_fast import ops
@@ -22,6 +23,8 @@ from influence_fast.gradients.sample_rows import Factors, Operand, TokenIds, ori
 from influence_fast.ops.arguments import accumulator
 from influence_fast.ops.projections import Projection
 
+# Entries of whole gradients, of several samples, that are held at once where their factors can wait.
+_HELD_ENTRIES = 1 << 26
 AdamStates = Mapping[str, ops.AdamState]
 
 
@@ -39,11 +42,13 @@ class _AdamRecords(GradientRecords):
         for name in list(self.factors):
             # Popped, so that beside a gradient there are the factors of the layers that follow alone.
             x, dy = self.factors.pop(name)
-            side = self.kept[name].single
-            if side is not None:
-                self.gradients[name] = ops.sketch_outer(x, dy, side, adam=self.states[name])
-            else:
-                self.gradients[name] = self.updated(name, ops.outer(x, dy))
+            layer = self.kept[name]
+            if layer.single is not None:
+                self.gradients[name] = ops.sketch_outer(x, dy, layer.single, adam=self.states[name])
+                continue
+            step = max(1, _HELD_ENTRIES // max(1, layer.shape[0] * layer.shape[1]))
+            parts = zip(x.split(step), dy.split(step), strict=True)
+            self.gradients[name] = torch.cat([self.updated(name, ops.outer(*part)) for part in parts])
 
     def updated(self, name: str, whole: Tensor) -> Tensor:
         """``(N, dim)`` of whole gradients ``(N, out * in)``, or of that shape folded."""

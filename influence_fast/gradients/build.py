@@ -106,8 +106,8 @@ def build_store(
         adam: Adam's moments by layer (:func:`~influence_fast.read_adam`): kept are its updates of each row's whole gradient,
             ``(b1 m + (1 - b1) g) / sqrt(b2 v + (1 - b2) g^2 + eps)``, projected, as LESS compares them with plain gradients
             of queries (:func:`~influence_fast.less`). Every layer needs moments, norms and biases that are selected as
-            layers among them. The store keeps a hash of them. Batches hold whole gradients of layers that are not sketched
-            by one side.
+            layers among them. The store keeps a hash of them. Layers that are not sketched by one side
+            have whole gradients of some rows in memory.
 
     Returns:
         The finished store, with columns ``loss`` (float32) and, for classes and choices, ``correct`` and ``prediction``.

@@ -25,8 +25,8 @@ from influence_fast.training.recorded import (
     write_epoch,
 )
 
-# Logits that are widened at once.
-_ENTRIES = 1 << 24
+# Logits that are looked at together: as many as stay in a CPU's cache, or keep a GPU busy.
+_CPU_ENTRIES, _GPU_ENTRIES = 1 << 19, 1 << 25
 # Batches whose numbers wait on the device: a copy of each at once would have a GPU wait.
 _WAITING = 256
 _SHIFTED, _IN_PLACE = "causal-lm", ("masked-lm", "token-classification", "seq2seq")
@@ -174,6 +174,8 @@ class InfluenceCallback(TrainerCallback):
         (rows, labels), self._carried = self._carried, None
         # TRL's losses never have all logits at once.
         fused = getattr(output, "log_probs", None) if getattr(output, "logits", None) is None else None
+        if fused is None and getattr(output, "logits", output) is None:
+            raise InputError("args: the model returns no logits, as with a fused loss; train without use_liger_kernel")
         logits = logits_of(model, output, "labels" in kwargs) if fused is None else fused
         if len(logits) != len(rows) or len(labels) != len(rows):
             raise InputError(
@@ -238,7 +240,7 @@ def _by_target(logits: Tensor, labels: Tensor, wanted: Tensor | None = None) -> 
     """Cross entropy and margin of each target, a part of the logits in float32 at a time."""
     labels = labels if wanted is None else labels[wanted]
     places = None if wanted is None else wanted.nonzero().unbind(1)
-    step = max(1, _ENTRIES // logits.shape[-1])
+    step = max(1, (_GPU_ENTRIES if logits.is_cuda else _CPU_ENTRIES) // logits.shape[-1])
     losses, margins = [], []
     # Once even where there is no target, for an empty tensor of the right type.
     for begin in range(0, max(1, len(labels)), step):
@@ -246,7 +248,11 @@ def _by_target(logits: Tensor, labels: Tensor, wanted: Tensor | None = None) -> 
         part = widened(logits[chosen] if places is None else logits[places[0][chosen], places[1][chosen]])
         own = part.gather(1, labels[chosen, None])[:, 0]
         losses.append(part.logsumexp(1) - own)
-        margins.append(own - part.scatter(1, labels[chosen, None], -torch.inf).amax(1))
+        largest, best = part.max(1)
+        right = (best == labels[chosen]).nonzero()[:, 0]
+        # Only of targets that are the largest themselves another has to be found, in a copy of their logits.
+        largest[right] = part[right].scatter(1, best[right, None], -torch.inf).amax(1)
+        margins.append(own - largest)
     return torch.cat(losses), torch.cat(margins)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import datasets
 import models
 import pytest
 import torch
@@ -39,7 +40,16 @@ def literal(model, rows):
 def test_recorded_is_a_literal_forward_of_each_row(tmp_path, task):
     """With learning rate 0 every epoch has the same numbers, whatever the order, batches and workers."""
     callback = inf.InfluenceCallback(tmp_path / "recorded")
-    options = {"gradient_accumulation_steps": 2, "dataloader_num_workers": 1, "learning_rate": 0.0}
+    options = {
+        "gradient_accumulation_steps": 2,
+        "dataloader_num_workers": 1,
+        "dataloader_persistent_workers": True,
+        "learning_rate": 0.0,
+    }
+    if task == "classification":
+        # Read several at once, with columns that the model does not take.
+        rows = [{**row, "text": "", "length": len(row["input_ids"])} for row in models.rows(task, 7)]
+        options |= {"train_dataset": datasets.Dataset.from_list(rows)}
     made = trainer(
         tmp_path, task, callbacks=[callback], eval_strategy="epoch", eval_dataset=models.rows(task, 3), **options
     )
@@ -51,7 +61,7 @@ def test_recorded_is_a_literal_forward_of_each_row(tmp_path, task):
         torch.testing.assert_close(found.losses[epoch], losses, atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(found.margins[epoch], margins, atol=1e-5, rtol=1e-5)
     assert found.learning_rates.tolist() == [0, 0]
-    expected = [row["labels"] for row in made.train_dataset] if task == "classification" else None
+    expected = [row["labels"] for row in models.rows(task, 7)] if task == "classification" else None
     assert (found.labels if expected is None else found.labels.tolist()) == expected
 
 
