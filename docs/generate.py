@@ -36,6 +36,7 @@ SECTIONS = {
     "search": ("Search", "search"),
     "evaluation": ("Evaluation", "evaluation.metrics"),
     "auditing": ("Audits", "auditing"),
+    "training": ("Inside training", "training"),
     "compat": ("In the place of other libraries", "compat"),
     "errors": ("Errors", "errors"),
     "_renamed": ("Deprecated names", "_renamed"),
@@ -46,6 +47,7 @@ RETURNED = (
     "attribution.label_quality.ClassEstimate",
     "attribution.model_passes.WordGradients",
     "auditing.result.AuditResult",
+    "training.recorded.Checkpoint",
 )
 # Made by functions and class methods alone: their constructors are not for users.
 MADE_ELSEWHERE = ("InfluenceIndex", "InfluenceMatrix", "GradientStore", "InMemory", "AuditResult", "WordGradients")

@@ -5,6 +5,8 @@ from ._renamed import probe_opinion as probe_opinion
 from .attribution.aggregation import aggregate as aggregate
 from .attribution.aggregation import aggregate_many as aggregate_many
 from .attribution.checkpoints import Checkpoints as Checkpoints
+from .attribution.checkpoints import less as less
+from .attribution.checkpoints import tracin as tracin
 from .attribution.exact_influence import exact_influence as exact_influence
 from .attribution.influence import influence as influence
 from .attribution.influence_matrix import InfluenceMatrix as InfluenceMatrix
@@ -66,6 +68,12 @@ from .gradients.verify import CaptureReport as CaptureReport
 from .gradients.verify import verify_capture as verify_capture
 from .ops.projections import Projection as Projection
 from .search.influence_index import InfluenceIndex as InfluenceIndex
+from .training.adam import read_adam as read_adam
+from .training.callback import InfluenceCallback as InfluenceCallback
+from .training.from_trainer import TrainerInputs as TrainerInputs
+from .training.from_trainer import from_trainer as from_trainer
+from .training.recorded import RecordedTraining as RecordedTraining
+from .training.recorded import read_training as read_training
 
 __version__: str
 __all__: list[str]

@@ -54,7 +54,8 @@ def _described(name: str, value: Any) -> Iterator[str]:
             return
         yield name if name in _MADE_ELSEWHERE else name + _signature(value)
         for member, found in sorted(inspect.getmembers_static(value)):
-            if member.startswith("_"):
+            # What comes with a class of another library changes with its version.
+            if member.startswith("_") or getattr(found, "__module__", "influence_fast").startswith("transformers"):
                 continue
             if isinstance(found, property):
                 yield f"{name}.{member} property"

@@ -1,4 +1,4 @@
-"""Influence over several checkpoints of one training (TracInCP)."""
+"""Influence over several checkpoints of one training: TracInCP and LESS."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from influence_fast.attribution.influence_matrix import Matrix
+from influence_fast.attribution.gradient_source import Gradients, GradientSource
+from influence_fast.attribution.influence import influence
+from influence_fast.attribution.influence_matrix import MEMORY, Matrix
 from influence_fast.errors import InputError
+from influence_fast.gradients.differences import recorded_identity
 
 
 class Checkpoints:
@@ -64,3 +67,115 @@ class Checkpoints:
         for weight, part in zip(self.weights[1:], values[1:], strict=True):
             total += weight * part
         return total
+
+
+def tracin(
+    train: Sequence[Gradients],
+    queries: Sequence[Gradients],
+    weights: Sequence[float],
+    layers: list[str] | None = None,
+    *,
+    memory: int | str = MEMORY,
+) -> Checkpoints:
+    """TracInCP (Pruthi et al. 2020, eq. 1), ``sum_c w_c <g_c(query), g_c(train)>`` by layer, positive = helpful.
+
+    Args:
+        train, queries: a store, or ``{layer: (rows, dim)}``, for each checkpoint, of the same rows in the same order.
+        weights: the learning rate of each checkpoint, as :func:`~influence_fast.read_training` knows it.
+        layers, memory: as of :func:`~influence_fast.influence`.
+
+    Raises:
+        InputError: another number of stores or weights than of checkpoints; stores of other rows; what ``influence`` raises.
+        StoreError: stores of different models or projections at one checkpoint.
+    """
+    _check_lists(train, queries, weights)
+    each = zip(train, queries, strict=True)
+    return Checkpoints([influence(own, asked, "dot", layers, memory=memory) for own, asked in each], weights)
+
+
+def less(
+    train: Sequence[Gradients],
+    queries: Sequence[Gradients],
+    weights: Sequence[float],
+    layers: list[str] | None = None,
+    *,
+    memory: int | str = MEMORY,
+) -> Checkpoints:
+    """LESS (Xia et al. 2024, eq. 3), ``sum_c w_c cos(g_c(query), update_c(train))``, positive = helpful.
+
+    The cosine is of all layers together, so the matrix has one layer, ``all``.
+
+    Args:
+        train: a store of Adam's updates for each checkpoint (``build_store(adam=read_adam(checkpoint, model))``), or
+            ``{layer: (rows, dim)}`` of such.
+        queries: a store of plain gradients at each checkpoint, in the layers and projection of its training store.
+        weights: the learning rate of each checkpoint.
+        layers, memory: as of :func:`~influence_fast.influence`.
+
+    Raises:
+        InputError: a training store of plain gradients, or a query store of Adam's updates; otherwise as of
+            :func:`~influence_fast.tracin`.
+    """
+    _check_lists(train, queries, weights)
+    matrices = []
+    for place, (own, asked) in enumerate(zip(train, queries, strict=True)):
+        for argument, source, kind in (("train", own, "Adam's updates"), ("queries", asked, "plain gradients")):
+            store = GradientSource(argument, source).store
+            if store is not None and ("adam" in recorded_identity(store.meta)) != (argument == "train"):
+                raise InputError(
+                    f"{argument}: expected a store of {kind} at checkpoint {place}, and {store.path} is none"
+                )
+        matrices.append(WholeCosine(own, asked, layers, memory))
+    return Checkpoints(matrices, weights)
+
+
+class WholeCosine:
+    """Cosine of the gradients of all layers together, as a matrix of one layer, ``all``; a zero norm gives 0."""
+
+    def __init__(
+        self, train: Gradients, queries: Gradients, layers: list[str] | None = None, memory: int | str = MEMORY
+    ) -> None:
+        self._dot = influence(train, queries, "dot", layers, memory=memory)
+        self.layers, self.shape = ["all"], self._dot.shape
+        self._own, self._asked = (
+            _inverse_norms(GradientSource(argument, source), self._dot.layers)
+            for argument, source in (("train", train), ("queries", queries))
+        )
+
+    @property
+    def query_correct(self) -> Tensor | None:
+        """Queries that the model predicts correctly."""
+        return self._dot.query_correct
+
+    def layer(self, name: str) -> Tensor:
+        """All of it: float32 ``(m, n)``."""
+        return torch.cat([values[0] for _, values in self.columns()], 1)
+
+    def __iter__(self) -> Iterator[tuple[str, slice, Tensor]]:
+        yield "all", slice(0, self.shape[0]), self.layer("all")
+
+    def columns(self) -> Iterator[tuple[slice, Tensor]]:
+        """Blocks of training rows with all queries: ``(train, values)``, values ``(1, m, len(train))``."""
+        for train, values in self._dot.columns():
+            cosine = values.double().sum(0) * self._asked[:, None] * self._own[None, train]
+            yield train, cosine.float()[None]
+
+
+def _inverse_norms(source: GradientSource, layers: Sequence[str]) -> Tensor:
+    """One over the norm of each row's whole gradient, 0 where that is 0: float64 ``(rows,)``."""
+    squared = torch.stack([source.sqnorm(name) for name in layers]).sum(0)
+    return torch.where(squared > 0, squared.rsqrt(), 0)
+
+
+def _check_lists(train: Sequence[Gradients], queries: Sequence[Gradients], weights: Sequence[float]) -> None:
+    if not len(train) == len(queries) == len(weights) or not len(train):
+        raise InputError(
+            f"train, queries, weights: expected one of each for every checkpoint, got {len(train)}, {len(queries)} and "
+            f"{len(weights)}"
+        )
+    first: list[int | str] | None = None
+    for place, source in enumerate(train):
+        ids = list(GradientSource("train", source).ids)
+        if first is not None and ids != first:
+            raise InputError(f"train: the rows of checkpoint {place} are not those of the first")
+        first = ids

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, get_type_hints
@@ -21,6 +22,7 @@ from influence_fast.evaluation.comparison import RankingKey
 from influence_fast.gradients.own_loss import described
 from influence_fast.gradients.settings import BuildSettings
 from influence_fast.ops.projections import Projection
+from influence_fast.training.recorded import RecordedTraining
 
 _BUILD = ("projection", "dtype", "precision", "batch_tokens", "truncate")
 AUTO = "auto"
@@ -56,6 +58,7 @@ class AuditConfig:
         max_disk: bytes, or text such as ``20GB``, that the audit may write.
         evidence: how many of the most harmful rows get evidence: neighbours, queries, tokens.
         query_group: column of the queries that says which group each belongs to.
+        training: folder in which a Trainer's callback recorded the training on these rows.
 
     Raises:
         InputError: a setting that can be known to be wrong before anything is read; names it.
@@ -83,6 +86,7 @@ class AuditConfig:
     max_disk: int | str = MOST_DISK
     evidence: int = 2000
     query_group: str | None = None
+    training: str | None = None
 
     def __post_init__(self) -> None:
         if self.task not in TASKS:
@@ -112,6 +116,8 @@ class AuditConfig:
         unknown = [name for name in options if name not in known]
         if unknown:
             raise InputError(f"audit: no setting is called {unknown[0]!r}; there are {', '.join(sorted(known))}")
+        if isinstance(options.get("training"), os.PathLike):
+            options = {**options, "training": os.fspath(options["training"])}
         # Before anything reads them: a text is true where a flag is asked for, and a list of letters where names are.
         reading, building, mine = (get_type_hints(kind) for kind in (DataSettings, BuildSettings, cls))
         check_types(
@@ -148,7 +154,7 @@ class AuditConfig:
         # As documents were before there were these settings.
         later = {"loss": described(self.loss), "beta": self.beta, "reference": self.reference}
         later |= {"allow_new_weights": self.allow_new_weights, "max_disk": self.max_disk}
-        later |= {"evidence": self.evidence, "query_group": self.query_group}
+        later |= {name: getattr(self, name) for name in ("evidence", "query_group", "training")}
         defaults = {one.name: one.default for one in dataclasses.fields(self)}
         return out | {name: value for name, value in later.items() if value != defaults[name]}
 
@@ -187,6 +193,7 @@ class AuditPlan:
         digests: SHA-256 of the files that the training rows came from.
         held_out: what stands for queries where none were given, in a sentence; empty otherwise.
         query_groups: the group of each query, where a column says it.
+        training: what training told of the training samples, where it was recorded.
     """
 
     config: AuditConfig
@@ -201,6 +208,7 @@ class AuditPlan:
     digests: Mapping[str, str] = field(default_factory=dict)
     held_out: str = ""
     query_groups: list[str] | None = None
+    training: RecordedTraining | None = None
 
 
 def _listed(value: Any) -> Any:

@@ -50,6 +50,7 @@ from influence_fast.gradients.own_loss import find_loss
 from influence_fast.gradients.settings import BuildSettings
 from influence_fast.gradients.store import GradientStore
 from influence_fast.ops.projections import Projection
+from influence_fast.training.recorded import RecordedTraining, read_training
 
 _log = logging.getLogger("influence_fast")
 _MOST_BLOCKS = 48
@@ -82,7 +83,7 @@ def audit(
             ``skip_bad``, ``task``, ``loss`` (also a callable), ``beta``, ``reference``, ``layers``, ``projection``,
             ``methods``, ``aggregations``, ``rank_by``, ``fraction``, ``dtype``, ``precision``, ``batch_tokens``,
             ``truncate``, ``allow_new_weights``, ``seed``, ``self_check``, ``checkpoints``, ``max_disk``, ``evidence``,
-            ``query_group``.
+            ``query_group``, ``training`` (a folder that :class:`~influence_fast.InfluenceCallback` recorded in).
 
     Raises:
         InputError: anything wrong with settings or data, found before the first gradient is taken; stores that would not fit
@@ -111,9 +112,13 @@ def plan_audit(
     rows = read_table("train", train, data.split, data.limit, data.skip_bad)
     task = task_of(config.task, network, rows, data.label)
     samples = prepare("train", rows, data, task, network, tokenizer)
-    held_out = ""
+    training = None if config.training is None else _training(config.training, samples, task)
+    names, held_out = samples.ids, ""
     if queries is None:
         samples, trusted, held_out = hold_out(network, samples, task, config.seed, config.build.batch_tokens)
+        if training is not None and samples.ids is not None:
+            places = samples.ids if names is None else map({n: i for i, n in enumerate(names)}.__getitem__, samples.ids)
+            training = training.some(list(map(int, places)))
     else:
         # The name of a split is that of the training set alone.
         given = read_table("queries", queries, skip_bad=data.skip_bad)
@@ -143,7 +148,7 @@ def plan_audit(
         if lacking:
             raise InputError(f"checkpoints: {path} lacks layer {min(lacking)!r} of the model")
     return AuditPlan(
-        config, network, samples, trusted, task, layers, ranking, build, tokenizer, found, held_out, groups
+        config, network, samples, trusted, task, layers, ranking, build, tokenizer, found, held_out, groups, training
     )
 
 
@@ -170,8 +175,8 @@ def run_plan(audit: AuditPlan, out: str | Path | None, progress: bool = True) ->
         )
         # Without predictions no query counts as correct.
         if "correct" not in stores["queries"].columns:
-            plan = replace(plan, aggregations=config.aggregations or ["mean", "rank", "vote"])
-        result = _score(inputs, stores["train"], config, plan, times)
+            plan = _without_predictions(plan, config)
+        result = _score(inputs, stores["train"], config, plan, times, audit.training)
         result.texts, result.labels, result.noise = samples.texts, samples.labels, samples.noise
         result.facts["task"] = task
         with _timed(times, "findings"):
@@ -243,6 +248,36 @@ def _check(
             raise InputError(f"methods: {method.name} sees one text a sample, and preferences have two")
         if "whole gradients" in method.needs and config.build.projection.kind != "identity":
             raise InputError(f"methods: {method.name} needs {NEEDS['whole gradients']}, got {config.build.projection}")
+
+
+def _without_predictions(plan: RankingPlan, config: AuditConfig) -> RankingPlan:
+    """The plan without aggregations over correct queries alone, unless they were asked for."""
+    main = plan.main._replace(aggregation=plan.main.aggregation.removesuffix("-c"))
+    if config.rank_by is not None and main != plan.main:
+        raise InputError(
+            f"rank_by: the loss gives no predictions, so no query is known to be correct; got {config.rank_by}"
+        )
+    if config.aggregations is not None:
+        return plan
+    return replace(plan, aggregations=["mean", "rank", "vote"], main=main)
+
+
+def _training(folder: str, samples: Samples, task: str) -> RecordedTraining:
+    """What was recorded of these very samples, in their order."""
+    found = read_training(folder)
+    if found.losses.shape[1] != len(samples):
+        raise InputError(
+            f"training: {folder} recorded {found.losses.shape[1]:,} rows, and the training set has {len(samples):,}; both "
+            "have to be the same rows in the same order"
+        )
+    if found.labels is not None and task == "classification":
+        for i, (row, there) in enumerate(zip(samples.rows, found.labels.tolist(), strict=True)):
+            if there >= 0 and there != row["labels"]:
+                raise InputError(
+                    f"training: {folder} recorded row {i} with class {there}, and it has {row['labels']}; both have to be "
+                    "the same rows in the same order"
+                )
+    return found
 
 
 def _query_groups(config: AuditConfig, queries: Any, trusted: Samples) -> list[str] | None:
@@ -319,10 +354,16 @@ def _default_methods(model: nn.Module, task: str, samples: Samples) -> list[str]
 
 
 def _score(
-    inputs: MethodInputs, train: GradientStore, config: AuditConfig, plan: RankingPlan, times: dict[str, float]
+    inputs: MethodInputs,
+    train: GradientStore,
+    config: AuditConfig,
+    plan: RankingPlan,
+    times: dict[str, float],
+    training: RecordedTraining | None = None,
 ) -> AuditResult:
     """Influence, aggregations and baselines."""
-    rankings = {RankingKey(name): scores for name, scores in baselines(train, config.seed).items()}
+    dynamics = {} if training is None else training.scores()
+    rankings = {RankingKey(name): scores for name, scores in (baselines(train, config.seed) | dynamics).items()}
     zeros: dict[str, tuple[int, int]] = {}
     for method in plan.methods:
         with _timed(times, method):
@@ -341,6 +382,9 @@ def _score(
         "seconds": times,
         **inputs.facts,
     }
+    if training is not None:
+        never = int(training.losses.isnan().all(0).sum())
+        facts["training"] = {"epochs": len(training.losses), "never_seen": never}
     about = train.meta.get("facts", {})
     facts |= {name: about[name] for name in ("trained", "covered") if name in about}
     if train.meta["settings"].get("one_row"):

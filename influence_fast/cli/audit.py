@@ -77,6 +77,9 @@ def demo(out: Path, samples: int, seed: int, as_json: bool) -> None:
 @click.option("--max-disk", default="20GB", help="Most that the audit may write; beyond it a terminal is asked.")
 @click.option("--evidence", default=2000, help="How many of the most harmful rows get evidence.")
 @click.option("--query-group", help="Column of the queries with their group, to find rows that hurt one group alone.")
+@click.option(
+    "--training", type=click.Path(), help="Folder that InfluenceCallback recorded in, to rank by training dynamics too."
+)
 @click.option("--dry-run", is_flag=True, help="Say what the audit would take in time and disk; write nothing.")
 @click.option("--config", type=click.Path(path_type=Path), help="Replay this config.json; other options are ignored.")
 @verify_option

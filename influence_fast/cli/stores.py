@@ -40,11 +40,23 @@ from influence_fast.errors import InputError
 @model_options
 @click.option("--strict", is_flag=True, help="Refuse where a layer needs a slower way to be captured rightly.")
 @click.option("--dry-run", is_flag=True, help="Run a few batches and say what the build would take; write nothing.")
+@click.option(
+    "--adam",
+    type=click.Path(path_type=Path),
+    help="Checkpoint folder of a Trainer, with optimizer.pt: keep Adam's updates, the training gradients of LESS.",
+)
 @click.option("--append", is_flag=True, help="Add the rows behind those of the store, with its layers and projection.")
 @verify_option
 @json_option
 def build(
-    model: str, data: tuple[str, ...], out: Path, dry_run: bool, append: bool, as_json: bool, **options: Any
+    model: str,
+    data: tuple[str, ...],
+    out: Path,
+    dry_run: bool,
+    append: bool,
+    adam: Path | None,
+    as_json: bool,
+    **options: Any,
 ) -> None:
     """Write per-sample gradients of a data set to a store; goes on where it stopped.
 
@@ -79,6 +91,11 @@ def build(
     if options["projection"] == "auto":
         options["projection"] = default_projection(network, options["layers"])
     options["batch_tokens"] = token_count(options["batch_tokens"])
+    states = None
+    if adam is not None:
+        from influence_fast.training.adam import read_adam
+
+        states = read_adam(adam, network, options["layers"])
     with processes.joined() as device:
         rank, world = processes.here()
         network.to(device)
@@ -88,7 +105,7 @@ def build(
             if rank == 0:
                 print_document(dataclasses.asdict(found), as_json, lambda: _show_estimate(found, world))
             return
-        store = build_store(out, network, samples.rows, ids=samples.ids, tokenizer=tokenizer, **options)
+        store = build_store(out, network, samples.rows, ids=samples.ids, tokenizer=tokenizer, adam=states, **options)
     if rank == 0:
         remember(out, data, settings, samples.task)
         _show_store(store, out, as_json)
@@ -103,7 +120,7 @@ def _show_store(store: Any, out: Path, as_json: bool) -> None:
 def _check_append(dry_run: bool) -> None:
     """UsageError for what a store has settled."""
     context = click.get_current_context()
-    own = ("layers", "projection", "dtype", "precision", "truncate")
+    own = ("adam", "layers", "projection", "dtype", "precision", "truncate")
     given = [
         f"--{name}" for name in own if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
     ]

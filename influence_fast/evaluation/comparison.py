@@ -27,8 +27,9 @@ _Key = TypeVar("_Key", bound=tuple[str, str, str])
 _INTERVALS = ("over_random", "over_loss")
 
 
-# Baselines that know more than the loss, where there is what they need: ``rivals`` makes them.
-RIVALS = ("cleanlab probe", "cleanlab folds", "neighbours agree")
+# Baselines that know more than the loss, where there is what they need: ``rivals`` makes the first three, training that was
+# recorded (``inf.InfluenceCallback``) the others.
+RIVALS = ("cleanlab probe", "cleanlab folds", "neighbours agree", "aum", "mean_loss")
 
 
 class RankingKey(NamedTuple):

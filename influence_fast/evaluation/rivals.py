@@ -16,7 +16,7 @@ from torch import Tensor
 from influence_fast.errors import InputError
 from influence_fast.evaluation.comparison import RIVALS
 
-PROBE, FOLDS, NEIGHBOURS = RIVALS
+PROBE, FOLDS, NEIGHBOURS = RIVALS[:3]
 
 
 def label_quality(labels: Sequence[int] | Tensor, log_probabilities: Tensor) -> Tensor:

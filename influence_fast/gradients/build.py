@@ -23,6 +23,7 @@ from influence_fast._files import locked
 from influence_fast.data.batching import Loss, checked_rows, token_budget
 from influence_fast.data.tasks import LOSSES
 from influence_fast.errors import InputError, StoreError
+from influence_fast.gradients.differences import recorded_identity
 from influence_fast.gradients.job import Job, prepare_job, write_store
 from influence_fast.gradients.layers import quantised_layers, select_layers
 from influence_fast.gradients.model_state import as_evaluated
@@ -33,6 +34,7 @@ from influence_fast.gradients.store_format import MANIFEST
 from influence_fast.gradients.store_records import read_manifest, read_state, verifying
 from influence_fast.gradients.store_writer import recorded
 from influence_fast.gradients.verify import CaptureReport, can_be_verified, covered_share, plan_capture, say
+from influence_fast.ops.arguments import AdamState
 from influence_fast.ops.projections import Projection
 
 _log = logging.getLogger("influence_fast")
@@ -59,6 +61,7 @@ def build_store(
     strict: bool = False,
     tokenizer: Any = None,
     segment_rows: int = 65536,
+    adam: Mapping[str, AdamState] | None = None,
 ) -> GradientStore:
     """Per-sample gradients of ``model`` on every row of ``dataset``, kept in a folder.
 
@@ -100,6 +103,11 @@ def build_store(
             as it does of the model's class, config and adapters and of a loss's code and bound arguments, beside the loss
             and gradient of two rows. A build that goes on finds all of it again and refuses what differs.
         segment_rows: rows of a stream that are in memory together, and appended together.
+        adam: Adam's moments by layer (:func:`~influence_fast.read_adam`): kept are its updates of each row's whole gradient,
+            ``(b1 m + (1 - b1) g) / sqrt(b2 v + (1 - b2) g^2 + eps)``, projected, as LESS compares them with plain gradients
+            of queries (:func:`~influence_fast.less`). Every layer needs moments, norms and biases that are selected as
+            layers among them. The store keeps a hash of them. Layers that are not sketched by one side
+            have whole gradients of some rows in memory.
 
     Returns:
         The finished store, with columns ``loss`` (float32) and, for classes and choices, ``correct`` and ``prediction``.
@@ -122,6 +130,7 @@ def build_store(
         precision,
         verify,
         strict,
+        adam=adam,
     )
     if not hasattr(dataset, "__len__") and not hasattr(dataset, "iterrows"):
         if isinstance(segment_rows, bool) or not isinstance(segment_rows, int) or segment_rows < 1:
@@ -182,6 +191,8 @@ def append_store(
     manifest = processes.agree(lambda: read_state(folder, verifying()).manifest)
     check_version(folder, manifest)
     taken = manifest["settings"]
+    if "adam" in recorded_identity(manifest):
+        raise StoreError(f"{folder}: holds Adam's updates, to which nothing can be appended; build a store of its own")
     settings = BuildSettings(
         list(manifest["layers"]),
         Projection.parse(manifest["projection"]),

@@ -25,6 +25,8 @@ def difference(earlier: Identity, now: Identity) -> str | None:
     What only one of them knows is no difference: a later version of a library knows more of a config, and code is compared
     between the same versions of Python alone. The probe sees what that leaves open.
     """
+    if earlier.get("adam") != now.get("adam"):
+        return "Adam's moments: " + ("others" if {"adam"} <= earlier.keys() & now.keys() else "one of the two has none")
     for part in ("class", "config", "adapters", "loss", "tokenizer"):
         was, is_ = earlier.get(part), now.get(part)
         if part == "adapters" and "class" in earlier and "class" in now and bool(was) != bool(is_):
@@ -45,8 +47,12 @@ def difference(earlier: Identity, now: Identity) -> str | None:
 
 
 def other_space(earlier: Identity, now: Identity) -> str | None:
-    """:func:`difference` of gradients that are compared with each other: queries may well have a loss of their own."""
-    return difference(*({part: what for part, what in one.items() if part != "loss"} for one in (earlier, now)))
+    """:func:`difference` of gradients that are compared with each other.
+
+    Queries may well have a loss of their own, and LESS compares Adam's updates with plain gradients.
+    """
+    own = ("loss", "adam")
+    return difference(*({part: what for part, what in one.items() if part not in own} for one in (earlier, now)))
 
 
 def recorded_identity(manifest: Mapping[str, Any]) -> Identity:

@@ -28,6 +28,7 @@ from influence_fast.data.batching import Loss, Rows, batches, checked_rows, toke
 from influence_fast.data.tasks import device_of
 from influence_fast.errors import InfluenceError, InputError, StoreError
 from influence_fast.gradients import losses
+from influence_fast.gradients.adam_updates import AdamUpdates, digest_of
 from influence_fast.gradients.capture import GradientCapture
 from influence_fast.gradients.differences import Probe, best_rows, difference, probe_difference, recorded_identity
 from influence_fast.gradients.identity import identity_of, probe_of, tolerance_of
@@ -210,7 +211,11 @@ class Job:
     def identity(self) -> dict[str, Any]:
         """What tells the computation apart."""
         given = self.settings.loss
-        return identity_of(self.model, given if callable(given) else None, self.tokenizer)
+        found = identity_of(self.model, given if callable(given) else None, self.tokenizer)
+        # Absent of plain gradients, as in stores of version 0.1.
+        if self.settings.adam is not None:
+            found["adam"] = digest_of(self.settings.adam, list(self.capture.dims))
+        return found
 
     def _probe(self, numbers: list[int]) -> Probe:
         """Each row alone, in the way that the build takes."""
@@ -250,6 +255,10 @@ class Job:
             self.step(spare)
 
 
+class _AdamCapture(AdamUpdates, GradientCapture):
+    """A capture of Adam's updates."""
+
+
 def prepare_job(
     model: nn.Module,
     dataset: Sequence[Mapping[str, Any]],
@@ -265,7 +274,11 @@ def prepare_job(
     settings = replace(settings, layers=select_layers(model, settings.layers))
     earlier = earlier_tokens if settings.batch_tokens == "auto" else None
     tokens = processes.agree(lambda: earlier or token_budget(settings.batch_tokens, model))
-    capture = GradientCapture(model, **settings.of_capture)
+    capture: GradientCapture
+    if settings.adam is None:
+        capture = GradientCapture(model, **settings.of_capture)
+    else:
+        capture = _AdamCapture(model, settings.adam, **settings.of_capture)
     shard_rows = settings.shard_rows
     if not isinstance(shard_rows, int):
         shard_rows = max(1, min(_SHARD_ROWS, _SHARD_BYTES // (4 * sum(capture.dims.values()))))

@@ -10,6 +10,7 @@ from influence_fast.data.batching import Loss
 from influence_fast.data.tasks import LOSSES
 from influence_fast.errors import InputError
 from influence_fast.gradients.shard import DTYPES
+from influence_fast.ops.arguments import AdamState
 from influence_fast.ops.projections import Projection
 
 PRECISIONS = ("bfloat16", "float16")
@@ -41,6 +42,7 @@ class BuildSettings:
     one_row: bool = False
     followed: Sequence[str] = ()
     layouts: Mapping[str, str] = field(default_factory=dict)
+    adam: Mapping[str, AdamState] | None = None
 
     def __post_init__(self) -> None:
         if not callable(self.loss) and self.loss not in LOSSES:

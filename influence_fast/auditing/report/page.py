@@ -86,6 +86,8 @@ def findings(result: AuditResult, evaluation: list[dict[str, Any]]) -> list[str]
         out.append(f"Rank correlation between methods ({' '.join(result.main[1:])}): {text}.")
         if min(value for _, value in agreements) < 0.3:
             out.append("The methods disagree widely: read the samples before removing any.")
+    if "training" in facts:
+        out.append(_training(result))
     if facts["zero_gradients"]:
         out.append(f"{facts['zero_gradients']} gradients of training samples are zero; their cosine counts as 0.")
     if "self_check" in facts:
@@ -108,6 +110,22 @@ def _wrong_labels(found: Any, samples: int) -> str:
     return (
         f"{text}. There was nothing to calibrate this on: labels that the model has learned by heart look right to it."
     )
+
+
+def _training(result: AuditResult) -> str:
+    """How the ranking stands to what training itself told, with noise known or not."""
+    from scipy.stats import spearmanr
+
+    about, main = result.facts["training"], result.rankings[result.main]
+    found = [
+        f"{name} {float(spearmanr(main, result.baselines[name]).statistic):.2f}"
+        for name in ("aum", "mean_loss")
+        if name in result.baselines and float(main.std()) and float(result.baselines[name].std())
+    ]
+    text = f"Losses and margins of {about['epochs']} epochs of training were recorded"
+    if about["never_seen"]:
+        text += f", without {about['never_seen']} rows that no epoch saw, which count as average"
+    return f"{text}. Rank correlation with the ranking shown: {', '.join(found) or 'not defined'}."
 
 
 def _measured(result: AuditResult, evaluation: list[dict[str, Any]]) -> list[str]:

@@ -1,0 +1,1 @@
+"""What training itself tells of each sample, recorded as it passes by."""
