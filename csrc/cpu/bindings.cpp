@@ -248,13 +248,15 @@ class Stored {
   int64_t total_ = 0, rows_ = 0;
 };
 
-Queries checked_queries(const Matrix& queries, const Table<double>& weights, bool cosine, const Stored& stored) {
+Queries checked_queries(const Matrix& queries, const Table<double>& weights, bool cosine, const Stored& stored,
+                        Address lengths = 0) {
   same_dtype("queries: dtype", queries.dtype, Dtype::float32);
   same("queries: columns", queries.columns, stored.total());
   if (queries.rows > 1) same("queries: row stride", queries.row_stride, queries.columns);
   if (queries.columns > 1) same("queries: column stride", queries.column_stride, 1);
   same("weights: layers", weights.size(), stored.view.layers);
-  return {static_cast<const float*>(queries.data), queries.rows, weights.data(), cosine};
+  return {static_cast<const float*>(queries.data), queries.rows, weights.data(), cosine,
+          optional_pointer<const double>("lengths", lengths)};
 }
 
 Segment make_segment(Address codes, int64_t stride, int64_t first, int64_t rows, int64_t parts, Address scale, Address error,
@@ -275,8 +277,8 @@ RowPart make_part(int64_t offset, int64_t dim, int64_t index, int64_t layer, int
 
 py::tuple search(const std::vector<Segment>& segments, const std::vector<RowPart>& parts, const Stored& stored,
                  const Matrix& queries, const Table<double>& weights, bool cosine, Address allowed, int64_t k, Address scores,
-                 Address rows, int threads) {
-  const Queries asked = checked_queries(queries, weights, cosine, stored);
+                 Address rows, int threads, Address lengths) {
+  const Queries asked = checked_queries(queries, weights, cosine, stored, lengths);
   at_least("parts", static_cast<int64_t>(parts.size()), 1);
   for (const RowPart& part : parts) {
     if (part.layer >= stored.view.layers) refuse("parts: layer", "one of " + std::to_string(stored.view.layers), part.layer);
@@ -419,7 +421,7 @@ PYBIND11_MODULE(influence_fast_cpu, m) {
         py::arg("error"), py::arg("norm"), py::arg("threads"));
   m.def("exact_search", &search, py::kw_only(), py::arg("segments"), py::arg("parts"), py::arg("stored"), py::arg("queries"),
         py::arg("weights"), py::arg("cosine"), py::arg("allowed"), py::arg("k"), py::arg("scores"), py::arg("rows"),
-        py::arg("threads"));
+        py::arg("threads"), py::arg("lengths") = 0);
   m.def("exact_scores", &score_rows, py::kw_only(), py::arg("stored"), py::arg("queries"), py::arg("weights"), py::arg("cosine"),
         py::arg("rows"), py::arg("width"), py::arg("scores"), py::arg("threads"));
 }

@@ -123,8 +123,8 @@ class Scorer {
       sum += queries_.weights[l] * kernels_.dot(v, g, source_.dims[l]);
       if (queries_.cosine) square += queries_.weights[l] * kernels_.dot(g, g, source_.dims[l]);
     }
-    if (!queries_.cosine) return sum;
-    const double length = norm_ * std::sqrt(square);
+    if (!queries_.cosine && queries_.lengths == nullptr) return sum;
+    const double length = queries_.cosine ? norm_ * std::sqrt(square) : queries_.lengths[row];
     return length == 0 ? 0 : sum / length;
   }
 

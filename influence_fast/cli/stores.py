@@ -134,6 +134,11 @@ def _show_estimate(found: Any, world: int) -> None:
 @click.option("--memory", help="Memory that the index may take, such as 512MiB.")
 @click.option("--rows", help="Rows to index, such as 0:500000, for one of several machines.")
 @click.option("--update", is_flag=True, help="Bring the index that is there up to date with its store.")
+@click.option("--methods", help="Keep what searches by these need: datainf,trak,trackstar,ekfac.")
+@click.option("--damping", default=0.1, help="With --methods: share of the curvature's mean eigenvalue added to each.")
+@click.option("--rank", type=int, help="With --methods: eigenvalues kept of a layer, fewer than its numbers.")
+@click.option("--model", help="For ekfac: the model of the store.")
+@click.option("--data", multiple=True, help="For ekfac: the training data; by default where they were.")
 @verify_option
 @json_option
 def index(
@@ -146,9 +151,17 @@ def index(
     memory: str | None,
     rows: str | None,
     update: bool,
+    methods: str | None,
+    damping: float,
+    rank: int | None,
+    model: str | None,
+    data: tuple[str, ...],
     as_json: bool,
 ) -> None:
-    """Build an index over a store: exact, or by FAISS; with --update, follow rows that were appended or deleted."""
+    """Build an index over a store: exact, or by FAISS; with --update, follow rows that were appended or deleted.
+
+    With --methods the rows are read once more for each, so that search --method reads none of them.
+    """
     from influence_fast.gradients.store import GradientStore
     from influence_fast.search.influence_index import InfluenceIndex
 
@@ -165,6 +178,11 @@ def index(
         built = InfluenceIndex.build(
             opened, factory, metric, names(layers), recall=recall, memory=memory, rows=share, path=out
         )
+    for method in names(methods) or []:
+        factors = _kronecker_factors(built, store, model, data) if method == "ekfac" else None
+        built.add_curvature(method, damping=damping, rank=rank, factors=factors)
+    if methods:
+        built.save(out)
     size = sum(file.stat().st_size for file in out.iterdir())
     document = {
         "path": str(out),
@@ -172,9 +190,45 @@ def index(
         "metric": built.metric,
         "rows": len(built),
         "recall": built.recall,
+        "curvature": built.curvature,
         "bytes": size,
     }
-    print_document(document, as_json, lambda: say(f"{built}\n{size / 2**20:.1f} MiB in {out}"))
+    lines = [str(built)]
+    lines += [f"{method}: {_share(built, method)}" for method in built.curvature]
+    lines += [f"{size / 2**20:.1f} MiB in {out}"]
+    print_document(document, as_json, lambda: say("\n".join(lines)))
+
+
+def _share(index: Any, method: str) -> str:
+    """How much of the curvature an index keeps for a method."""
+    kept = index.curvature.get(method) or index.curvature.get("trackstar" if method == "trak" else "", {})
+    least = min(kept.values(), default=1.0)
+    if least == 1:
+        return "the whole curvature"
+    return f"{100 * least:.1f} % of the curvature's trace, in the layer with the least"
+
+
+def _kronecker_factors(index: Any, store: Path, model: str | None, data: tuple[str, ...]) -> Any:
+    from influence_fast.attribution.model_passes import kronecker_factors
+    from influence_fast.data.loading import read_table
+    from influence_fast.data.models import load_model
+    from influence_fast.data.remembered import remembered
+    from influence_fast.data.samples import prepare, task_of
+    from influence_fast.data.settings import DataSettings
+    from influence_fast.errors import StoreError
+    from influence_fast.gradients.model_state import fingerprint
+
+    known = remembered(store)
+    if model is None or (not data and known is None):
+        raise click.UsageError("ekfac needs --model, and --data where the store does not remember its data.")
+    settings = DataSettings() if known is None else known.settings
+    network, tokenizer = load_model(model, "auto" if known is None else known.task)
+    if fingerprint(network) != index.meta["model"]:
+        raise StoreError(f"model: {model} is another than the index was made with")
+    source = list(data) or known.data  # type: ignore[union-attr]
+    table = read_table("data", source, settings.split, settings.limit, settings.skip_bad)
+    samples = prepare("data", table, settings, task_of("auto", network, table), network, tokenizer)
+    return kronecker_factors(network, samples.rows, index.layers)
 
 
 @click.command(cls=Command, epilog=example("influence-fast search store.index --queries query-store -k 5 --harmful"))
@@ -190,6 +244,11 @@ def index(
 @click.option("--answer", help="For causal models: what follows --text.")
 @click.option("-k", default=10, help="Rows for each query.")
 @click.option("--harmful", is_flag=True, help="The most harmful rows instead of the most helpful.")
+@click.option(
+    "--method",
+    type=click.Choice(["dot", "cosine", "datainf", "trak", "trackstar", "ekfac"]),
+    help="Which influence, by a Flat index: by default the index's metric. See index --methods.",
+)
 @click.option("--layers", help="Search by these layers alone, each with a weight if wanted: NAME,NAME=2.")
 @click.option("--where", help="Search among rows whose column has a value, such as prediction=1.")
 @click.option("--data", multiple=True, help="The training data, whose texts are printed; by default where they were.")
@@ -204,6 +263,7 @@ def search(
     answer: str | None,
     k: int,
     harmful: bool,
+    method: str | None,
     layers: str | None,
     where: str | None,
     data: tuple[str, ...],
@@ -237,7 +297,8 @@ def search(
         gradients, names = _row_gradients(loaded, str(model), str(queries), settings)
     else:
         gradients, names = _text_gradient(loaded, str(model), str(text), label, answer), [str(text)]
-    options = {"layers": _weighted(layers), "only": None if where is None else _rows_where(loaded, where)}
+    only = None if where is None else _rows_where(loaded, where)
+    options = {"layers": _weighted(layers), "only": only, "method": method}
     if world > 1:
         import torch.distributed as dist
 
@@ -258,6 +319,8 @@ def search(
     for query, row, values in zip(names, ids, scores.tolist(), strict=True):
         effects = ["helpful" if value > 0 else "harmful" if value < 0 else "none" for value in values]
         entry = {"query": query, "ids": row, "scores": values, "effects": effects, "recall": loaded.recall}
+        if method is not None:
+            entry["method"] = method
         if shown:
             found_texts, found_labels = zip(*(shown.get(str(name), ("", "")) for name in row), strict=True)
             entry |= {"texts": list(found_texts), "labels": list(found_labels)}
@@ -277,6 +340,8 @@ def search(
     ]
     columns = ["query", "place", "id", "influence", "effect", *(what.removesuffix("s") for what in more)]
     how = "exact" if loaded.factory == "Flat" else f"{loaded.factory}: recall@10 {loaded.recall:.3f} when it was built"
+    if method is not None:
+        how = f"{method}, {how}" + (f" by {_share(loaded, method)}" if method not in ("dot", "cosine") else "")
     print_document(document, as_json, lambda: print_table(columns, rows, how))
 
 

@@ -24,7 +24,7 @@ from influence_fast.errors import InputError, StoreError
 
 FORMAT, VERSION = "influence_fast.index", 3
 DOCUMENT = "index.json"
-_OURS = re.compile(r"scan-\d+\.bin|band-\d+\.(faiss|rows|npy)")
+_OURS = re.compile(r"scan-\d+\.bin|band-\d+\.(faiss|rows|npy)|curvature-\d+\.safetensors")
 _READ = 1 << 20
 
 _FILE = records.record(
@@ -59,7 +59,21 @@ _DOCUMENT = records.record(
         "partitions": records.items(
             records.record({"longest": records.real, "whole": records.truth, "index": _FILE, "rows": _FILE})
         ),
-    }
+    },
+    {
+        "curvature": records.items(
+            records.record(
+                {
+                    "method": records.one_of("datainf", "trak", "trackstar", "ekfac"),
+                    "layer": records.text(),
+                    "damping": records.real,
+                    "share": records.real,
+                    "of": records.text(records.SHA256, "64 hexadecimal digits"),
+                    "data": _FILE,
+                }
+            )
+        )
+    },
 )
 
 
@@ -97,7 +111,8 @@ def read_document(folder: Path) -> dict[str, Any]:
 def files_of(document: dict[str, Any]) -> list[dict[str, Any]]:
     """Entries of all files that a document names."""
     parts = [part[key] for part in document["partitions"] for key in ("index", "rows")]
-    return [*(segment["data"] for segment in document["segments"]), *parts]
+    kept = [part["data"] for part in document.get("curvature", [])]
+    return [*(segment["data"] for segment in document["segments"]), *parts, *kept]
 
 
 def check_files(folder: Path, entries: Iterable[dict[str, Any]]) -> None:
