@@ -252,6 +252,7 @@ def _kronecker_factors(index: Any, store: Path, model: str | None, data: tuple[s
 @click.option("--layers", help="Search by these layers alone, each with a weight if wanted: NAME,NAME=2.")
 @click.option("--where", help="Search among rows whose column has a value, such as prediction=1.")
 @click.option("--data", multiple=True, help="The training data, whose texts are printed; by default where they were.")
+@click.option("--interactive", is_flag=True, help="Ask one question after another, with --model.")
 @verify_option
 @json_option
 def search(
@@ -267,6 +268,7 @@ def search(
     layers: str | None,
     where: str | None,
     data: tuple[str, ...],
+    interactive: bool,
     as_json: bool,
 ) -> None:
     """Find the training samples with the most influence on each query, with their texts and labels.
@@ -278,7 +280,18 @@ def search(
     from influence_fast.data.remembered import remembered
     from influence_fast.data.settings import DataSettings
     from influence_fast.gradients.store import GradientStore
+    from influence_fast.serving.lookup import open_index
 
+    if interactive:
+        if model is None or len(index) != 1 or any((text, label, answer, as_json, layers, where, harmful)):
+            raise click.UsageError(
+                "--interactive takes one INDEX and --model, and of the others --queries, --data, -k, --method."
+            )
+        from influence_fast.cli.questions import ask_on_terminal
+        from influence_fast.serving.lookup import Lookup
+
+        ask_on_terminal(Lookup.open(index[0], model, data, None if queries is None else str(queries)), k, method)
+        return
     # What is missing is said below, after a missing index.
     stored = queries is not None and not queries.is_file()
     if (queries is None) == (text is None) or (model is None and not stored):
@@ -286,7 +299,7 @@ def search(
     world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     if len(index) != world:
         raise click.UsageError(f"Give one index for each process: {len(index)} for {world}.")
-    loaded, store = _index_and_store(index[rank])
+    loaded, store = open_index(index[rank])
     known = None if store is None or world > 1 else remembered(store)
     gradients: Any
     if stored:
@@ -343,19 +356,6 @@ def search(
     if method is not None:
         how = f"{method}, {how}" + (f" by {_share(loaded, method)}" if method not in ("dot", "cosine") else "")
     print_document(document, as_json, lambda: print_table(columns, rows, how))
-
-
-def _index_and_store(path: Path) -> tuple[Any, Path | None]:
-    """An index, and the folder of the one store that it is of; a store is indexed in memory."""
-    from influence_fast.gradients.store import GradientStore
-    from influence_fast.search.index_files import read_document
-    from influence_fast.search.influence_index import InfluenceIndex
-
-    if (path / "manifest.json").exists():
-        return InfluenceIndex.build(GradientStore.open(path), "Flat"), path
-    loaded = InfluenceIndex.load(path)
-    stores = read_document(path)["stores"]
-    return loaded, Path(os.path.normpath(path.resolve() / stores[0]["path"])) if len(stores) == 1 else None
 
 
 def _shown(data: tuple[str, ...], known: Any) -> dict[str, tuple[str, str]]:

@@ -427,6 +427,45 @@ class InfluenceIndex:
         # No -0 where a harmful search turned a zero.
         return sign * scores + 0.0, rows
 
+    def gradients_at(self, rows: Sequence[int]) -> dict[str, Tensor]:
+        """Gradients of some rows by number, such as to search for their neighbours: float32 ``(len(rows), dim)`` a layer."""
+        numbers = self._numbers(rows)
+        return {name: self._rows.take(name, numbers) for name in self.layers}
+
+    def by_layer(self, queries: Gradients, rows: Sequence[int], method: str | None = None) -> dict[str, Tensor]:
+        """What each layer adds to the scores of some rows by number: float64 ``(m, len(rows))``, which sum to the scores.
+
+        Raises:
+            InputError: no such row, or a method that this index does not answer.
+        """
+        how = self.metric if method is None else method
+        weights, numbers = dict.fromkeys(self.layers, 1.0), self._numbers(rows)
+        values = self._queries(queries, self.layers)
+        ready = Preconditioned(values) if how == self.metric else self._preconditioned(how, values, weights)
+        widths = [self._rows.dims[name] for name in self.layers]
+        gradients = {name: self._rows.take(name, numbers).double() for name in self.layers}
+        parts = dict(zip(self.layers, ready.values.double().split(widths, 1), strict=True))
+        out = {name: part @ gradients[name].T for name, part in parts.items()}
+        if how == "cosine":
+            of_query, of_rows = (
+                torch.stack([side.square().sum(1) for side in sides.values()]).sum(0).sqrt()
+                for sides in (parts, gradients)
+            )
+        elif ready.queries is not None and ready.rows is not None:
+            of_query, of_rows = ready.queries, torch.from_numpy(ready.rows)[numbers]
+        else:
+            return out
+        length = of_query[:, None] * of_rows
+        return {name: torch.where(length > 0, part / length, 0) for name, part in out.items()}
+
+    def _numbers(self, rows: Sequence[int]) -> Tensor:
+        """Rows as the stores number them, deleted ones among them."""
+        for row in rows:
+            if isinstance(row, bool) or not isinstance(row, int) or not 0 <= row < len(self):
+                raise InputError(f"rows: expected numbers from 0 to {len(self) - 1}, got {row!r}")
+        numbers = np.asarray(rows, np.int64)
+        return torch.from_numpy(numbers if self._rows.live is None else self._rows.live[numbers])
+
     def add_curvature(
         self,
         method: str,
