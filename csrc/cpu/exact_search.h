@@ -85,6 +85,10 @@ struct StoredRows {
   const int64_t* dims;  // of the chosen layers
   int64_t layers;
   Dtype dtype;
+  // Of float32 alone: a row of layer l is factors vectors of outs[l] numbers, then as many of dims[l] / outs[l], and stands
+  // for the sum of their outer products. Rows are there as they are where factors or outs[l] is 0.
+  int64_t factors = 0;
+  const int64_t* outs = nullptr;
 };
 
 // queries (m, sum of dims) float32; weight of each layer. Score: sum_l weight_l <v_l, g_l>; for cosine divided by

@@ -40,6 +40,9 @@ from influence_fast.errors import InputError
 @model_options
 @click.option("--strict", is_flag=True, help="Refuse where a layer needs a slower way to be captured rightly.")
 @click.option("--dry-run", is_flag=True, help="Run a few batches and say what the build would take; write nothing.")
+@click.option(
+    "--factors", type=int, help="Keep each layer's gradient as so many outer products, which takes less space."
+)
 @click.option("--append", is_flag=True, help="Add the rows behind those of the store, with its layers and projection.")
 @verify_option
 @json_option
@@ -60,6 +63,8 @@ def build(
 
     if append:
         _check_append(dry_run)
+    if dry_run and options["factors"] is not None:
+        raise click.UsageError("--factors: not with --dry-run, which estimates stores of whole rows.")
     network, samples, settings, tokenizer = read_samples("data", data, model, options)
     options |= {"truncate": settings.truncate, "loss": chosen_loss(options, samples.task)}
     if append:
@@ -83,7 +88,8 @@ def build(
         rank, world = processes.here()
         network.to(device)
         if dry_run:
-            options.pop("strict")
+            for name in ("strict", "factors"):
+                options.pop(name)
             found = estimate_build(network, samples.rows, ids=samples.ids, **options)
             if rank == 0:
                 print_document(dataclasses.asdict(found), as_json, lambda: _show_estimate(found, world))
@@ -103,7 +109,7 @@ def _show_store(store: Any, out: Path, as_json: bool) -> None:
 def _check_append(dry_run: bool) -> None:
     """UsageError for what a store has settled."""
     context = click.get_current_context()
-    own = ("layers", "projection", "dtype", "precision", "truncate")
+    own = ("layers", "projection", "dtype", "precision", "truncate", "factors")
     given = [
         f"--{name}" for name in own if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
     ]

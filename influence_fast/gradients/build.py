@@ -59,6 +59,7 @@ def build_store(
     strict: bool = False,
     tokenizer: Any = None,
     segment_rows: int = 65536,
+    factors: int | None = None,
 ) -> GradientStore:
     """Per-sample gradients of ``model`` on every row of ``dataset``, kept in a folder.
 
@@ -100,6 +101,9 @@ def build_store(
             as it does of the model's class, config and adapters and of a loss's code and bound arguments, beside the loss
             and gradient of two rows. A build that goes on finds all of it again and refuses what differs.
         segment_rows: rows of a stream that are in memory together, and appended together.
+        factors: keep of each layer's gradient, whole or projected on two sides, its nearest matrix of this rank, as that
+            many pairs of vectors: ``factors * (out + in)`` numbers for ``out * in`` (LoRIF, arXiv 2601.21929). Layers for
+            which that is no fewer stay whole. All that reads the store reads what they stand for.
 
     Returns:
         The finished store, with columns ``loss`` (float32) and, for classes and choices, ``correct`` and ``prediction``.
@@ -122,6 +126,7 @@ def build_store(
         precision,
         verify,
         strict,
+        factors=factors,
     )
     if not hasattr(dataset, "__len__") and not hasattr(dataset, "iterrows"):
         if isinstance(segment_rows, bool) or not isinstance(segment_rows, int) or segment_rows < 1:
@@ -194,6 +199,7 @@ def append_store(
         taken.get("precision"),
         verify,
         strict,
+        factors=manifest.get("factors"),
     )
     if hasattr(dataset, "iterrows"):
         dataset = cast(Any, dataset).to_dict("records")

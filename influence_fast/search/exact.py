@@ -167,6 +167,14 @@ class Rows:
             data.append(np.stack(names, 1))
             scales.append(np.stack(sizes, 1))
             first += len(rows)
+        # Which layers are kept as factors follows from their number, and from shapes and projection, which are the same.
+        if len({store.factors for store, _ in self.stores}) > 1:
+            raise InputError("store: expected stores with one number of factors")
+        first_store = self.stores[0][0]
+        factored: dict[str, Any] = {}
+        if first_store.factors:
+            outs = np.array([first_store.outs.get(name, 0) for name in layers], np.int64)
+            factored = {"factors": first_store.factors, "outs": outs}
         kinds = {store.meta["dtype"] for store, _ in self.stores}
         if len(kinds) > 1:
             raise InputError(f"store: expected stores of one dtype, got {', '.join(sorted(kinds))}")
@@ -176,6 +184,7 @@ class Rows:
             scales=np.concatenate(scales),
             dims=np.array([self.dims[name] for name in layers], np.int64),
             dtype=kinds.pop(),
+            **factored,
         )
 
 

@@ -139,3 +139,16 @@ def test_searches_by_a_method_that_the_index_keeps(folder: Path, tmp_path: Path)
     assert (code, "ekfac needs --model" in err) == (2, True)
     # A store is searched as it is, and read for the method.
     assert run("search", store, "--queries", queries, "--method", "trak")[0] == 0
+
+
+def test_a_store_of_factors(folder: Path, tmp_path: Path) -> None:
+    given = ["--model", folder / "model", "--data", folder / "train.jsonl", "--layers", "attention"]
+    given += ["--projection", "rademacher:8x8", "--out", tmp_path / "s", "--factors", 1]
+    assert run("build", *given, "--dry-run")[0] == 2
+    code, _, err = run("build", *given)
+    assert code == 0, err
+    assert inf.GradientStore.open(tmp_path / "s").factors == 1
+    assert run("build", *given[:4], "--out", tmp_path / "s", "--append", "--factors", 2)[0] == 2
+    assert run("verify", tmp_path / "s")[0] == 0
+    assert run("index", tmp_path / "s", "--out", tmp_path / "i")[0] == 0
+    assert run("search", tmp_path / "i", "--queries", tmp_path / "s", "-k", 2, "--method", "trak")[0] == 0
