@@ -33,7 +33,7 @@ KINDS: dict[int, tuple[tuple[str, int | None], ...]] = {
     64: (("rademacher:32x32", 1), ("rademacher:16x16", 2), ("rademacher:8x8", None), ("sjlt:64", None)),
     128: (("rademacher:64x64", 1), ("rademacher:32x32", 2), ("rademacher:8x16", None), ("sjlt:128", None)),
     256: (("rademacher:128x128", 1), ("rademacher:64x64", 2), ("rademacher:16x16", None), ("sjlt:256", None)),
-    768: (("identity", 1), ("rademacher:128x128", 3), ("rademacher:24x32", None), ("sjlt:768", None)),
+    768: (("rademacher:128x128", 3), ("rademacher:24x32", None), ("sjlt:768", None)),
 }
 BEST = 10
 
