@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import influence_fast as inf
+from influence_fast.gradients.factored_layers import factored_layers
 from influence_fast.gradients.store_changes import add_segment
 from influence_fast.gradients.store_records import read_manifest
 from influence_fast.gradients.store_writer import StoreWriter
@@ -25,12 +26,15 @@ def writer(
     dtype: str = "float32",
     shard_rows: int = 4,
     resume: bool = True,
+    factors: int | None = None,
 ) -> StoreWriter:
     rows = len(next(iter(gradients.values())))
+    shapes = shapes or {name: (1, tensor.shape[1]) for name, tensor in gradients.items()}
+    dims = {name: tensor.shape[1] for name, tensor in gradients.items()}
     return StoreWriter.create(
         path,
-        layers=shapes or {name: (1, tensor.shape[1]) for name, tensor in gradients.items()},
-        dims={name: tensor.shape[1] for name, tensor in gradients.items()},
+        layers=shapes,
+        dims=dims,
         ids=range(rows) if ids is None else ids,
         projection=projection,
         identifiers={},
@@ -40,6 +44,8 @@ def writer(
         shard_rows=shard_rows,
         settings={},
         resume=resume,
+        factors=factors,
+        outs={} if factors is None else factored_layers(projection, shapes, dims, factors),
     )
 
 

@@ -209,10 +209,11 @@ using Table = py::array_t<T, py::array::c_style>;
 class Stored {
  public:
   Stored(const Table<int64_t>& firsts, const Table<int64_t>& data, const Table<int64_t>& scales, const Table<int64_t>& dims,
-         std::string_view dtype)
+         std::string_view dtype, int64_t factors, const Table<int64_t>& outs)
       : data_(data.data(), data.data() + data.size()),
         scales_(scales.data(), scales.data() + scales.size()),
-        dims_(dims.data(), dims.data() + dims.size()) {
+        dims_(dims.data(), dims.data() + dims.size()),
+        outs_(outs.data(), outs.data() + outs.size()) {
     const int64_t count = at_least("firsts: rows", firsts.size(), 2) - 1, layers = at_least("dims: layers", dims.size(), 1);
     same("data: addresses", data.size(), count * layers);
     same("scales: addresses", scales.size(), count * layers);
@@ -230,7 +231,16 @@ class Stored {
       shards_.push_back({first[s], first[s + 1] - first[s], &data_[s * layers], &scales_[s * layers]});
     }
     rows_ = first[count];
-    view = {shards_.data(), count, dims_.data(), layers, type};
+    if (at_least("factors", factors, 0) > 0) {
+      if (type != Dtype::float32) refuse("factors", "0 unless rows are float32", factors);
+      same("outs: layers", outs.size(), layers);
+      for (int64_t l = 0; l < layers; ++l) {
+        if (at_least("outs", outs_[l], 0) == 0) continue;
+        if (dims_[l] % outs_[l] != 0) refuse("outs", "divisors of dims", outs_[l]);
+        product("factors", factors, outs_[l] + dims_[l] / outs_[l]);
+      }
+    }
+    view = {shards_.data(), count, dims_.data(), layers, type, factors, outs_.data()};
   }
   Stored(const Stored&) = delete;
   Stored& operator=(const Stored&) = delete;
@@ -243,18 +253,20 @@ class Stored {
 
  private:
   std::vector<Address> data_, scales_;
-  std::vector<int64_t> dims_;
+  std::vector<int64_t> dims_, outs_;
   std::vector<StoreShard> shards_;
   int64_t total_ = 0, rows_ = 0;
 };
 
-Queries checked_queries(const Matrix& queries, const Table<double>& weights, bool cosine, const Stored& stored) {
+Queries checked_queries(const Matrix& queries, const Table<double>& weights, bool cosine, const Stored& stored,
+                        Address lengths = 0) {
   same_dtype("queries: dtype", queries.dtype, Dtype::float32);
   same("queries: columns", queries.columns, stored.total());
   if (queries.rows > 1) same("queries: row stride", queries.row_stride, queries.columns);
   if (queries.columns > 1) same("queries: column stride", queries.column_stride, 1);
   same("weights: layers", weights.size(), stored.view.layers);
-  return {static_cast<const float*>(queries.data), queries.rows, weights.data(), cosine};
+  return {static_cast<const float*>(queries.data), queries.rows, weights.data(), cosine,
+          optional_pointer<const double>("lengths", lengths)};
 }
 
 Segment make_segment(Address codes, int64_t stride, int64_t first, int64_t rows, int64_t parts, Address scale, Address error,
@@ -275,8 +287,8 @@ RowPart make_part(int64_t offset, int64_t dim, int64_t index, int64_t layer, int
 
 py::tuple search(const std::vector<Segment>& segments, const std::vector<RowPart>& parts, const Stored& stored,
                  const Matrix& queries, const Table<double>& weights, bool cosine, Address allowed, int64_t k, Address scores,
-                 Address rows, int threads) {
-  const Queries asked = checked_queries(queries, weights, cosine, stored);
+                 Address rows, int threads, Address lengths) {
+  const Queries asked = checked_queries(queries, weights, cosine, stored, lengths);
   at_least("parts", static_cast<int64_t>(parts.size()), 1);
   for (const RowPart& part : parts) {
     if (part.layer >= stored.view.layers) refuse("parts: layer", "one of " + std::to_string(stored.view.layers), part.layer);
@@ -406,8 +418,9 @@ PYBIND11_MODULE(influence_fast_cpu, m) {
   m.attr("block_rows") = kBlockRows;
   py::class_<Stored>(m, "StoredRows", py::module_local(), "Where the exact rows of a store's shards and layers are.")
       .def(py::init<const Table<int64_t>&, const Table<int64_t>&, const Table<int64_t>&, const Table<int64_t>&,
-                    std::string_view>(),
-           py::arg("firsts"), py::arg("data"), py::arg("scales"), py::arg("dims"), py::arg("dtype"));
+                    std::string_view, int64_t, const Table<int64_t>&>(),
+           py::arg("firsts"), py::arg("data"), py::arg("scales"), py::arg("dims"), py::arg("dtype"), py::arg("factors") = 0,
+           py::arg("outs") = Table<int64_t>());
   py::class_<Segment>(m, "Segment", py::module_local(), "A piece of the 8-bit copy.")
       .def(py::init(&make_segment), py::kw_only(), py::arg("codes"), py::arg("stride"), py::arg("first"), py::arg("rows"),
            py::arg("parts"), py::arg("scale"), py::arg("error"), py::arg("norm"), py::arg("order"), py::arg("longest"),
@@ -419,7 +432,7 @@ PYBIND11_MODULE(influence_fast_cpu, m) {
         py::arg("error"), py::arg("norm"), py::arg("threads"));
   m.def("exact_search", &search, py::kw_only(), py::arg("segments"), py::arg("parts"), py::arg("stored"), py::arg("queries"),
         py::arg("weights"), py::arg("cosine"), py::arg("allowed"), py::arg("k"), py::arg("scores"), py::arg("rows"),
-        py::arg("threads"));
+        py::arg("threads"), py::arg("lengths") = 0);
   m.def("exact_scores", &score_rows, py::kw_only(), py::arg("stored"), py::arg("queries"), py::arg("weights"), py::arg("cosine"),
         py::arg("rows"), py::arg("width"), py::arg("scores"), py::arg("threads"));
 }

@@ -73,13 +73,16 @@ class Reader {
   Reader(const SearchKernels& kernels, const StoredRows& source) : kernels_(kernels), source_(source) {
     int64_t widest = 0;
     for (int64_t l = 0; l < source.layers; ++l) widest = std::max(widest, source.dims[l]);
-    if (source.dtype != Dtype::float32) room_.resize(widest);
+    if (source.dtype != Dtype::float32 || source.factors > 0) room_.resize(widest);
   }
 
   const float* read(int64_t row, int64_t layer) {
     const StoreShard* shard = std::upper_bound(source_.shards, source_.shards + source_.shard_count, row,
                                               [](int64_t r, const StoreShard& s) { return r < s.first; }) - 1;
-    const int64_t dim = source_.dims[layer], at = (row - shard->first) * dim;
+    const int64_t dim = source_.dims[layer];
+    if (source_.factors > 0 && source_.outs[layer] > 0)
+      return product(reinterpret_cast<const float*>(shard->data[layer]), row - shard->first, layer);
+    const int64_t at = (row - shard->first) * dim;
     const float* scales = reinterpret_cast<const float*>(shard->scale[layer]);
     const float scale = scales == nullptr ? 1.0f : scales[row - shard->first];
     switch (source_.dtype) {
@@ -98,6 +101,19 @@ class Reader {
   }
 
  private:
+  const float* product(const float* rows, int64_t row, int64_t layer) {
+    const int64_t dim = source_.dims[layer], out = source_.outs[layer], in = dim / out;
+    const float* left = rows + row * source_.factors * (out + in);
+    const float* right = left + source_.factors * out;
+    std::fill_n(room_.begin(), dim, 0.0f);
+    for (int64_t c = 0; c < source_.factors; ++c, left += out, right += in) {
+      for (int64_t o = 0; o < out; ++o) {
+        for (int64_t i = 0; i < in; ++i) room_[o * in + i] += left[o] * right[i];
+      }
+    }
+    return room_.data();
+  }
+
   const SearchKernels& kernels_;
   const StoredRows& source_;
   std::vector<float> room_;
@@ -123,8 +139,8 @@ class Scorer {
       sum += queries_.weights[l] * kernels_.dot(v, g, source_.dims[l]);
       if (queries_.cosine) square += queries_.weights[l] * kernels_.dot(g, g, source_.dims[l]);
     }
-    if (!queries_.cosine) return sum;
-    const double length = norm_ * std::sqrt(square);
+    if (!queries_.cosine && queries_.lengths == nullptr) return sum;
+    const double length = queries_.cosine ? norm_ * std::sqrt(square) : queries_.lengths[row];
     return length == 0 ? 0 : sum / length;
   }
 

@@ -69,7 +69,7 @@ struct Segment {
   const int32_t* order;
   int64_t first;
   const float* longest;  // by block: bound on |g| over the chosen parts; null: no bound
-  const float* factor;   // by row: what a cosine divides by, inverted, to 1e-6; null for inner products
+  const float* factor;   // by row: what scores are divided by, inverted, to 1e-6; null for inner products
 };
 
 // Where the exact rows are: a shard holds rows from first on, layer l of row r at data[l] + (r - first) * dim_l numbers.
@@ -85,15 +85,21 @@ struct StoredRows {
   const int64_t* dims;  // of the chosen layers
   int64_t layers;
   Dtype dtype;
+  // Of float32 alone: a row of layer l is factors vectors of outs[l] numbers, then as many of dims[l] / outs[l], and stands
+  // for the sum of their outer products. Rows are there as they are where factors or outs[l] is 0.
+  int64_t factors = 0;
+  const int64_t* outs = nullptr;
 };
 
 // queries (m, sum of dims) float32; weight of each layer. Score: sum_l weight_l <v_l, g_l>; for cosine divided by
-// sqrt(sum_l weight_l |v_l|^2) sqrt(sum_l weight_l |g_l|^2), 0 where that is 0.
+// sqrt(sum_l weight_l |v_l|^2) sqrt(sum_l weight_l |g_l|^2), 0 where that is 0; else, where lengths are given, divided by
+// that of the row, 0 where it is 0.
 struct Queries {
   const float* values;
   int64_t count;
   const double* weights;
   bool cosine;
+  const double* lengths = nullptr;  // by row, or null; a segment's factor is then the inverse
 };
 
 struct SearchStats {

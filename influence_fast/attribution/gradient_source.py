@@ -86,7 +86,7 @@ class GradientSource:
     def sqnorm(self, name: str) -> Tensor:
         """Squared norms of what is read (in a rounded store, not those that were rounded), float64 ``(rows,)``."""
         if name not in self._sqnorm:
-            if self.store is not None and self.store.meta["dtype"] == "float32":
+            if self.store is not None and self.store.meta["dtype"] == "float32" and not self.store.factors:
                 found = self.store.sqnorm(name)
             else:
                 found = torch.cat([self.read(name, block).double().square().sum(1) for block in self.blocks(name)])

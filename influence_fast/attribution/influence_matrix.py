@@ -32,6 +32,7 @@ from influence_fast._memory import parse_memory
 from influence_fast.attribution.gradient_source import Gradients, GradientSource, chosen_layers
 from influence_fast.attribution.preconditioners import Whitening, eigenvalue_corrected
 from influence_fast.errors import InputError
+from influence_fast.gradients.row_factors import inner_products as factor_products
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -240,10 +241,37 @@ class InfluenceMatrix:
     def _rows(self, name: str, queries: slice) -> Tensor:
         out = torch.empty(queries.stop - queries.start, self.shape[1])
         self.query(name)
+        left = self._query_factors(name)
         for train in self._train.blocks(name):
-            torch.mm(self.query(name)[queries], self._train.read(name, train).T, out=out[:, train])
+            if left is not None:
+                out[:, train] = self._of_factors(name, left, queries, train)
+            else:
+                torch.mm(self.query(name)[queries], self._train.read(name, train).T, out=out[:, train])
             if name in self._scale:
                 out[:, train] *= self._scale[name][train]
+        return out
+
+    def _query_factors(self, name: str) -> tuple[Tensor, Tensor] | None:
+        """Factors of the queries where both sides are kept as such and nothing is to be inverted, or None."""
+        train, queries = self._train.store, self._queries.store
+        if self.method not in ("dot", "cosine") or train is None or queries is None:
+            return None
+        if name not in train.outs or name not in queries.outs:
+            return None
+        # Beyond this, the products of all pairs of factors are more work than the gradients' own.
+        if (
+            train.factors * queries.factors * (train.outs[name] + train.dims[name] // train.outs[name])
+            > train.dims[name]
+        ):
+            return None
+        return queries.read_factors(name)
+
+    def _of_factors(self, name: str, left: tuple[Tensor, Tensor], queries: slice, train: slice) -> Tensor:
+        assert self._train.store is not None
+        some = left[0][queries], left[1][queries]
+        out = factor_products(some, self._train.store.read_factors(name, train))
+        if self.method == "cosine":
+            out *= _inverse_norm(self._queries.sqnorm(name)[queries])[:, None]
         return out
 
     def _product(self, name: str, queries: slice, train: slice) -> Tensor:

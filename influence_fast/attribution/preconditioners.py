@@ -102,26 +102,33 @@ def eigenvalue_corrected(
     Raises:
         InputError: factors that do not fit the layer; names it.
     """
-    a, s = (factor.double() for factor in factors)
-    if len(a) * len(s) != values.shape[1]:
-        raise InputError(
-            f"factors: layer {name!r} has {values.shape[1]} numbers per row, its factors stand for {len(s)} x {len(a)}; "
-            "ekfac needs whole gradients (projection identity, no bias)"
-        )
-    right, left = (torch.linalg.eigh(factor).eigenvectors.float() for factor in (a, s))
-
-    def turned(gradients: Tensor) -> Tensor:
-        return left.T @ gradients.float().unflatten(1, (len(s), len(a))) @ right
-
-    eigenvalues = torch.zeros(len(s), len(a), dtype=torch.float64)
+    left, right = kronecker_basis(name, factors, values.shape[1])
+    eigenvalues = torch.zeros(len(left), len(right), dtype=torch.float64)
     for part in blocks():
-        eigenvalues += turned(part).square().sum(0, dtype=torch.float64)
+        eigenvalues += turned(part, left, right).square().sum(0, dtype=torch.float64)
     eigenvalues /= rows
     shift = damping * eigenvalues.mean()
     if float(shift) == 0:
         return torch.zeros_like(values)
-    scaled = turned(values).double() / (eigenvalues + shift)
+    scaled = turned(values, left, right).double() / (eigenvalues + shift)
     return (left @ scaled.float() @ right.T).flatten(1)
+
+
+def kronecker_basis(name: str, factors: tuple[Tensor, Tensor], dim: int) -> tuple[Tensor, Tensor]:
+    """Eigenvectors ``U_S (out, out)`` and ``U_A (in, in)`` of ``(A, S)``, float32; InputError unless they fit."""
+    a, s = (factor.double() for factor in factors)
+    if len(a) * len(s) != dim:
+        raise InputError(
+            f"factors: layer {name!r} has {dim} numbers per row, its factors stand for {len(s)} x {len(a)}; "
+            "ekfac needs whole gradients (projection identity, no bias)"
+        )
+    right, left = (torch.linalg.eigh(factor).eigenvectors.float() for factor in (a, s))
+    return left, right
+
+
+def turned(gradients: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """Gradients ``(n, out * in)`` in the basis of the factors: float32 ``(n, out, in)``."""
+    return left.T @ gradients.float().unflatten(1, (len(left), len(right))) @ right
 
 
 def _cholesky(matrix: Tensor, name: str) -> Tensor:

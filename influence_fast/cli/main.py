@@ -32,6 +32,7 @@ COMMANDS = {
     "build": "stores",
     "index": "stores",
     "search": "stores",
+    "serve": "serve",
     "verify": "maintenance",
     "upgrade": "maintenance",
     "delete": "maintenance",

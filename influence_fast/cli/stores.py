@@ -45,6 +45,9 @@ from influence_fast.errors import InputError
     type=click.Path(path_type=Path),
     help="Checkpoint folder of a Trainer, with optimizer.pt: keep Adam's updates, the training gradients of LESS.",
 )
+@click.option(
+    "--factors", type=int, help="Keep each layer's gradient as so many outer products, which takes less space."
+)
 @click.option("--append", is_flag=True, help="Add the rows behind those of the store, with its layers and projection.")
 @verify_option
 @json_option
@@ -72,6 +75,8 @@ def build(
 
     if append:
         _check_append(dry_run)
+    if dry_run and options["factors"] is not None:
+        raise click.UsageError("--factors: not with --dry-run, which estimates stores of whole rows.")
     network, samples, settings, tokenizer = read_samples("data", data, model, options)
     options |= {"truncate": settings.truncate, "loss": chosen_loss(options, samples.task)}
     if append:
@@ -100,7 +105,8 @@ def build(
         rank, world = processes.here()
         network.to(device)
         if dry_run:
-            options.pop("strict")
+            for name in ("strict", "factors"):
+                options.pop(name)
             found = estimate_build(network, samples.rows, ids=samples.ids, **options)
             if rank == 0:
                 print_document(dataclasses.asdict(found), as_json, lambda: _show_estimate(found, world))
@@ -120,7 +126,7 @@ def _show_store(store: Any, out: Path, as_json: bool) -> None:
 def _check_append(dry_run: bool) -> None:
     """UsageError for what a store has settled."""
     context = click.get_current_context()
-    own = ("adam", "layers", "projection", "dtype", "precision", "truncate")
+    own = ("adam", "factors", "layers", "projection", "dtype", "precision", "truncate")
     given = [
         f"--{name}" for name in own if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
     ]
@@ -151,6 +157,11 @@ def _show_estimate(found: Any, world: int) -> None:
 @click.option("--memory", help="Memory that the index may take, such as 512MiB.")
 @click.option("--rows", help="Rows to index, such as 0:500000, for one of several machines.")
 @click.option("--update", is_flag=True, help="Bring the index that is there up to date with its store.")
+@click.option("--methods", help="Keep what searches by these need: datainf,trak,trackstar,ekfac.")
+@click.option("--damping", default=0.1, help="With --methods: share of the curvature's mean eigenvalue added to each.")
+@click.option("--rank", type=int, help="With --methods: eigenvalues kept of a layer, fewer than its numbers.")
+@click.option("--model", help="For ekfac: the model of the store.")
+@click.option("--data", multiple=True, help="For ekfac: the training data; by default where they were.")
 @verify_option
 @json_option
 def index(
@@ -163,9 +174,17 @@ def index(
     memory: str | None,
     rows: str | None,
     update: bool,
+    methods: str | None,
+    damping: float,
+    rank: int | None,
+    model: str | None,
+    data: tuple[str, ...],
     as_json: bool,
 ) -> None:
-    """Build an index over a store: exact, or by FAISS; with --update, follow rows that were appended or deleted."""
+    """Build an index over a store: exact, or by FAISS; with --update, follow rows that were appended or deleted.
+
+    With --methods the rows are read once more for each, so that search --method reads none of them.
+    """
     from influence_fast.gradients.store import GradientStore
     from influence_fast.search.influence_index import InfluenceIndex
 
@@ -182,6 +201,11 @@ def index(
         built = InfluenceIndex.build(
             opened, factory, metric, names(layers), recall=recall, memory=memory, rows=share, path=out
         )
+    for method in names(methods) or []:
+        factors = _kronecker_factors(built, store, model, data) if method == "ekfac" else None
+        built.add_curvature(method, damping=damping, rank=rank, factors=factors)
+    if methods:
+        built.save(out)
     size = sum(file.stat().st_size for file in out.iterdir())
     document = {
         "path": str(out),
@@ -189,9 +213,45 @@ def index(
         "metric": built.metric,
         "rows": len(built),
         "recall": built.recall,
+        "curvature": built.curvature,
         "bytes": size,
     }
-    print_document(document, as_json, lambda: say(f"{built}\n{size / 2**20:.1f} MiB in {out}"))
+    lines = [str(built)]
+    lines += [f"{method}: {_share(built, method)}" for method in built.curvature]
+    lines += [f"{size / 2**20:.1f} MiB in {out}"]
+    print_document(document, as_json, lambda: say("\n".join(lines)))
+
+
+def _share(index: Any, method: str) -> str:
+    """How much of the curvature an index keeps for a method."""
+    kept = index.curvature.get(method) or index.curvature.get("trackstar" if method == "trak" else "", {})
+    least = min(kept.values(), default=1.0)
+    if least == 1:
+        return "the whole curvature"
+    return f"{100 * least:.1f} % of the curvature's trace, in the layer with the least"
+
+
+def _kronecker_factors(index: Any, store: Path, model: str | None, data: tuple[str, ...]) -> Any:
+    from influence_fast.attribution.model_passes import kronecker_factors
+    from influence_fast.data.loading import read_table
+    from influence_fast.data.models import load_model
+    from influence_fast.data.remembered import remembered
+    from influence_fast.data.samples import prepare, task_of
+    from influence_fast.data.settings import DataSettings
+    from influence_fast.errors import StoreError
+    from influence_fast.gradients.model_state import fingerprint
+
+    known = remembered(store)
+    if model is None or (not data and known is None):
+        raise click.UsageError("ekfac needs --model, and --data where the store does not remember its data.")
+    settings = DataSettings() if known is None else known.settings
+    network, tokenizer = load_model(model, "auto" if known is None else known.task)
+    if fingerprint(network) != index.meta["model"]:
+        raise StoreError(f"model: {model} is another than the index was made with")
+    source = list(data) or known.data  # type: ignore[union-attr]
+    table = read_table("data", source, settings.split, settings.limit, settings.skip_bad)
+    samples = prepare("data", table, settings, task_of("auto", network, table), network, tokenizer)
+    return kronecker_factors(network, samples.rows, index.layers)
 
 
 @click.command(cls=Command, epilog=example("influence-fast search store.index --queries query-store -k 5 --harmful"))
@@ -207,9 +267,15 @@ def index(
 @click.option("--answer", help="For causal models: what follows --text.")
 @click.option("-k", default=10, help="Rows for each query.")
 @click.option("--harmful", is_flag=True, help="The most harmful rows instead of the most helpful.")
+@click.option(
+    "--method",
+    type=click.Choice(["dot", "cosine", "datainf", "trak", "trackstar", "ekfac"]),
+    help="Which influence, by a Flat index: by default the index's metric. See index --methods.",
+)
 @click.option("--layers", help="Search by these layers alone, each with a weight if wanted: NAME,NAME=2.")
 @click.option("--where", help="Search among rows whose column has a value, such as prediction=1.")
 @click.option("--data", multiple=True, help="The training data, whose texts are printed; by default where they were.")
+@click.option("--interactive", is_flag=True, help="Ask one question after another, with --model.")
 @verify_option
 @json_option
 def search(
@@ -221,9 +287,11 @@ def search(
     answer: str | None,
     k: int,
     harmful: bool,
+    method: str | None,
     layers: str | None,
     where: str | None,
     data: tuple[str, ...],
+    interactive: bool,
     as_json: bool,
 ) -> None:
     """Find the training samples with the most influence on each query, with their texts and labels.
@@ -235,7 +303,18 @@ def search(
     from influence_fast.data.remembered import remembered
     from influence_fast.data.settings import DataSettings
     from influence_fast.gradients.store import GradientStore
+    from influence_fast.serving.lookup import open_index
 
+    if interactive:
+        if model is None or len(index) != 1 or any((text, label, answer, as_json, layers, where, harmful)):
+            raise click.UsageError(
+                "--interactive takes one INDEX and --model, and of the others --queries, --data, -k, --method."
+            )
+        from influence_fast.cli.questions import ask_on_terminal
+        from influence_fast.serving.lookup import Lookup
+
+        ask_on_terminal(Lookup.open(index[0], model, data, None if queries is None else str(queries)), k, method)
+        return
     # What is missing is said below, after a missing index.
     stored = queries is not None and not queries.is_file()
     if (queries is None) == (text is None) or (model is None and not stored):
@@ -243,7 +322,7 @@ def search(
     world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     if len(index) != world:
         raise click.UsageError(f"Give one index for each process: {len(index)} for {world}.")
-    loaded, store = _index_and_store(index[rank])
+    loaded, store = open_index(index[rank])
     known = None if store is None or world > 1 else remembered(store)
     gradients: Any
     if stored:
@@ -254,7 +333,8 @@ def search(
         gradients, names = _row_gradients(loaded, str(model), str(queries), settings)
     else:
         gradients, names = _text_gradient(loaded, str(model), str(text), label, answer), [str(text)]
-    options = {"layers": _weighted(layers), "only": None if where is None else _rows_where(loaded, where)}
+    only = None if where is None else _rows_where(loaded, where)
+    options = {"layers": _weighted(layers), "only": only, "method": method}
     if world > 1:
         import torch.distributed as dist
 
@@ -275,6 +355,8 @@ def search(
     for query, row, values in zip(names, ids, scores.tolist(), strict=True):
         effects = ["helpful" if value > 0 else "harmful" if value < 0 else "none" for value in values]
         entry = {"query": query, "ids": row, "scores": values, "effects": effects, "recall": loaded.recall}
+        if method is not None:
+            entry["method"] = method
         if shown:
             found_texts, found_labels = zip(*(shown.get(str(name), ("", "")) for name in row), strict=True)
             entry |= {"texts": list(found_texts), "labels": list(found_labels)}
@@ -294,20 +376,9 @@ def search(
     ]
     columns = ["query", "place", "id", "influence", "effect", *(what.removesuffix("s") for what in more)]
     how = "exact" if loaded.factory == "Flat" else f"{loaded.factory}: recall@10 {loaded.recall:.3f} when it was built"
+    if method is not None:
+        how = f"{method}, {how}" + (f" by {_share(loaded, method)}" if method not in ("dot", "cosine") else "")
     print_document(document, as_json, lambda: print_table(columns, rows, how))
-
-
-def _index_and_store(path: Path) -> tuple[Any, Path | None]:
-    """An index, and the folder of the one store that it is of; a store is indexed in memory."""
-    from influence_fast.gradients.store import GradientStore
-    from influence_fast.search.index_files import read_document
-    from influence_fast.search.influence_index import InfluenceIndex
-
-    if (path / "manifest.json").exists():
-        return InfluenceIndex.build(GradientStore.open(path), "Flat"), path
-    loaded = InfluenceIndex.load(path)
-    stores = read_document(path)["stores"]
-    return loaded, Path(os.path.normpath(path.resolve() / stores[0]["path"])) if len(stores) == 1 else None
 
 
 def _shown(data: tuple[str, ...], known: Any) -> dict[str, tuple[str, str]]:

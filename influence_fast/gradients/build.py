@@ -62,6 +62,7 @@ def build_store(
     tokenizer: Any = None,
     segment_rows: int = 65536,
     adam: Mapping[str, AdamState] | None = None,
+    factors: int | None = None,
 ) -> GradientStore:
     """Per-sample gradients of ``model`` on every row of ``dataset``, kept in a folder.
 
@@ -108,6 +109,9 @@ def build_store(
             of queries (:func:`~influence_fast.less`). Every layer needs moments, norms and biases that are selected as
             layers among them. The store keeps a hash of them. Layers that are not sketched by one side
             have whole gradients of some rows in memory.
+        factors: keep of each layer's gradient, whole or projected on two sides, its nearest matrix of this rank, as that
+            many pairs of vectors: ``factors * (out + in)`` numbers for ``out * in`` (LoRIF, arXiv 2601.21929). Layers for
+            which that is no fewer stay whole. All that reads the store reads what they stand for.
 
     Returns:
         The finished store, with columns ``loss`` (float32) and, for classes and choices, ``correct`` and ``prediction``.
@@ -131,6 +135,7 @@ def build_store(
         verify,
         strict,
         adam=adam,
+        factors=factors,
     )
     if not hasattr(dataset, "__len__") and not hasattr(dataset, "iterrows"):
         if isinstance(segment_rows, bool) or not isinstance(segment_rows, int) or segment_rows < 1:
@@ -205,6 +210,7 @@ def append_store(
         taken.get("precision"),
         verify,
         strict,
+        factors=manifest.get("factors"),
     )
     if hasattr(dataset, "iterrows"):
         dataset = cast(Any, dataset).to_dict("records")

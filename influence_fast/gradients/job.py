@@ -31,6 +31,7 @@ from influence_fast.gradients import losses
 from influence_fast.gradients.adam_updates import AdamUpdates, digest_of
 from influence_fast.gradients.capture import GradientCapture
 from influence_fast.gradients.differences import Probe, best_rows, difference, probe_difference, recorded_identity
+from influence_fast.gradients.factored_layers import factored_layers
 from influence_fast.gradients.identity import identity_of, probe_of, tolerance_of
 from influence_fast.gradients.layers import select_layers
 from influence_fast.gradients.model_state import as_evaluated, autocast, fingerprint, is_out_of_memory, is_sharded
@@ -144,6 +145,8 @@ class Job:
             "projection": str(given.projection),
             "loss": getattr(given.loss, "__qualname__", "custom") if callable(given.loss) else self.kind,
             "dtype": given.dtype,
+            "factors": given.factors,
+            "outs": self._factored(),
             "settings": {
                 "data": self.rows.digest(),
                 "batch_tokens": self.budget.tokens,
@@ -163,6 +166,12 @@ class Job:
             "model": fingerprint(self.model),
             "shard_rows": self.shard_rows,
         }
+
+    def _factored(self) -> dict[str, int]:
+        given, shapes = self.settings, self.capture.shapes
+        if given.factors is None:
+            return {}
+        return factored_layers(str(given.projection), shapes, self.capture.dims, given.factors)
 
     def computed_facts(self, earlier: Mapping[str, Any] | None) -> dict[str, Any]:
         """Identity of what is computed, and a probe of it: of the rows that an earlier build took, else of two."""
@@ -187,6 +196,8 @@ class Job:
         found = next(
             (f"another {key}" for key in ("model", "projection", "loss", "dtype") if now[key] != manifest[key]), None
         )
+        if found is None and now["factors"] != manifest.get("factors"):
+            found = "another number of factors"
         if found is None and layers != there:
             found = "other layers"
         found = found or difference(recorded_identity(manifest), self.identity)

@@ -13,6 +13,7 @@ from influence_fast.gradients.shard import DTYPES
 from influence_fast.ops.arguments import AdamState
 from influence_fast.ops.projections import Projection
 
+MOST_FACTORS = 64
 PRECISIONS = ("bfloat16", "float16")
 
 
@@ -43,6 +44,7 @@ class BuildSettings:
     followed: Sequence[str] = ()
     layouts: Mapping[str, str] = field(default_factory=dict)
     adam: Mapping[str, AdamState] | None = None
+    factors: int | None = None
 
     def __post_init__(self) -> None:
         if not callable(self.loss) and self.loss not in LOSSES:
@@ -53,6 +55,15 @@ class BuildSettings:
             value = getattr(self, name)
             if value != "auto" and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise InputError(f"{name}: expected 'auto' or a positive int, got {value!r}")
+        if self.factors is not None:
+            if (
+                isinstance(self.factors, bool)
+                or not isinstance(self.factors, int)
+                or not 1 <= self.factors <= MOST_FACTORS
+            ):
+                raise InputError(f"factors: expected None or an int from 1 to {MOST_FACTORS}, got {self.factors!r}")
+            if self.dtype != "float32":
+                raise InputError(f"factors: are float32 numbers, not {self.dtype}")
         for name in ("truncate", "bias", "verify", "strict", "one_row"):
             if not isinstance(getattr(self, name), bool):
                 raise InputError(f"{name}: expected true or false, got {getattr(self, name)!r}")

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from influence_fast.errors import StoreError
+from influence_fast.gradients.row_factors import products
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "int8": torch.int8}
 _NAMES = {
@@ -81,11 +82,14 @@ class Shard:
         dims: Mapping[str, int],
         dtype: str,
         named: Mapping[str, str] | None = None,
+        factors: int = 0,
+        outs: Mapping[str, int] | None = None,
     ) -> None:
-        """``named`` is what the header's metadata must say, if it says anything."""
+        """``named`` is what the header's metadata must say, if it says anything; ``outs`` of layers kept as factors."""
         self.file, self.first, self.rows = file, first, rows
         self.path = file.path
         self.dims, self.dtype, self._named = dims, DTYPES[dtype], named
+        self.factors, self.outs = factors, dict(outs or {})
         self._locating = False
         file.where = self.where
 
@@ -179,7 +183,9 @@ class Shard:
         """Every layer with what belongs to it, and nothing else than columns."""
         expected: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
         for layer, dim in self.dims.items():
-            expected[layer] = ((self.rows, dim), self.dtype)
+            out = self.outs.get(layer)
+            width = dim if out is None else self.factors * (out + dim // out)
+            expected[layer] = ((self.rows, width), self.dtype)
             expected[f"@sqnorm/{layer}"] = ((self.rows,), torch.float64)
             # Half precision is scaled too, but was not in version 0.1.
             if self.dtype == torch.int8 or (self.dtype == torch.float16 and f"@scale/{layer}" in places):
@@ -239,6 +245,9 @@ class Shard:
     def gradients(self, layer: str, rows: slice | np.ndarray, out: Tensor | None = None) -> Tensor:
         """Rows of a layer in float32, into ``out`` if given."""
         place = self._found(layer)
+        if layer in self.outs:
+            values = products(self.tensor(layer, rows), self.outs[layer], self.factors)
+            return values if out is None else out.copy_(values)
         if out is not None and isinstance(rows, slice) and place.dtype == torch.float32:
             self._read(out, place.start + rows.start * place.width)
             return out

@@ -81,6 +81,8 @@ class GradientStore(StoreReader):
             "model": manifest["model"],
             "loss": manifest["loss"],
             "dtype": manifest["dtype"],
+            "factors": manifest.get("factors"),
+            "outs": self.outs,
             "shard_rows": manifest["shard_rows"],
             "settings": settings,
             "facts": _kept_facts(manifest.get("facts"), live),

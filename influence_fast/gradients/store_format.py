@@ -6,13 +6,14 @@ are *segments*, folders within that are stores themselves; rows that are deleted
 Nothing is ever unpickled. All numbers are little-endian, all text is UTF-8.
 
 **Manifest**, replaced as a whole when rows are appended, deleted or compacted, and never otherwise: a JSON object
-``format``, ``version`` (2), ``requires`` (what else a reader must know: ``segments`` and ``tombstones`` where there are
-any; ``factors`` is set aside; refuse what you do not know, and ignore other keys), ``model`` (SHA-256 of the weights),
+``format``, ``version`` (2), ``requires`` (what else a reader must know: ``factors``, ``segments`` and ``tombstones``
+where there are any; refuse what you do not know, and ignore other keys), ``model`` (SHA-256 of the weights),
 ``projection`` (text), ``layers`` (by name: ``shape`` (out, in), ``dim``, ``matrices`` with the identifier of each random
-matrix), ``dtype``, ``loss``, ``rows``, ``shard_rows``, ``block`` (16384), ``ids`` (null: row numbers), ``settings`` of the
-build, ``facts`` (optional: which rows capture was verified on, how many trained numbers the layers cover of how many), what
-follows under *Changes*, and ``seal``: the SHA-256 of all bytes of the file before its value, which with ``"``, ``}`` and
-two line ends is its last 68 bytes.
+matrix, and ``out`` where the layer is kept as factors), ``factors`` (c, only where rows are kept as factors; ``dtype`` is
+float32), ``dtype``, ``loss``, ``rows``, ``shard_rows``, ``block`` (16384), ``ids`` (null: row numbers), ``settings`` of
+the build, ``facts`` (optional: which rows capture was verified on, how many trained numbers the layers cover of how
+many), what follows under *Changes*, and ``seal``: the SHA-256 of all bytes of the file before its value, which with
+``"``, ``}`` and two line ends is its last 68 bytes.
 
 **Journal**, only ever added to: one JSON object a line, in any order while a store is being built, in that of the rows when
 it is done. A line that does not end is not there yet.
@@ -50,6 +51,8 @@ tensor                          dtype       content
 ==============================  ==========  ==================================================================
 ``LAYER``                       F32 F16     ``(rows, dim)`` gradients, each out-major ``(k_out, k_in)``, a sketch,
                                 BF16 I8     or the whole ``(out, in)`` gradient
+with ``out``                    F32         ``(rows, c * (out + dim / out))``: c vectors of ``out`` numbers, then c of
+                                            ``dim / out``; the gradient is the sum of their outer products
 ``@scale/LAYER``                F32         ``(rows,)`` int8 and float16, powers of two there: gradient = scale * number;
                                             absent in float16 shards of version 0.1, where it is 1
 ``@sqnorm/LAYER``               F64         ``(rows,)`` ``|g|^2`` of the gradient before it was rounded to dtype
@@ -102,7 +105,7 @@ A reader that checks what it reads, in plain NumPy::
         raw = (folder / "manifest.json").read_bytes()
         manifest = json.loads(raw)
         assert hashlib.sha256(raw[:-68]).hexdigest() == manifest["seal"]
-        assert set(manifest["requires"]) <= {"segments", "tombstones"}
+        assert set(manifest["requires"]) <= {"factors", "segments", "tombstones"}
         return manifest
 
 
@@ -143,6 +146,10 @@ A reader that checks what it reads, in plain NumPy::
             if (scale := header.get("@scale/" + layer)) is not None:
                 begin, end = scale["data_offsets"]
                 rows = rows * raw[8 + size + begin : 8 + size + end].view("<f4")[:, None]
+            if (out := manifest["layers"][layer].get("out")) is not None:
+                left, right = np.split(rows, [manifest["factors"] * out], axis=1)
+                left, right = (side.reshape(len(rows), manifest["factors"], -1) for side in (left, right))
+                rows = (left.transpose(0, 2, 1) @ right).reshape(len(rows), -1)
             parts[shard["first"]] = rows
         rows = np.concatenate([parts[first] for first in sorted(parts)])
         assert len(rows) == manifest["rows"]

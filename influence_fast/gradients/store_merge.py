@@ -65,9 +65,9 @@ def _joined_shards(stores: Sequence[GradientStore]) -> tuple[list[Shard], np.nda
 
 def _check_same(first: GradientStore, other: GradientStore) -> None:
     """StoreError unless rows of both may stand in one store."""
-    for key in ("model", "projection", "loss", "dtype", "layers"):
-        if first.meta[key] != other.meta[key]:
-            shown = "" if key == "layers" else f" ({other.meta[key]}, {first.meta[key]})"
+    for key in ("model", "projection", "loss", "dtype", "factors", "layers"):
+        if first.meta.get(key) != other.meta.get(key):
+            shown = "" if key == "layers" else f" ({other.meta.get(key)}, {first.meta.get(key)})"
             raise StoreError(f"{other.path}: has another {key} than {first.path}{shown}")
     taken = [store.meta.get("settings", {}) for store in (first, other)]
     for key in ("truncate", "bias", "precision"):

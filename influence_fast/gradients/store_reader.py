@@ -18,8 +18,17 @@ from torch import Tensor
 from influence_fast._blocks import PlainFile
 from influence_fast._files import atomic_path, disk_errors, make_folder
 from influence_fast.errors import InputError, StoreError
+from influence_fast.gradients.row_factors import sides
 from influence_fast.gradients.shard import Shard
-from influence_fast.gradients.store_records import State, dims_of, read_manifest, read_state, settled, verifying
+from influence_fast.gradients.store_records import (
+    State,
+    dims_of,
+    outs_of,
+    read_manifest,
+    read_state,
+    settled,
+    verifying,
+)
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -219,6 +228,35 @@ class StoreReader:
         What stands there is unchecked until :meth:`check_rows`.
         """
         return np.array([shard.address(name) if name in shard.places else 0 for shard in self.shards], np.int64)
+
+    @property
+    def factors(self) -> int:
+        """Rank that rows are kept with; 0 where they are whole."""
+        return self.state.manifest.get("factors", 0)
+
+    @property
+    def outs(self) -> dict[str, int]:
+        """Numbers of the outputs' side of each layer that is kept as factors."""
+        return outs_of(self.state.manifest)
+
+    def read_factors(self, layer: str, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
+        """What a layer's gradients are the products of: float32 ``(n, factors, out)`` and ``(n, factors, in)``.
+
+        Raises:
+            InputError: a layer that is kept whole.
+        """
+        self._check_layer(layer)
+        if layer not in self.outs:
+            raise InputError(f"layer: {layer!r} is kept whole, not as factors")
+        begin, end, _ = rows.indices(len(self))
+        found = []
+        for shard, first, last, inside in self._rows_by_shard():
+            low, high = max(begin, first) - first, min(end, last) - first
+            if low < high:
+                within = inside[low:high] if isinstance(inside, np.ndarray) else slice(low, high)
+                found.append(shard.tensor(layer, within))
+        width = self.factors * (self.outs[layer] + self.dims[layer] // self.outs[layer])
+        return sides(torch.cat(found) if found else torch.empty(0, width), self.outs[layer], self.factors)
 
     def to_parquet(self, path: str | os.PathLike[str], layers: Sequence[str] | None = None) -> None:
         """Write one Parquet file, for a vector database or data frames: a row group per shard.

@@ -47,7 +47,7 @@ def verifying(verify: bool | None = None) -> bool:
 # Folders of segments, by what made them, and files of tombstones; a number is used once.
 SEGMENT = r"(segment|compacted)-\d{5,10}"
 TOMBSTONES = r"deleted-\d{5,10}\.bin"
-_KNOWN = {"segments", "tombstones"}
+_KNOWN = {"factors", "segments", "tombstones"}
 # What may change in a manifest while its shards stay: what it needs and names beside them.
 _BESIDE = ("facts", "shards", "segments", "next", "tombstones")
 
@@ -57,6 +57,7 @@ class _Layer(TypedDict):
     dim: records.Positive
     matrices: dict[str, records.Text]
     kind: NotRequired[Literal["dense"]]
+    out: NotRequired[Annotated[int, Field(ge=1, le=2**31)]]
 
 
 class _File(TypedDict):
@@ -123,6 +124,7 @@ class _Version2(_Shared):
     ids: _Ids | None
     block: Annotated[int, Field(ge=BLOCK, le=BLOCK)]
     settings: dict[Any, Any]
+    factors: NotRequired[Annotated[int, Field(ge=1, le=2**16)]]
     segments: NotRequired[list[_Segment]]
     next: NotRequired[Annotated[int, Field(ge=1, le=2**31)]]
     tombstones: NotRequired[_Tombstones]
@@ -155,8 +157,12 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if unknown := [name for name in manifest["requires"] if name not in _KNOWN]:
         raise StoreError(f"{folder}: needs a later version of this library, which knows {unknown[0]!r}")
     there = {name for name in _KNOWN if name in manifest}
-    if set(manifest["requires"]) != there or (there and not {"segments", "next"} <= manifest.keys()):
+    if set(manifest["requires"]) != there or (there - {"factors"} and not {"segments", "next"} <= manifest.keys()):
         raise StoreError(f"{where} is damaged: it requires {manifest['requires']}, and has {sorted(there)}")
+    for name, layer in manifest["layers"].items():
+        out = layer.get("out")
+        if out is not None and (layer["dim"] % out or "factors" not in manifest or manifest["dtype"] != "float32"):
+            raise StoreError(f"{where} is damaged: layer {name!r} has no factors with {out} outputs")
     return manifest
 
 
@@ -221,7 +227,7 @@ def row_bytes(manifest: Mapping[str, Any]) -> int:
     """Bytes of a row, columns aside."""
     size = DTYPES[manifest["dtype"]].itemsize
     beside = 8 + (4 if manifest["dtype"] == "int8" else 0)
-    return sum(layer["dim"] * size + beside for layer in manifest["layers"].values())
+    return sum(width * size + beside for width in widths_of(manifest).values())
 
 
 def named(line: Mapping[str, Any]) -> dict[str, str]:
@@ -275,7 +281,14 @@ class Part:
             file = BlockFile(path, size, line["blocks"])
         about = None if self.manifest["version"] == 1 else named(line)
         return Shard(
-            file, self.first + line["first"], line["rows"], dims_of(self.manifest), self.manifest["dtype"], about
+            file,
+            self.first + line["first"],
+            line["rows"],
+            dims_of(self.manifest),
+            self.manifest["dtype"],
+            about,
+            self.manifest.get("factors", 0),
+            outs_of(self.manifest),
         )
 
     def ids_file(self, verify: bool) -> PlainFile | None:
@@ -406,8 +419,8 @@ def _part(folder: Path, manifest: dict[str, Any], entry: Mapping[str, Any], firs
         if inner.is_symlink():
             raise StoreError(f"{inner}: is a link, expected a folder")
         own = read_manifest(inner)
-        for key in ("version", "model", "projection", "layers", "dtype", "loss"):
-            if own[key] != manifest[key]:
+        for key in ("version", "model", "projection", "layers", "dtype", "factors", "loss"):
+            if own.get(key) != manifest.get(key):
                 raise StoreError(f"{inner}: damaged, its {key} is not that of the store")
     if "settings" in entry and (own["rows"], fingerprint(own)) != (entry["rows"], entry["settings"]):
         raise StoreError(f"{inner}: damaged, its {MANIFEST} is not the one that the store names")
@@ -448,6 +461,20 @@ def tombstone_bytes(live: np.ndarray, rows: int) -> tuple[bytes, dict[str, Any]]
 def dims_of(manifest: Mapping[str, Any]) -> dict[str, int]:
     """Numbers per row of each layer."""
     return {name: layer["dim"] for name, layer in manifest["layers"].items()}
+
+
+def outs_of(manifest: Mapping[str, Any]) -> dict[str, int]:
+    """Numbers of the outputs' side of each layer that is kept as factors."""
+    return {name: layer["out"] for name, layer in manifest["layers"].items() if "out" in layer}
+
+
+def widths_of(manifest: Mapping[str, Any]) -> dict[str, int]:
+    """Numbers on disk per row of each layer."""
+    outs, factors = outs_of(manifest), manifest.get("factors", 0)
+    return {
+        name: factors * (outs[name] + dim // outs[name]) if name in outs else dim
+        for name, dim in dims_of(manifest).items()
+    }
 
 
 def _check_hash(file: PlainFile, expected: str) -> None:

@@ -28,6 +28,7 @@ from influence_fast._files import (
 )
 from influence_fast.errors import InputError, StoreError
 from influence_fast.gradients import row_ids
+from influence_fast.gradients.row_factors import as_factors
 from influence_fast.gradients.shard import DTYPES, SUMS, Shard, bytes_of, layout
 from influence_fast.gradients.store_format import FORMAT, JOURNAL, MANIFEST, VERSION
 from influence_fast.gradients.store_records import (
@@ -83,6 +84,8 @@ class StoreWriter:
         resume: bool = True,
         leads: bool = True,
         together: bool = False,
+        factors: int | None = None,
+        outs: Mapping[str, int] | None = None,
     ) -> StoreWriter:
         """Begin a store, or go on with one that was begun with the same arguments.
 
@@ -97,13 +100,19 @@ class StoreWriter:
         manifest: dict[str, Any] = {
             "format": FORMAT,
             "version": VERSION,
-            "requires": [],
+            "requires": [] if factors is None else ["factors"],
             "model": model,
             "projection": projection,
             "layers": {
-                name: {"shape": list(shape), "dim": dims[name], "matrices": dict(identifiers.get(name, {}))}
+                name: {
+                    "shape": list(shape),
+                    "dim": dims[name],
+                    "matrices": dict(identifiers.get(name, {})),
+                    **({"out": outs[name]} if outs and name in outs else {}),
+                }
                 for name, shape in layers.items()
             },
+            **({} if factors is None else {"factors": factors}),
             "dtype": dtype,
             "loss": loss,
             "rows": len(ids),
@@ -122,7 +131,7 @@ class StoreWriter:
             earlier = read_manifest(folder)
             if not resume:
                 raise InputError(f"{folder}: holds a store already; remove it, or pass resume=True")
-            if earlier.get("requires"):
+            if set(earlier.get("requires", [])) - {"factors"}:
                 raise StoreError(
                     f"{folder}: rows were appended to this store or deleted; open it, or choose a new folder"
                 )
@@ -303,7 +312,9 @@ class StoreWriter:
                 raise InputError(f"{name}: expected ({len(span)}, {layer['dim']}), got {tuple(gradient.shape)}")
             sqnorm = torch.linalg.vecdot(gradient.double(), gradient.double())
             self._check_finite(name, span, sqnorm, "is not finite")
-            if dtype in (torch.int8, torch.float16):
+            if "out" in layer:
+                rounded = as_factors(gradient, layer["out"], self.manifest["factors"])
+            elif dtype in (torch.int8, torch.float16):
                 scale, rounded = scaled(gradient, dtype)
                 tensors[f"@scale/{name}"] = scale
             else:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from influence_fast.attribution.gradient_source import Gradients
 from influence_fast.errors import InfluenceError, InputError
-from influence_fast.search.influence_index import InfluenceIndex
+from influence_fast.search.influence_index import METRICS, InfluenceIndex
 
 
 def search_all(
@@ -28,8 +28,14 @@ def search_all(
     ``options`` are those of ``search``; a mask in ``only`` is of this rank's rows. Ids should be unique over all ranks.
 
     Raises:
-        InputError: ``k`` exceeds the rows of all ranks. InfluenceError: the search failed on some rank.
+        InputError: ``k`` exceeds the rows of all ranks; a method that needs the curvature of all rows.
+        InfluenceError: the search failed on some rank.
     """
+    if options.get("method") not in (None, *METRICS):
+        raise InputError(
+            f"method: {options['method']} needs the curvature of all ranks' rows; over several processes one of "
+            f"{', '.join(METRICS)}"
+        )
     sizes = _gather(torch.tensor([len(index)]), group)
     total, rank = sum(int(size) for size in sizes), dist.get_rank(group)
     if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= total:

@@ -167,6 +167,14 @@ class Rows:
             data.append(np.stack(names, 1))
             scales.append(np.stack(sizes, 1))
             first += len(rows)
+        # Which layers are kept as factors follows from their number, and from shapes and projection, which are the same.
+        if len({store.factors for store, _ in self.stores}) > 1:
+            raise InputError("store: expected stores with one number of factors")
+        first_store = self.stores[0][0]
+        factored: dict[str, Any] = {}
+        if first_store.factors:
+            outs = np.array([first_store.outs.get(name, 0) for name in layers], np.int64)
+            factored = {"factors": first_store.factors, "outs": outs}
         kinds = {store.meta["dtype"] for store, _ in self.stores}
         if len(kinds) > 1:
             raise InputError(f"store: expected stores of one dtype, got {', '.join(sorted(kinds))}")
@@ -176,6 +184,7 @@ class Rows:
             scales=np.concatenate(scales),
             dims=np.array([self.dims[name] for name in layers], np.int64),
             dtype=kinds.pop(),
+            **factored,
         )
 
 
@@ -267,13 +276,18 @@ class Scan:
         k: int,
         cosine: bool = False,
         allowed: Tensor | None = None,
+        lengths: np.ndarray | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The ``k`` best rows: float64 scores ``(m, k)`` and int64 row numbers ``(m, k)``.
 
-        ``queries`` float32 ``(m, dims of layers)``; ``allowed`` a boolean ``(rows,)``. StoreError names a shard whose row
+        ``queries`` float32 ``(m, dims of layers)``; ``allowed`` a boolean ``(rows,)``; ``lengths`` float64 ``(rows,)`` that
+        the scores of rows are divided by, 0 for a score of 0. StoreError names a shard whose row
         does not have the score that the copy allows: it has changed since.
         """
-        segments, _views = self._segments(layers, weights, cosine)
+        if lengths is not None and (lengths.dtype != np.float64 or lengths.shape != (self.rows,)):
+            raise StoreError(f"index: damaged, {lengths.shape} lengths of its {self.rows} rows")
+        segments, _views = self._segments(layers, weights, cosine, lengths)
+        divided = {} if lengths is None else {"lengths": lengths.ctypes.data}
         parts = [
             _native.RowPart(offset=p.offset, dim=p.dim, index=i, layer=layers.index(p.layer), begin=p.begin)
             for i, p in enumerate(self.parts)
@@ -301,6 +315,7 @@ class Scan:
                 scores=scores[begin : begin + step].data_ptr(),
                 rows=found[begin : begin + step].data_ptr(),
                 threads=torch.get_num_threads(),
+                **divided,
             )
             # What the answer follows from: the copy, which was checked when it was mapped, and these rows.
             rows.check(layers, scored)
@@ -354,8 +369,13 @@ class Scan:
         ]
         return dict(zip(_NAMES, [*arrays, order.astype(np.int32), bound], strict=True))
 
-    def _segments(self, layers: Sequence[str], weights: Sequence[float], cosine: bool) -> tuple[list[Any], Any]:
+    def _segments(
+        self, layers: Sequence[str], weights: Sequence[float], cosine: bool, lengths: np.ndarray | None = None
+    ) -> tuple[list[Any], Any]:
         """What the kernels take for the segments; with it what must outlive the call."""
+        if lengths is not None:
+            inverted = [self._inverted(segment, lengths) for segment in self.segments]
+            return self._natives(inverted, True), inverted
         key = (tuple(layers), tuple(weights) if cosine else (), cosine)
         with self._lock:
             views = self._views.pop(key, None)
@@ -364,19 +384,28 @@ class Scan:
             self._views[key] = views
             while len(self._views) > _KEPT_VIEWS:
                 self._views.pop(next(iter(self._views)))
-        segments = [
+        return self._natives(views, cosine), views
+
+    def _natives(self, views: Sequence[tuple[np.ndarray, np.ndarray | None]], unbounded: bool) -> list[Any]:
+        return [
             _native.Segment(
                 **{name: segment.arrays[name].ctypes.data for name in ("codes", "scale", "error", "norm", "order")},
                 stride=self.stride,
                 first=segment.first,
                 rows=segment.rows,
                 parts=len(self.parts),
-                longest=0 if cosine else bound.ctypes.data,
+                longest=0 if unbounded else bound.ctypes.data,
                 factor=0 if factor is None else factor.ctypes.data,
             )
             for segment, (bound, factor) in zip(self.segments, views, strict=True)
         ]
-        return segments, views
+
+    @staticmethod
+    def _inverted(segment: Segment, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+        """What the scan multiplies the scores of rows with, in the order of the segment."""
+        mine = lengths[segment.first : segment.first + segment.rows][segment.arrays["order"]]
+        with np.errstate(divide="ignore", over="ignore"):
+            return segment.arrays["bound"][0], np.where(mine > 0, 1 / mine, 0).astype(np.float32)
 
     def _view(
         self, segment: Segment, layers: Sequence[str], weights: Sequence[float], cosine: bool

@@ -26,7 +26,7 @@ from influence_fast.errors import InputError, StoreError
 
 FORMAT, VERSION = "influence_fast.index", 3
 DOCUMENT = "index.json"
-_OURS = re.compile(r"scan-\d+\.bin|band-\d+\.(faiss|rows|npy)")
+_OURS = re.compile(r"scan-\d+\.bin|band-\d+\.(faiss|rows|npy)|curvature-\d+\.safetensors")
 _READ = 1 << 20
 
 
@@ -56,6 +56,15 @@ class _Partition(TypedDict):
     rows: _File
 
 
+class _Curvature(TypedDict):
+    method: Literal["datainf", "trak", "trackstar", "ekfac"]
+    layer: records.Text
+    damping: records.Number
+    share: records.Number
+    of: records.Sha256
+    data: _File
+
+
 class _Index(TypedDict):
     factory: records.Text
     metric: Literal["dot", "cosine"]
@@ -68,6 +77,7 @@ class _Index(TypedDict):
     stores: list[_Store]
     segments: list[_Segment]
     partitions: list[_Partition]
+    curvature: NotRequired[list[_Curvature]]
 
 
 _DOCUMENT = records.Schema(_Index)
@@ -107,7 +117,8 @@ def read_document(folder: Path) -> dict[str, Any]:
 def files_of(document: dict[str, Any]) -> list[dict[str, Any]]:
     """Entries of all files that a document names."""
     parts = [part[key] for part in document["partitions"] for key in ("index", "rows")]
-    return [*(segment["data"] for segment in document["segments"]), *parts]
+    kept = [part["data"] for part in document.get("curvature", [])]
+    return [*(segment["data"] for segment in document["segments"]), *parts, *kept]
 
 
 def check_files(folder: Path, entries: Iterable[dict[str, Any]]) -> None:

@@ -13,6 +13,7 @@ names.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 from collections.abc import Mapping, Sequence
@@ -34,6 +35,8 @@ from influence_fast.gradients.store_reader import StoreReader
 from influence_fast.gradients.store_records import verifying
 from influence_fast.search.exact import Rows, Scan, rescore
 from influence_fast.search.index_files import IndexFolder, check_files, read_document, writing
+from influence_fast.search.kept_curvature import METHODS as PRECONDITIONED
+from influence_fast.search.kept_curvature import Curvatures, Preconditioned
 from influence_fast.search.norm_partitions import (
     NormPartition,
     add_to_partitions,
@@ -45,6 +48,8 @@ from influence_fast.search.norm_partitions import (
 )
 
 METRICS = ("dot", "cosine")
+METHODS = (*METRICS, *PRECONDITIONED)
+_PARTS = ("stores", "segments", "partitions", "curvature")
 _HELD_OUT = 64
 _SPREAD = 8
 
@@ -71,6 +76,7 @@ class InfluenceIndex:
         self._rows, self._scan, self._partitions = rows, scan, partitions
         # Rows that each store had when it was indexed, deleted ones among them.
         self._written = [len(store) for store, _ in rows.stores]
+        self._curvatures = Curvatures()
 
     @property
     def ids(self) -> Sequence[int | str]:
@@ -143,6 +149,23 @@ class InfluenceIndex:
             InputError: unknown metric, layer or factory string; too few rows to train the index; nothing fits ``memory``;
                 ``path`` holds something else than an index. What fails leaves an index that was there as it was.
         """
+        return cls._built(store, factory, metric, layers, queries, recall, memory, rows, path)
+
+    @classmethod
+    def _built(
+        cls,
+        store: GradientStore,
+        factory: str,
+        metric: str,
+        layers: Sequence[str] | None,
+        queries: Gradients | None = None,
+        recall: float = 0.95,
+        memory: int | str | None = None,
+        rows: range | None = None,
+        path: str | os.PathLike[str] | None = None,
+        kept: Curvatures | None = None,
+    ) -> InfluenceIndex:
+        """As :meth:`build`, with the same kinds of curvature as ``kept``."""
         if metric not in METRICS:
             raise InputError(f"metric: expected one of {', '.join(METRICS)}, got {metric!r}")
         if not 0 < recall <= 1:
@@ -172,6 +195,8 @@ class InfluenceIndex:
             else:
                 built = cls(source, meta, None, build_partitions(source, factory, metric))
                 built._tune(queries, recall)
+            if kept is not None:
+                built._curvatures.taken_over(kept, source, built._seen)
             if folder is not None:
                 built._publish(folder)
         return built
@@ -208,11 +233,12 @@ class InfluenceIndex:
             StoreError: a store of another model, projection or layers.
         """
         self._check_space(store)
-        before = self._rows.count
+        before, was = self._rows.count, self._seen
         rows = Rows([*self._rows.given, (store, _as_written(store, range(len(store))))], self.layers)
         rows.native(self.layers)
         self._take_in(rows, before)
         self._written.append(len(store.with_deleted))
+        self._curvatures.update(rows, self._seen, before, was)
 
     def update(self, store: GradientStore, path: str | os.PathLike[str] | None = None) -> None:
         """Follow the store that was indexed: take in rows that were appended, leave out rows that were deleted.
@@ -243,21 +269,27 @@ class InfluenceIndex:
                     "store: was compacted, and the index is of a part of it or of others too; build it again"
                 )
             _log.info("%s: was compacted; the index is built anew", store.path)
-            built = self.build(store, self.factory, self.metric, self.layers, path=path)
+            self._curvatures.load_all(self._rows)
+            built = self._built(store, self.factory, self.metric, self.layers, path=path, kept=self._curvatures)
             self.__dict__.update(built.__dict__)
             return
         if covered.stop == written:
             covered = range(covered.start, len(now))
         rows = Rows([*given[:place], (store, covered), *given[place + 1 :]], self.layers)
-        if rows.count > self._rows.count and place < len(given) - 1:
+        before, seen = self._rows, self._seen
+        if rows.count > before.count and place < len(given) - 1:
             raise InputError(f"store: only the last store of an index can grow, {given[-1][0].path}; build it again")
-        if rows.count == self._rows.count:
-            # Deleted rows are left out by the store, whatever the index holds.
+        if rows.count == before.count:
+            # Deleted rows are left out by the store, whatever the index holds; they are still in its curvature.
             self._rows = rows
-            return
+            if not self._curvatures.shares:
+                return
         with nullcontext() if path is None else writing(path) as folder:
-            self._take_in(rows, self._rows.count, folder)
-            self._written[place] = len(now)
+            if rows.count > before.count:
+                self._take_in(rows, before.count, folder)
+                self._written[place] = len(now)
+            known = before.count if _same_rows(before.live, rows.live, before.count) else None
+            self._curvatures.update(rows, self._seen, known, seen)
             if folder is not None:
                 self._publish(folder)
 
@@ -279,7 +311,10 @@ class InfluenceIndex:
             for key in ("model", "projection"):
                 if store.meta[key] != document[key]:
                     raise StoreError(f"store: another {key} than the index ({store.meta[key]}, {document[key]})")
-            return cls.build(store, document["factory"], document["metric"], document["layers"], path=path)
+            kept = Curvatures.open(Path(path), document.get("curvature", []), document["layers"], verifying(None))
+            names = chosen_layers(store.layers, document["layers"])
+            kept.load_all(Rows([(store, range(len(store.with_deleted)))], names))
+            return cls._built(store, document["factory"], document["metric"], names, path=path, kept=kept)
         index = cls.load(path, store if len(entries) == 1 else None)
         index.update(store, path)
         return index
@@ -312,6 +347,7 @@ class InfluenceIndex:
         *,
         layers: Sequence[str] | Mapping[str, float] | None = None,
         only: Tensor | Sequence[bool] | Sequence[int | str] | None = None,
+        method: str | None = None,
     ) -> tuple[Tensor, Any]:
         """The ``k`` most helpful rows for each query, or the most harmful.
 
@@ -322,6 +358,10 @@ class InfluenceIndex:
             layers: search by some of the layers, or by a weight for each (``Flat`` alone).
             only: a boolean mask ``(rows,)``, such as ``store.column("prediction") == 1``, or ids: rows to search among
                 (``Flat`` alone).
+            method: ``dot``, ``cosine``, ``datainf``, ``trak``, ``trackstar`` or ``ekfac`` in place of the index's metric
+                (``Flat`` alone): queries are preconditioned by :meth:`add_curvature`'s sums, which are found now, and not
+                saved, where there are none. Over several layers the score is the sum of their inner products; ``trackstar``
+                divides it by both whitened lengths of all layers together, as ``cosine`` does.
 
         Returns:
             ``scores`` float32 ``(m, k)``, best first, ties in row order, and ``ids``: an int64 tensor ``(m, k)``, or lists
@@ -331,7 +371,7 @@ class InfluenceIndex:
             InputError: ``k`` out of range, or what ``Flat`` alone can do. StoreError: another model or projection; a shard
                 of the store that has changed. InfluenceError: an approximate index that finds fewer than ``k`` rows.
         """
-        scores, rows = self.search_rows(queries, k, harmful, layers=layers, only=only)
+        scores, rows = self.search_rows(queries, k, harmful, layers=layers, only=only, method=method)
         if self._rows.live is None and isinstance(ids := self.ids if self._by_rows else None, range):
             return scores.float(), rows + ids.start
         names = [[self.name_of(row) for row in found] for found in rows.tolist()]
@@ -352,6 +392,7 @@ class InfluenceIndex:
         *,
         layers: Sequence[str] | Mapping[str, float] | None = None,
         only: Tensor | Sequence[bool] | Sequence[int | str] | None = None,
+        method: str | None = None,
     ) -> tuple[Tensor, Tensor]:
         """As :meth:`search`, with float64 scores and row numbers, both ``(m, k)``; errors as of :meth:`search`."""
         weights = self._weights(layers)
@@ -364,15 +405,20 @@ class InfluenceIndex:
         sign = -1 if harmful else 1
         if self._scan is not None:
             names, factors = list(weights), list(weights.values())
-            cosine = self.metric == "cosine"
+            how = self.metric if method is None else method
+            ready = self._preconditioned(how, values, weights)
             mask = allowed if live is None else self._rows.alive
             if live is not None and mask is not None and allowed is not None:
                 mask[torch.from_numpy(live)] = allowed
-            scores, rows = self._scan.search(self._rows, sign * values, names, factors, k, cosine, mask)
+            scores, rows = self._scan.search(
+                self._rows, sign * ready.values, names, factors, k, how == "cosine", mask, ready.rows
+            )
+            if ready.queries is not None:
+                scores = torch.where(ready.queries > 0, 1 / ready.queries, 0)[:, None] * scores
         else:
-            if layers is not None or allowed is not None:
+            if layers is not None or allowed is not None or method not in (None, self.metric):
                 raise InputError(
-                    f"layers, only: chosen at query time by a Flat index alone, this one is {self.factory}"
+                    f"layers, only, method: chosen at query time by a Flat index alone, this one is {self.factory}"
                 )
             _log.info("%s finds %.1f %% of the true best 10", self.factory, 100 * self.recall)
             scores, rows = self._approximately(sign * values, k)
@@ -380,6 +426,103 @@ class InfluenceIndex:
             rows = torch.from_numpy(np.searchsorted(live, rows.numpy()))
         # No -0 where a harmful search turned a zero.
         return sign * scores + 0.0, rows
+
+    def gradients_at(self, rows: Sequence[int]) -> dict[str, Tensor]:
+        """Gradients of some rows by number, such as to search for their neighbours: float32 ``(len(rows), dim)`` a layer."""
+        numbers = self._numbers(rows)
+        return {name: self._rows.take(name, numbers) for name in self.layers}
+
+    def by_layer(self, queries: Gradients, rows: Sequence[int], method: str | None = None) -> dict[str, Tensor]:
+        """What each layer adds to the scores of some rows by number: float64 ``(m, len(rows))``, which sum to the scores.
+
+        Raises:
+            InputError: no such row, or a method that this index does not answer.
+        """
+        how = self.metric if method is None else method
+        weights, numbers = dict.fromkeys(self.layers, 1.0), self._numbers(rows)
+        values = self._queries(queries, self.layers)
+        ready = Preconditioned(values) if how == self.metric else self._preconditioned(how, values, weights)
+        widths = [self._rows.dims[name] for name in self.layers]
+        gradients = {name: self._rows.take(name, numbers).double() for name in self.layers}
+        parts = dict(zip(self.layers, ready.values.double().split(widths, 1), strict=True))
+        out = {name: part @ gradients[name].T for name, part in parts.items()}
+        if how == "cosine":
+            of_query, of_rows = (
+                torch.stack([side.square().sum(1) for side in sides.values()]).sum(0).sqrt()
+                for sides in (parts, gradients)
+            )
+        elif ready.queries is not None and ready.rows is not None:
+            of_query, of_rows = ready.queries, torch.from_numpy(ready.rows)[numbers]
+        else:
+            return out
+        length = of_query[:, None] * of_rows
+        return {name: torch.where(length > 0, part / length, 0) for name, part in out.items()}
+
+    def _numbers(self, rows: Sequence[int]) -> Tensor:
+        """Rows as the stores number them, deleted ones among them."""
+        for row in rows:
+            if isinstance(row, bool) or not isinstance(row, int) or not 0 <= row < len(self):
+                raise InputError(f"rows: expected numbers from 0 to {len(self) - 1}, got {row!r}")
+        numbers = np.asarray(rows, np.int64)
+        return torch.from_numpy(numbers if self._rows.live is None else self._rows.live[numbers])
+
+    def add_curvature(
+        self,
+        method: str,
+        *,
+        damping: float = 0.1,
+        rank: int | None = None,
+        factors: Mapping[str, tuple[Tensor, Tensor]] | None = None,
+    ) -> None:
+        """Read the rows once for a method, so that searches by it read none again; :meth:`save` keeps what was found.
+
+        A layer's curvature is whole, ``dim^2`` numbers, up to 4,096 numbers a row, and then the influence of
+        :func:`~influence_fast.influence`. Of wider layers the largest eigenvalues are kept, by one randomised pass:
+        :attr:`curvature` says how much of the trace they hold. :meth:`update` follows the store; another call replaces it.
+
+        Args:
+            method: ``datainf``, ``trak``, ``trackstar`` (two passes, and a length of each row and layer is kept; it serves
+                ``trak`` too) or ``ekfac``.
+            damping: as of :func:`~influence_fast.influence`.
+            rank: eigenvalues to keep of every layer that has more numbers than this; takes ``dim * rank`` numbers. By
+                default all up to 4,096 numbers, and of wider layers up to 1,024, fewer above 131,072 numbers.
+            factors: ``{layer: (E[x x^T], E[dy dy^T])}`` of :func:`~influence_fast.kronecker_factors`, for ``ekfac``.
+
+        Raises:
+            InputError: unknown method, an index that is not ``Flat``, missing factors, gradients that are not finite.
+        """
+        self._check_method(method)
+        self._curvatures.make(method, self._rows, self.layers, self._seen, damping, rank, factors or {})
+
+    @property
+    def curvature(self) -> dict[str, dict[str, float]]:
+        """By method and layer, the share of the curvature's trace that the index keeps: 1 where it is whole."""
+        return self._curvatures.shares
+
+    def _check_method(self, method: str) -> None:
+        if method not in METHODS:
+            raise InputError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
+        if self._scan is None:
+            raise InputError(f"method: chosen by a Flat index alone, this one is {self.factory}")
+
+    def _preconditioned(self, method: str, values: Tensor, weights: Mapping[str, float]) -> Preconditioned:
+        self._check_method(method)
+        if method in METRICS:
+            return Preconditioned(values)
+        if not self._curvatures.serves(method, list(weights)):
+            _log.info("curvature for %s is not kept with the index; the rows are read for it", method)
+            self.add_curvature(method)
+        return self._curvatures.precondition(method, self._rows, values, weights, self._seen)
+
+    @property
+    def _seen(self) -> str:
+        """Tells the rows that the index finds now from others."""
+        digest = hashlib.sha256()
+        for (store, rows), written in zip(self._rows.stores, self._written, strict=True):
+            digest.update(f"{store.digest_of(written)} {rows.start} {rows.stop}\n".encode())
+        if self._rows.live is not None:
+            digest.update(self._rows.live.astype("<i8").data)
+        return digest.hexdigest()
 
     def column(self, name: str) -> Tensor:
         """``loss``, ``correct`` or ``prediction`` of every row of the index, from its stores: ``(rows,)``."""
@@ -408,6 +551,7 @@ class InfluenceIndex:
                 "stores": stores,
                 "segments": [] if self._scan is None else self._scan.save(folder),
                 "partitions": [partition.save(folder) for partition in self._partitions],
+                **({"curvature": kept} if (kept := self._curvatures.save(folder, self._rows)) else {}),
             }
         )
 
@@ -450,7 +594,7 @@ class InfluenceIndex:
             if end == written < len(whole):
                 _log.warning("%s: %d rows were appended since it was indexed", one.path, len(whole) - written)
             pairs.append((one, range(begin, end)))
-        meta = {key: document[key] for key in document if key not in ("stores", "segments", "partitions")}
+        meta = {key: document[key] for key in document if key not in _PARTS}
         layers, dims = meta["layers"], meta["dims"]
         if not pairs or not layers or any({name: one.dims.get(name) for name in layers} != dims for one in found):
             raise StoreError(f"{folder}: damaged index, its layers are not those of its stores")
@@ -466,6 +610,7 @@ class InfluenceIndex:
         if counted != rows.count or exact == bool(partitions):
             raise StoreError(f"{folder}: damaged index, {counted} vectors where {rows.count} are named")
         loaded = cls(rows, meta, scan, partitions)
+        loaded._curvatures = Curvatures.open(folder, document.get("curvature", []), layers, verifying(verify))
         loaded._written = [entry.get("written", known) for entry, known in zip(entries, loaded._written, strict=True)]
         return loaded
 
@@ -574,6 +719,14 @@ class InfluenceIndex:
             if reached >= recall or self.meta["breadth"] >= limit:
                 return
             self.meta["breadth"] = min(2 * self.meta["breadth"], limit)
+
+
+def _same_rows(before: np.ndarray | None, now: np.ndarray | None, count: int) -> bool:
+    """Whether of the first ``count`` rows the same are left."""
+    whole = np.arange(count)
+    mine = whole if before is None else before
+    left = whole if now is None else now[: np.searchsorted(now, count)]
+    return np.array_equal(mine, left)
 
 
 def _as_written(store: StoreReader, rows: range) -> range:

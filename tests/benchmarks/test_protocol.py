@@ -28,6 +28,7 @@ BENCHMARKS = (
     "capture",
     "coverage",
     "default_projection",
+    "factors",
     "finetune",
     "lds",
     "million",

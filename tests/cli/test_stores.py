@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
+import torch
 from audits import read_csv, run, write_rows
 
 import influence_fast as inf
@@ -111,3 +112,43 @@ def test_search_prints_texts_and_labels_that_the_store_remembers(folder: Path, t
     write_rows(moved, rows[1:])
     code, _, err = run(*asked, "--data", moved)
     assert (code, "is not what the store was built of" in err) == (1, True)
+
+
+def test_searches_by_a_method_that_the_index_keeps(folder: Path, tmp_path: Path) -> None:
+    store, queries, index = tmp_path / "s", tmp_path / "q", tmp_path / "i"
+    for name, out in (("train", store), ("queries", queries)):
+        given = ["--layers", "head", "--projection", "identity", "--out", out]
+        assert run("build", "--model", folder / "model", "--data", folder / f"{name}.jsonl", *given)[0] == 0
+    code, out, err = run(
+        "index", store, "--out", index, "--methods", "trackstar,datainf,ekfac", "--model", folder / "model"
+    )
+    assert code == 0, err
+    assert "trackstar: the whole curvature" in out
+    opened = [inf.GradientStore.open(path) for path in (store, queries)]
+    for method in ("trak", "datainf"):
+        code, out, err = run("search", index, "--queries", queries, "-k", 3, "--method", method, "--json")
+        assert code == 0, err
+        matrix = inf.influence(*opened, method)
+        expected = sum(matrix.layer(name) for name in matrix.layers)
+        for row, values in zip(json.loads(out), expected, strict=True):
+            assert row["method"] == method
+            torch.testing.assert_close(torch.tensor(row["scores"]), values.topk(3).values, rtol=1e-4, atol=1e-5)
+    code, out, _ = run("search", index, "--queries", queries, "--method", "ekfac")
+    assert (code, "ekfac, exact by the whole curvature" in out) == (0, True)
+    code, _, err = run("index", store, "--out", tmp_path / "j", "--methods", "ekfac")
+    assert (code, "ekfac needs --model" in err) == (2, True)
+    # A store is searched as it is, and read for the method.
+    assert run("search", store, "--queries", queries, "--method", "trak")[0] == 0
+
+
+def test_a_store_of_factors(folder: Path, tmp_path: Path) -> None:
+    given = ["--model", folder / "model", "--data", folder / "train.jsonl", "--layers", "attention"]
+    given += ["--projection", "rademacher:8x8", "--out", tmp_path / "s", "--factors", 1]
+    assert run("build", *given, "--dry-run")[0] == 2
+    code, _, err = run("build", *given)
+    assert code == 0, err
+    assert inf.GradientStore.open(tmp_path / "s").factors == 1
+    assert run("build", *given[:4], "--out", tmp_path / "s", "--append", "--factors", 2)[0] == 2
+    assert run("verify", tmp_path / "s")[0] == 0
+    assert run("index", tmp_path / "s", "--out", tmp_path / "i")[0] == 0
+    assert run("search", tmp_path / "i", "--queries", tmp_path / "s", "-k", 2, "--method", "trak")[0] == 0

@@ -232,8 +232,8 @@ def test_a_store_that_needs_a_later_version(tmp_path: Path, gradients: dict[str,
 
     write_store(tmp_path, gradients)
     manifest = records.unseal("m", (tmp_path / "manifest.json").read_bytes())
-    (tmp_path / "manifest.json").write_bytes(records.seal({**manifest, "requires": ["factors"]}))
-    with pytest.raises(inf.StoreError, match="needs a later version of this library, which knows 'factors'"):
+    (tmp_path / "manifest.json").write_bytes(records.seal({**manifest, "requires": ["blocks"]}))
+    with pytest.raises(inf.StoreError, match="needs a later version of this library, which knows 'blocks'"):
         inf.GradientStore.open(tmp_path)
     (tmp_path / "manifest.json").write_bytes(records.seal({**manifest, "later": 1}))
     with pytest.raises(inf.StoreError, match=r"belongs to another store|does not follow"):

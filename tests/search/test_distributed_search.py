@@ -23,6 +23,8 @@ def search(folder: Path) -> None:
     index = inf.InfluenceIndex.load(folder / f"part-{dist.get_rank()}")
     queries = inf.GradientStore.open(folder / "queries")
     found = [search_all(index, queries, 40, harmful) for harmful in (False, True)]
+    with pytest.raises(inf.InputError, match="method: trak needs the curvature of all ranks' rows"):
+        search_all(index, queries, 1, method="trak")
     if dist.get_rank() == 1:
         (folder / "found.json").write_text(json.dumps([[scores.tolist(), ids.tolist()] for scores, ids in found]))
     dist.destroy_process_group()

@@ -1,0 +1,1 @@
+"""Lookups for people: one query at a time, in a browser or a terminal."""
