@@ -47,8 +47,26 @@ RETURNED = (
     "attribution.model_passes.WordGradients",
     "auditing.result.AuditResult",
 )
+# Other libraries' faces that users import themselves.
+FACES = (
+    "bergson.BergsonStore",
+    "bergson.export_store",
+    "bergson.import_store",
+    "bergson.open_store",
+    "captum.TracInCP",
+    "captum.TracInCPFast",
+    "kronfluence.read_pairwise_scores",
+)
 # Made by functions and class methods alone: their constructors are not for users.
-MADE_ELSEWHERE = ("InfluenceIndex", "InfluenceMatrix", "GradientStore", "InMemory", "AuditResult", "WordGradients")
+MADE_ELSEWHERE = (
+    "InfluenceIndex",
+    "InfluenceMatrix",
+    "GradientStore",
+    "InMemory",
+    "AuditResult",
+    "WordGradients",
+    "BergsonStore",
+)
 
 
 def named() -> Iterator[tuple[str, Any]]:
@@ -57,6 +75,9 @@ def named() -> Iterator[tuple[str, Any]]:
         yield f"inf.{name}", getattr(inf, name)
     for name in ops.__all__:
         yield f"inf.ops.{name}", getattr(ops, name)
+    for path in FACES:
+        module, _, name = path.rpartition(".")
+        yield f"inf.compat.{path}", getattr(importlib.import_module(f"influence_fast.compat.{module}"), name)
     for path in RETURNED:
         module, _, name = path.rpartition(".")
         yield name, getattr(importlib.import_module(f"influence_fast.{module}"), name)

@@ -20,6 +20,12 @@ _MODULES = ("fast_jl", "sjlt")
 _active: dict[str, Patch] = {}
 
 
+def __getattr__(name: str) -> ModuleType:
+    if name in (*NAMES, "kronfluence"):
+        return importlib.import_module(f"influence_fast.compat.{name}")
+    raise AttributeError(f"module 'influence_fast.compat' has no attribute {name!r}")
+
+
 class Patch:
     """What :func:`patch` replaced; a context manager that undoes it at its end.
 
