@@ -126,7 +126,7 @@ def _collection() -> Case:
     def theirs() -> Any:
         data = Dataset.from_dict({"input_ids": ids, "labels": ids, "length": [64] * 64})
         with tempfile.TemporaryDirectory() as folder:
-            settings = IndexConfig(run_path=f"{folder}/run", projection_dim=16, loss_reduction="sum")
+            settings = IndexConfig(run_path=f"{folder}/run", projection_dim=16, loss_reduction="mean")
             settings.partial_run_path.mkdir(parents=True)
             batches = [list(range(i, i + 16)) for i in range(0, 64, 16)]
             collect_gradients(model, data, GradientProcessor(projection_dim=16), settings, batches=batches)
