@@ -1,4 +1,4 @@
-"""Writes the pages that follow from the code: ``api.md``, ``cli.md`` and ``store.md``.
+"""Writes the pages that follow from the code: ``api.md``, ``cli.md``, ``store.md``, and the tables of ``dropin.md``.
 
     python docs/generate.py            # write them
     python docs/generate.py --check    # exit with 1 where one is stale
@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
+import json
 import re
 import sys
 import textwrap
@@ -49,8 +50,26 @@ RETURNED = (
     "auditing.result.AuditResult",
     "training.recorded.Checkpoint",
 )
+# Other libraries' faces that users import themselves.
+FACES = (
+    "bergson.BergsonStore",
+    "bergson.export_store",
+    "bergson.import_store",
+    "bergson.open_store",
+    "captum.TracInCP",
+    "captum.TracInCPFast",
+    "kronfluence.read_pairwise_scores",
+)
 # Made by functions and class methods alone: their constructors are not for users.
-MADE_ELSEWHERE = ("InfluenceIndex", "InfluenceMatrix", "GradientStore", "InMemory", "AuditResult", "WordGradients")
+MADE_ELSEWHERE = (
+    "InfluenceIndex",
+    "InfluenceMatrix",
+    "GradientStore",
+    "InMemory",
+    "AuditResult",
+    "WordGradients",
+    "BergsonStore",
+)
 
 
 def named() -> Iterator[tuple[str, Any]]:
@@ -59,6 +78,9 @@ def named() -> Iterator[tuple[str, Any]]:
         yield f"inf.{name}", getattr(inf, name)
     for name in ops.__all__:
         yield f"inf.ops.{name}", getattr(ops, name)
+    for path in FACES:
+        module, _, name = path.rpartition(".")
+        yield f"inf.compat.{path}", getattr(importlib.import_module(f"influence_fast.compat.{module}"), name)
     for path in RETURNED:
         module, _, name = path.rpartition(".")
         yield name, getattr(importlib.import_module(f"influence_fast.{module}"), name)
@@ -296,7 +318,56 @@ def _note() -> str:
     return "\n<!-- Written by docs/generate.py from the code: change it there. -->\n"
 
 
-PAGES: dict[str, Callable[[], str]] = {"api.md": api, "cli.md": cli, "store.md": store}
+def dropin() -> str:
+    """The page as it is, with its tables of what was run."""
+    page = (HERE / "dropin.md").read_text(encoding="utf-8")
+    for what, table in (("tests", _peer_tests), ("times", _peer_times)):
+        begin = page.index("-->\n", page.index(f"<!-- {what.capitalize()} of peers:")) + 4
+        page = page[:begin] + "\n".join(["", *table(), ""]) + page[page.index(f"<!-- End of {what}. -->") :]
+    return page
+
+
+def _result(name: str) -> dict[str, Any]:
+    path = HERE.parent / "benchmarks" / "results" / name
+    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
+
+
+def _peer_tests() -> Iterator[str]:
+    found = _result("peer-tests.json")
+    yield "| library | tests | on stock: passed, failed, skipped | seconds | on ours: passed, failed, skipped | seconds |"
+    yield "|---|---|---|---|---|---|"
+    failures: dict[str, tuple[str, list[str]]] = {}
+    for name, peer in found.get("peers", {}).items():
+        ways = [peer.get("stock"), peer["ours"]]
+        cells = []
+        for way in ways:
+            counts = ", ".join(str(way[kind]) for kind in ("passed", "failed", "skipped")) if way else "not run"
+            cells += [counts, str(way["seconds"]) if way else ""]
+        total = sum(peer["ours"][kind] for kind in ("passed", "failed", "skipped"))
+        yield f"| {name} ({peer['distribution']} {peer['version']}) | {total} | {' | '.join(cells)} |"
+        for test, reason in peer["ours"]["failures"].items():
+            where = "on stock too" if test in (peer.get("stock") or {}).get("failures", {}) else "on ours alone"
+            failures[test] = (where, [reason])
+    yield ""
+    yield f"torch {found.get('torch')}, {found.get('threads')} thread, {'a GPU' if found.get('cuda') else 'no GPU'}."
+    yield ""
+    yield "Tests that fail on ours:" if failures else "No test fails on ours."
+    yield ""
+    for test, (where, [reason]) in failures.items():
+        yield f"- `{test}` ({where}): `{reason.replace('`', chr(39))}`"
+
+
+def _peer_times() -> Iterator[str]:
+    found = _result("peers.json")
+    yield "| case | theirs | ours | times as fast |"
+    yield "|---|---|---|---|"
+    for name, case in found.get("cases", {}).items():
+        yield f"| {name} | {1000 * case['theirs_s']:.1f} ms | {1000 * case['ours_s']:.1f} ms | {case['ratio']:.2f} |"
+    yield ""
+    yield f"{found.get('processor', 'Not run')}, {found.get('threads')} thread; medians of {found.get('runs')} runs of each."
+
+
+PAGES: dict[str, Callable[[], str]] = {"api.md": api, "cli.md": cli, "store.md": store, "dropin.md": dropin}
 
 
 def stale() -> list[str]:

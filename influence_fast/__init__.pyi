@@ -1,3 +1,4 @@
+from . import compat as compat
 from . import ops as ops
 from ._renamed import class_opinion as class_opinion
 from ._renamed import neighbour_opinion as neighbour_opinion

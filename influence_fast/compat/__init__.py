@@ -14,10 +14,16 @@ from typing import Any
 
 from influence_fast.errors import InputError
 
-NAMES = ("bergson", "trak", "fast_jl", "sjlt", "dattri", "less")
+NAMES = ("bergson", "trak", "fast_jl", "sjlt", "dattri", "less", "captum")
 # Whole modules of ours that stand where an import looks for theirs.
 _MODULES = ("fast_jl", "sjlt")
 _active: dict[str, Patch] = {}
+
+
+def __getattr__(name: str) -> ModuleType:
+    if name in (*NAMES, "kronfluence"):
+        return importlib.import_module(f"influence_fast.compat.{name}")
+    raise AttributeError(f"module 'influence_fast.compat' has no attribute {name!r}")
 
 
 class Patch:
@@ -55,7 +61,7 @@ def patch(name: str) -> Patch:
 
     Args:
         name: ``bergson`` (its random matrices), ``trak`` and ``dattri`` (their projectors), ``less`` (its gradient
-            collection), ``fast_jl`` or ``sjlt`` (the modules, installed or not).
+            collection), ``captum`` (TracInCP and TracInCPFast), ``fast_jl`` or ``sjlt`` (the modules, installed or not).
 
     Raises:
         InputError: an unknown name, a library that is not installed, or a version of it that this one does not know.

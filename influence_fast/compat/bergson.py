@@ -1,4 +1,8 @@
-"""bergson's random matrices on our kernels: the same bits for rademacher, the same numbers to their last bits for normal."""
+"""bergson's random matrices on our kernels, and its gradient stores, read and written without bergson.
+
+The matrices have the same bits for rademacher, the same numbers to their last bits for normal; so have those of a
+:class:`~influence_fast.Projection` of ``k x k``, for layers of one name.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from influence_fast.compat.bergson_store import BergsonStore, export_store, import_store, open_store
 from influence_fast.ops import Side
+
+__all__ = ["BergsonStore", "export_store", "import_store", "open_store", "random_matrix"]
 
 DISTRIBUTION, VERSIONS = "bergson", ("2.5.1",)
 # Whose loaded modules may hold a name, and which modules define it.

@@ -92,11 +92,12 @@ class SJLTProjection(nn.Module):
 
 
 def get_cuda_info() -> dict[str, Any]:
-    """Whether CUDA is there, and its devices by name."""
+    """Whether CUDA is there, the version that torch was built for, and its devices by name."""
     count = torch.cuda.device_count()
     return {
         "cuda_available": torch.cuda.is_available(),
         "extension_available": EXTENSION_AVAILABLE,
+        "cuda_version": torch.version.cuda,
         "device_count": count,
         "devices": [torch.cuda.get_device_name(number) for number in range(count)],
     }
