@@ -24,16 +24,20 @@ from influence_fast.data.models import load_model
 from influence_fast.diagnostics import kernel_bench as bench
 
 BENCHMARKS = (
+    "audit_sst2",
     "calibration",
     "capture",
     "coverage",
     "default_projection",
     "finetune",
+    "generative",
     "lds",
     "million",
     "naive",
     "paper",
+    "paper_page",
     "paper_tables",
+    "rivals",
     "run",
     "verification",
 )
