@@ -34,6 +34,7 @@ BENCHMARKS = (
     "lds",
     "million",
     "naive",
+    "noise_kinds",
     "paper",
     "paper_page",
     "paper_tables",
