@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
+from typing import Any
 
 import models
 import numpy as np
@@ -12,6 +14,7 @@ from audits import tokenizer, write_rows
 from click.testing import CliRunner, Result
 
 from benchmarks import audit_sst2
+from influence_fast.cli import main as cli
 
 
 def invoke(*arguments: object) -> Result:
@@ -33,7 +36,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_seeds_are_run_once_and_the_page_is_of_their_figures(folder: Path) -> None:
+def test_seeds_are_run_once_and_the_page_is_of_their_figures(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out, page = folder / "audit.json", folder / "page.md"
     given = ["--model", folder / "model", "--data", folder / "data", "--work", folder / "work", "--out", out]
     sizes = ["--samples", 70, "--query-samples", 40, "--epochs", 1, "--seeds", 1, "--batch", 32, "--threads", 1]
@@ -49,15 +52,28 @@ def test_seeds_are_run_once_and_the_page_is_of_their_figures(folder: Path) -> No
     assert run["arms"]["oracle drop"]["wrong_left"] == 0
     assert run["arms"]["drop"]["rows"] == run["arms"]["random drop"]["rows"] < 70
     assert run["arms"]["relabel"]["rows"] == 70
-    before = out.stat().st_mtime_ns
-    assert "epoch" not in invoke(*given, *sizes).stderr
+    assert "seed 0" not in invoke(*given, *sizes).stderr
     assert json.loads(out.read_text()) == document
-    assert out.stat().st_mtime_ns != before
     assert invoke(*given, *sizes, "--epochs", 2).exit_code == 2
+    start = subprocess.Popen
+
+    def in_this_process(command: list[str], *others: Any, **streams: Any) -> subprocess.Popen:
+        if "audit" not in command:
+            return start(command, *others, **streams)
+        assert CliRunner().invoke(cli, command[3:], catch_exceptions=False).exit_code == 0
+        return start(["true"])
+
+    monkeypatch.setattr(subprocess, "Popen", in_this_process)
+    for count in (150, 120):
+        assert invoke(*given, *sizes, "--whole", "--rows", count).exit_code == 0
+    measured = json.loads(out.read_text())["whole"]
+    assert [(one["rows"], one["wrong"]) for one in measured] == [(120, 24), (150, 30)]
+    assert all(one["store_gib"] > 0 for one in measured)
     assert "wrote" in invoke("--out", out, "--page", page).output
     text = page.read_text()
     assert "(14 rows)" in text
     assert f"{run['arms']['drop']['accuracy']:.3f}" in text
+    assert "| 150 | 1 |" in text
     assert "nan" not in text
 
 
