@@ -305,7 +305,7 @@ def page_of(document: dict[str, Any]) -> str:
         "## What the audit says",
         "",
         "| seed | wrong labels | the audit's estimate | 95 % interval | holds the truth | "
-        + " | ".join(f"right among its first {top}" for top in first["audit"]["precision"])
+        + " | ".join(f"flips among its first {top}" for top in first["audit"]["precision"])
         + " | labels it would change | of these wrong ones | calibration error | AUC_NDR | of the loss |",
         "|" + "---|" * (10 + len(first["audit"]["precision"])),
     ]
@@ -382,10 +382,12 @@ def verdicts(runs: list[dict[str, Any]]) -> list[str]:
         _, low, high = interval(over)
         clear += [name] * (low > 0)
         harmful += [name] * (high < 0)
+    mean, low, high = interval(run["arms"][real]["accuracy"] - run["arms"]["random drop"]["accuracy"] for run in runs)
+    between = f" ({low:+.3f} to {high:+.3f})" if math.isfinite(low) else ""
     return [
         f"Highest first: {', '.join(f'{name} {means[name]:.3f}' for name in ranked)}. Of what an audit can do, "
         f"`{real}` gives most: {means[real] - means['nothing']:+.3f} over nothing, "
-        f"{means[real] - means['random drop']:+.3f} over random rows, "
+        f"{mean:+.3f}{between} over random rows, "
         f"{means[real] - means['oracle drop']:+.3f} from leaving out the flips "
         f"themselves. Clearly above nothing (interval above 0): {', '.join(clear) or 'none'}; clearly "
         f"below: {', '.join(harmful) or 'none'}."

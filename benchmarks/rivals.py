@@ -65,7 +65,11 @@ def main(model: str | None, data: Path | None, runs: Path, out: Path | None, pag
         raise click.UsageError("cleanlab is not installed; pip install cleanlab")
     document = {**protocol.header("rivals"), "runs": [], **there}
     done = {run["run"] for run in document["runs"]}
-    waiting = [path for path in sorted(runs.glob("*.json")) if path.stem not in done]
+    # Uniform flips first, seed by seed: what is there after a stop is of all tasks.
+    every = sorted(
+        runs.glob("*.json"), key=lambda path: ("uniform" not in path.stem, path.stem.rpartition("seed")[2], path.stem)
+    )
+    waiting = [path for path in every if path.stem not in done]
     with protocol.Results(file, document) as results, protocol.Progress(len(waiting)) as progress:
         for path in waiting:
             recorded = json.loads(path.read_text())

@@ -89,3 +89,8 @@ def test_arms_that_are_told_apart_by_the_flips() -> None:
 
 def test_a_row_of_the_audit_does_not_tell_its_flip() -> None:
     assert audit_sst2.row_of({"text": ["fine"], "label": 1, "noise": True}) == {"sentence": "fine", "label": 1}
+
+
+def test_the_committed_page_is_that_of_the_committed_figures(tmp_path: Path) -> None:
+    assert "wrote" in invoke("--page", tmp_path / "page.md").output
+    assert (tmp_path / "page.md").read_text() == Path("docs/audit_sst2.md").read_text()
