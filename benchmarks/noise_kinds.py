@@ -87,7 +87,8 @@ def main(out: Path | None, seeds: int, page: Path | None, threads: int, **settin
     document = {**protocol.header("noise_kinds"), "settings": settings, "cells": [], **there}
     names = ("task", "kind", "trusted rows", "seed")
     done = {tuple(cell[name] for name in names) for cell in document["cells"]}
-    wanted = list(itertools.product(TASKS, KINDS, (True, False), range(seeds)))
+    # Seed by seed, so that what is there after a stop is of all tables and kinds.
+    wanted = [(*cell, seed) for seed in range(seeds) for cell in itertools.product(TASKS, KINDS, (True, False))]
     with protocol.Results(file, document) as results, protocol.Progress(len(wanted)) as progress:
         for key in wanted:
             if key not in done:

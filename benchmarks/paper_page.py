@@ -21,6 +21,7 @@ _DIFFERS = (
     "Queries are 500 held-out rows or fewer, and the epoch that is audited is the best of ten on another held-out split.",
     "The embedding is frozen under LoRA, so embedding and middle layers are compared on the generative runs alone, where a "
     "small Llama is fine-tuned whole.",
+    "The causal models were trained for six short epochs and have learned little (their losses are on the page on quality).",
     "Whether cancellation predicts accuracy is answered through AUC_NDR: a retraining for each layer group was not run.",
 )
 
