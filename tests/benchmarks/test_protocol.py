@@ -289,3 +289,11 @@ def test_projections_are_held_against_whole_gradients(tmp_path: Path) -> None:
     assert found["identity"]["dot"]["spearman"] > 0.999
     assert found["sjlt:4"]["dot"]["spearman"] < found["sjlt:128"]["dot"]["spearman"]
     assert found["sjlt:4"]["bytes"] < found["sjlt:128"]["bytes"] < found["identity"]["bytes"]
+
+
+@pytest.mark.parametrize("name", ["generative", "noise_kinds"])
+def test_tables_in_the_page_on_quality_are_those_of_the_committed_figures(name: str, tmp_path: Path) -> None:
+    page = tmp_path / "quality.md"
+    page.write_text(Path("docs/quality.md").read_text())
+    assert "wrote" in invoke(importlib.import_module(f"benchmarks.{name}").main, "--page", page).output
+    assert page.read_text() == Path("docs/quality.md").read_text()
