@@ -128,14 +128,14 @@ def table_of(runs: list[dict[str, Any]]) -> list[str]:
         best = max(means, key=lambda name: means[name])
         cells = " | ".join(f"**{means[n]:.3f}**" if n == best else f"{means[n]:.3f}" for n in names)
         lines.append(f"| {label} | {len(some)} | {SHOWN[best]} | {cells} |")
-    lines += ["", "Differences in AUC_NDR over all these runs, with Student intervals over runs:", ""]
+    lines += ["", "Differences in AUC_NDR over the runs with uniform flips, with Student intervals over runs:", ""]
     lines += ["| the default over | mean | 95 % interval | runs above 0 |", "|---|---|---|---|"]
     uniform = [run for run in runs if run["kind"] == "uniform"]
     for title, some in (
         ("", uniform),
         (" (uniform flips, seed 2 alone)", [run for run in uniform if run["seed"] == 2]),
     ):
-        for rival in [*rivals, "best"]:
+        for rival in [*rivals, "best"] if some else []:
             over = [auc(run, "default") - against(run, rival, rivals) for run in some]
             mean, low, high = interval(over)
             between = f"{low:+.3f} to {high:+.3f}" if math.isfinite(low) else "-"
