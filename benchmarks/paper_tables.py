@@ -37,13 +37,7 @@ def main(out: Path) -> None:
 
 def write_tables(folder: Path) -> None:
     """``README.md`` and one SVG for each plot, in ``folder``, from every finished ``*.json`` there; says what it wrote."""
-    found = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json")) if path.stat().st_size]
-    runs = [run for run in found if "partial" not in run]
-    for run in runs:
-        if "rows" in run:
-            run["rows"] = {(row["method"], row["group"], row["aggregation"]): row for row in run["rows"]}
-    if len(runs) < len(found):
-        click.echo(f"{len(found) - len(runs)} partial runs are left out", err=True)
+    runs = read_runs(folder)
     noisy, generative = [run for run in runs if "rows" in run], [run for run in runs if "relevance" in run]
     parts = ["# The paper's protocol on real data", "", _lead(runs), "", *_summary(noisy)]
     tasks, relevances = _by(noisy, _label), _by(generative, lambda run: run["task"])
@@ -64,8 +58,20 @@ def write_tables(folder: Path) -> None:
             with progress.step(name):
                 parts += ["", f"## {name}", "", *_sizes(some), "", *_relevance(some)]
         with progress.step("claims"):
-            parts += ["", "## Claims", "", *_claims(_of_protocol(noisy))]
+            parts += ["", "## Claims", "", *claims_of(of_protocol(noisy))]
         keep(folder / "README.md", "\n".join(parts) + "\n")
+
+
+def read_runs(folder: Path) -> list[Run]:
+    """The finished runs of a folder, their tables by ranking; says how many are partial."""
+    found = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json")) if path.stat().st_size]
+    runs = [run for run in found if "partial" not in run]
+    for run in runs:
+        if "rows" in run:
+            run["rows"] = {(row["method"], row["group"], row["aggregation"]): row for row in run["rows"]}
+    if len(runs) < len(found):
+        click.echo(f"{len(found) - len(runs)} partial runs are left out", err=True)
+    return runs
 
 
 def interval(values: Iterable[float], level: float = 0.95) -> tuple[float, float, float]:
@@ -105,7 +111,7 @@ def _summary(runs: list[Run]) -> list[str]:
     """Each task in a line: the default beside the loss and the best cell of the paper, and what filtering by it is worth."""
     if not runs:
         return []
-    best, filtered = _best_of_paper(_of_protocol(runs)), _default_arm()
+    best, filtered = _best_of_paper(of_protocol(runs)), _default_arm()
     arms = {"nothing": "all", "default": filtered, "loss": "loss", _RANDOM: _RANDOM, _ORACLE: _ORACLE}
     rows = []
     for name, some in _by(runs, _label).items():
@@ -136,7 +142,7 @@ def _by(runs: list[Run], key: Callable[[Run], str]) -> dict[str, list[Run]]:
     return out
 
 
-def _of_protocol(runs: list[Run]) -> list[Run]:
+def of_protocol(runs: list[Run]) -> list[Run]:
     """Uniform flips at the paper's settings; where there are none, whatever there is."""
     return [run for run in runs if run["settings"]["kind"] == "uniform" and not unusual(run["settings"])] or runs
 
@@ -231,7 +237,7 @@ def _relevance(runs: list[Run]) -> list[str]:
     return ["ROC-AUC / recall@90 (chance: 0.5 / 0.1):", "", *_table(["layer", *methods], rows)]
 
 
-def _claims(runs: list[Run]) -> list[str]:
+def claims_of(runs: list[Run]) -> list[str]:
     def over(run: Run, one: Callable[[str, str], float], other: Callable[[str, str], float]) -> float:
         cells = [one(m, a) - other(m, a) for m in PAPER_METHODS for a in PAPER_AGGREGATIONS]
         return float(np.nanmean(cells)) if not np.isnan(cells).all() else math.nan

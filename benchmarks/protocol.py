@@ -118,6 +118,20 @@ def write_text(path: Path, text: str) -> None:
     part.replace(path)
 
 
+def write_section(page: Path, name: str, lines: Sequence[str]) -> None:
+    """Replace what stands in a page between ``<!-- NAME -->`` and ``<!-- end of NAME -->``.
+
+    Raises:
+        click.UsageError: the page has no such place.
+    """
+    first, last = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
+    before, found, rest = page.read_text().partition(first)
+    _, closed, after = rest.partition(last)
+    if not found or not closed:
+        raise click.UsageError(f"--page: {page} has no lines {first.strip()} and {last}")
+    write_text(page, "\n".join([before + first, *lines, "", last + after]))
+
+
 def kept(path: Path, make: Callable[[], Any]) -> Any:
     """``make()``, once: its tensors, numbers and texts are kept in ``path``."""
     if not path.exists():

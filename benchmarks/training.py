@@ -124,8 +124,12 @@ def causal_model(
     progress: protocol.Progress,
     seed: int,
     settings: dict[str, Any],
+    start: dict[str, Tensor] | None = None,
 ) -> tuple[nn.Module, list[float]]:
-    """A Llama of four blocks trained from nothing on prompts and answers; the loss of each epoch. An epoch is kept."""
+    """A Llama of four blocks trained on prompts and answers, from nothing or from ``start``; the loss of each epoch.
+
+    An epoch is kept.
+    """
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
@@ -135,6 +139,8 @@ def causal_model(
             max_position_embeddings=512, pad_token_id=0, bos_token_id=1, eos_token_id=2,
         )
     )  # fmt: skip
+    if start is not None:
+        model.load_state_dict(start)
     state: dict[str, Any] = protocol.load(path) if path.exists() else {"loss": []}
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     if state["loss"]:

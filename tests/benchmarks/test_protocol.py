@@ -24,17 +24,22 @@ from influence_fast.data.models import load_model
 from influence_fast.diagnostics import kernel_bench as bench
 
 BENCHMARKS = (
+    "audit_sst2",
     "calibration",
     "capture",
     "coverage",
     "default_projection",
     "factors",
     "finetune",
+    "generative",
     "lds",
     "million",
     "naive",
+    "noise_kinds",
     "paper",
+    "paper_page",
     "paper_tables",
+    "rivals",
     "run",
     "verification",
 )
@@ -288,3 +293,11 @@ def test_projections_are_held_against_whole_gradients(tmp_path: Path) -> None:
     assert found["identity"]["dot"]["spearman"] > 0.999
     assert found["sjlt:4"]["dot"]["spearman"] < found["sjlt:128"]["dot"]["spearman"]
     assert found["sjlt:4"]["bytes"] < found["sjlt:128"]["bytes"] < found["identity"]["bytes"]
+
+
+@pytest.mark.parametrize("name", ["generative", "noise_kinds", "rivals"])
+def test_tables_in_the_page_on_quality_are_those_of_the_committed_figures(name: str, tmp_path: Path) -> None:
+    page = tmp_path / "quality.md"
+    page.write_text(Path("docs/quality.md").read_text())
+    assert "wrote" in invoke(importlib.import_module(f"benchmarks.{name}").main, "--page", page).output
+    assert page.read_text() == Path("docs/quality.md").read_text()
