@@ -1,6 +1,6 @@
 """Other libraries against ours on their own shapes, whichever are installed, in one run.
 
-    python -m benchmarks.peers --threads 1 --json benchmarks/results/peers.json
+    python -m benchmarks.peers --threads 1 --out benchmarks/results/peers.json
 
 Each case is verified before it is timed: the same numbers where both give the same, else norms that
 are kept as well. Then both run in turn, each first every other time, and the medians are compared. Above 1 is faster.
@@ -9,7 +9,6 @@ are kept as well. Then both run in turn, each first every other time, and the me
 from __future__ import annotations
 
 import importlib.util
-import json
 import logging
 import statistics
 import tempfile
@@ -226,34 +225,28 @@ def measured(case: Case, runs: int) -> dict[str, float]:
 @click.option("--peer", "names", multiple=True, type=click.Choice(list(PEERS)), help="Libraries; all by default.")
 @click.option("--threads", default=1, show_default=True, help="Threads of both.")
 @click.option("--runs", default=5, show_default=True, help="Runs of each.")
-@click.option("--json", "path", type=click.Path(path_type=Path), help="Keep the results in this file.")
-def main(names: tuple[str, ...], threads: int, runs: int, path: Path | None) -> None:
+@protocol.out_option("Cases that are measured again are replaced, those of other libraries stay.")
+def main(names: tuple[str, ...], threads: int, runs: int, out: Path | None) -> None:
     """Time other libraries and ours in turn."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(threads)
     torch.manual_seed(0)
-    found = protocol.header("peers")
-    document = {
-        **found,
-        "processor": found["machine"]["device"],
-        "threads": threads,
-        "runs": runs,
-        "missing": [],
-        "cases": {},
-    }
-    if names and path is not None and path.exists():
-        # The rest is as it was measured before.
-        document["cases"] = json.loads(path.read_text(encoding="utf-8"))["cases"]
-    for name in names or PEERS:
-        if importlib.util.find_spec(name) is None:
-            document["missing"].append(name)
-            click.echo(f"{name}: not installed")
-            continue
-        for case in PEERS[name]():
-            document["cases"][case[0]] = result = measured(case, runs)
-            click.echo(f"{case[0]}: {result['theirs_s']:.4f} s, ours {result['ours_s']:.4f} s: {result['ratio']:.2f}")
-            if path is not None:
-                protocol.write_text(path, json.dumps(document, indent=1) + "\n")
+    header = protocol.header("peers")
+    file = protocol.result_file(out, protocol.dated_name(header, "peers"))
+    earlier = protocol.previous(file, "peers")
+    cases = dict(earlier["cases"]) if names and earlier else {}
+    missing = [name for name in names or PEERS if importlib.util.find_spec(name) is None]
+    for name in missing:
+        click.echo(f"{name}: not installed")
+    header |= {"processor": header["machine"]["device"], "threads": threads, "runs": runs, "missing": missing}
+    with protocol.Results(file, header) as results:
+        for name in names or PEERS:
+            for case in () if name in missing else PEERS[name]():
+                cases[case[0]] = result = measured(case, runs)
+                click.echo(
+                    f"{case[0]}: {result['theirs_s']:.4f} s, ours {result['ours_s']:.4f} s: {result['ratio']:.2f}"
+                )
+                results.add(cases=cases)
 
 
 if __name__ == "__main__":

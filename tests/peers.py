@@ -198,7 +198,11 @@ def run_apart(name: str, root: Path, stock: bool, rest: list[str]) -> dict[str, 
         flags = ["--stock"] if stock else []
         command = [sys.executable, "-m", "tests.peers", name, "--here", str(root), "--out", str(out), *flags, *rest]
         # Compiled code would hold what the tests' GPU is replaced by.
-        subprocess.run(command, cwd=ROOT, check=True, env={**os.environ, "TORCHDYNAMO_DISABLE": "1"})
+        paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+        # Some of the tests leave files where they run.
+        subprocess.run(
+            command, cwd=folder, check=True, env={**os.environ, "TORCHDYNAMO_DISABLE": "1", "PYTHONPATH": paths}
+        )
         return dict(json.loads(out.read_text(encoding="utf-8")))
 
 

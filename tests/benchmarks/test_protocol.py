@@ -39,6 +39,7 @@ BENCHMARKS = (
     "paper",
     "paper_page",
     "paper_tables",
+    "peers",
     "rivals",
     "run",
     "verification",
