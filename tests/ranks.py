@@ -13,21 +13,32 @@ import socket
 from collections.abc import Callable
 from multiprocessing.connection import wait
 from pathlib import Path
+from threading import Timer
 
 _server = multiprocessing.get_context("forkserver")
 _server.set_forkserver_preload(["torch", "transformers", "datasets", "influence_fast.gradients.build", "models"])
 
 
-def run_ranks(job: Callable[..., None], *arguments: object, log: Path, ranks: int = 2, seconds: float = 120) -> int:
+def run_ranks(
+    job: Callable[..., None],
+    *arguments: object,
+    log: Path,
+    ranks: int = 2,
+    seconds: float = 120,
+    kill: tuple[int, float] | None = None,
+) -> int:
     """Exit code of ``job(*arguments)`` in ``ranks`` processes, 0 where all end well; their output goes to ``log``.
 
-    As with ``torchrun``, the others are ended where one dies.
+    As with ``torchrun``, the others are ended where one dies. ``kill``, a rank and seconds, ends that one after so long.
     """
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     processes = [_server.Process(target=_rank, args=(job, arguments, rank, ranks, port, log)) for rank in range(ranks)]
     for process in processes:
         process.start()
+    if kill is not None:
+        killer = Timer(kill[1], processes[kill[0]].kill)
+        killer.start()
     running = list(processes)
     while running:
         ended = wait([process.sentinel for process in running], seconds)
@@ -39,6 +50,9 @@ def run_ranks(job: Callable[..., None], *arguments: object, log: Path, ranks: in
             break
     for process in processes:
         process.join()
+    if kill is not None:
+        killer.cancel()
+        killer.join()
     return next((code for process in processes if (code := process.exitcode)), 0) or 0
 
 

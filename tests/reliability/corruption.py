@@ -27,12 +27,14 @@ from pathlib import Path
 from typing import Any
 
 OUTCOMES = ("right error", "same numbers", "silent wrong", "traceback", "crash")
+KINDS = ("train", "narrow", "queries", "alive", "factored", "flat", "faiss", "whitened", "partial")
 _SECONDS = 60
 _MEMORY = 1 << 30
 
 
 def make(folder: Path) -> None:
-    """Stores of both widths and one that was changed, names of both kinds, indexes of both kinds, and partial sums."""
+    """Stores of both widths, one that was changed and one of factors, names and indexes of both kinds, an index with
+    curvature, and partial sums."""
     import torch
 
     import influence_fast as inf
@@ -56,7 +58,10 @@ def make(folder: Path) -> None:
     write_store(folder / "alive" / "segment-00001", gradients(9), ids=[f"new {row}" for row in range(9)], shard_rows=5)
     add_segment(folder / "alive", "segment-00001")
     alive.delete(["row 3", "row 14", "new 2"])
-    inf.InfluenceIndex.build(train, "Flat", path=folder / "flat")
+    write_store(folder / "factored", gradients(12), shapes={"a.b": (2, 3), "c": (25, 28)}, shard_rows=5, factors=1)
+    whitened = inf.InfluenceIndex.build(train, "Flat", path=folder / "flat")
+    whitened.add_curvature("trackstar", rank=8)
+    whitened.save(folder / "whitened")
     inf.InfluenceIndex.build(narrow, "SQ8", path=folder / "faiss")
     # Sums of the first blocks of a job that was stopped: as large a memory as holds one row each.
     matrix = inf.influence(train, queries, memory=300 * 30)
@@ -83,11 +88,11 @@ def answer(folder: Path, kind: str) -> str:
     def add(value: Any) -> None:
         digest.update(value.numpy().tobytes() if isinstance(value, torch.Tensor) else repr(value).encode())
 
-    if kind in ("flat", "faiss"):
+    if kind in ("flat", "faiss", "whitened"):
         queries = inf.GradientStore.open(folder / "queries")
         index = inf.InfluenceIndex.load(folder / kind)
         for harmful in (False, True):
-            scores, ids = index.search(queries, 5, harmful)
+            scores, ids = index.search(queries, 5, harmful, **({"method": "trackstar"} if kind == "whitened" else {}))
             add(scores)
             add(ids if isinstance(ids, torch.Tensor) else list(ids))
     elif kind == "partial":
@@ -104,7 +109,8 @@ def answer(folder: Path, kind: str) -> str:
             add(store.column(name))
         train = store if kind != "queries" else inf.GradientStore.open(folder / "train")
         queries = store if kind == "queries" else inf.GradientStore.open(folder / "queries")
-        matrix = inf.influence(train, queries, "cosine")
+        asked = {name: queries.read(name) for name in queries.layers} if kind == "factored" else queries
+        matrix = inf.influence(train, asked, "cosine")
         add(inf.aggregate(matrix, "mean"))
     return digest.hexdigest()
 
@@ -232,9 +238,7 @@ def work(folder: Path, seed: int, first: int, count: int, checked: bool) -> None
 
     torch.set_num_threads(1)
     whole = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    expected = {
-        kind: answer(folder, kind) for kind in ("train", "narrow", "queries", "alive", "flat", "faiss", "partial")
-    }
+    expected = {kind: answer(folder, kind) for kind in KINDS}
     _restore(whole)
     chosen = targets(folder)
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
