@@ -59,7 +59,9 @@ def make(folder: Path) -> None:
     add_segment(folder / "alive", "segment-00001")
     alive.delete(["row 3", "row 14", "new 2"])
     write_store(folder / "factored", gradients(12), shapes={"a.b": (2, 3), "c": (25, 28)}, shard_rows=5, factors=1)
-    whitened = inf.InfluenceIndex.build(train, "Flat", path=folder / "flat")
+    inf.InfluenceIndex.build(train, "Flat", path=folder / "flat")
+    # Of another store: the document of one index is no right document of the other.
+    whitened = inf.InfluenceIndex.build(alive, "Flat")
     whitened.add_curvature("trackstar", rank=8)
     whitened.save(folder / "whitened")
     inf.InfluenceIndex.build(narrow, "SQ8", path=folder / "faiss")
