@@ -41,14 +41,16 @@ class Centred(nn.Module):
         return self.head((x - x.mean((0, 1))).tanh().mean(1))
 
 
-def settled(model: nn.Module, lengths: tuple[int, ...]) -> str:
+def settled(model: nn.Module, lengths: tuple[int, ...], tokens: int = 200) -> str:
     random = torch.Generator().manual_seed(0)
     found = [torch.randint(3, VOCAB, (length,), generator=random).tolist() for length in lengths]
     rows, kind = checked_rows(model, [{"input_ids": ids, "labels": i % CLASSES} for i, ids in enumerate(found)])
-    settle_batches(model.double(), rows, losses.named(kind), 200)
+    settle_batches(model.double(), rows, losses.named(kind), tokens)
     return rows.batching
 
 
+# Of few tokens a batch two rows are laid beside each other, of many all that are tried.
+@pytest.mark.parametrize("tokens", [200, 5000])
 @pytest.mark.parametrize(
     ("size", "lengths", "batching"),
     [
@@ -58,9 +60,9 @@ def settled(model: nn.Module, lengths: tuple[int, ...]) -> str:
         (1, (3, 6, 12, 10, 24), "padded"),
     ],
 )
-def test_rows_of_every_remainder_are_padded(size: int, lengths: tuple[int, ...], batching: str) -> None:
+def test_rows_of_every_remainder_are_padded(size: int, lengths: tuple[int, ...], batching: str, tokens: int) -> None:
     torch.manual_seed(0)
-    assert settled(Pieces(size), lengths) == batching
+    assert settled(Pieces(size), lengths, tokens) == batching
 
 
 @pytest.mark.parametrize("lengths", [(3, 12, 6), (6, 6, 6), (5,) * 2])
