@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -47,15 +48,29 @@ LOWEST = 0.3
 ROWS = 5452
 
 
+def encoder_options(query_samples: int) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Options of an encoder that is fine-tuned by :func:`trained`, and of its rows."""
+    options = [
+        click.option("--model", required=True, help="Folder of the pretrained encoder, with its tokenizer."),
+        click.option("--train", required=True, help="Rows with a label to draw the training set from."),
+        click.option("--queries", required=True, help="Rows with a label to draw the queries from."),
+        click.option("--samples", default=600, show_default=True, help="Training samples."),
+        click.option("--query-samples", default=query_samples, show_default=True, help="Queries."),
+        click.option("--epochs", default=2, show_default=True, help="Epochs of the fine-tuning."),
+        click.option("--seed", default=0, show_default=True, help="Seed of the draw, the flips and the head."),
+    ]
+
+    def add(command: Callable[..., None]) -> Callable[..., None]:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return add
+
+
 @click.command()
-@click.option("--model", required=True, help="Folder of the pretrained encoder, with its tokenizer.")
-@click.option("--train", required=True, help="Rows with a label to draw the training set from.")
-@click.option("--queries", required=True, help="Rows with a label to draw the queries from.")
-@click.option("--samples", default=600, show_default=True, help="Training samples.")
-@click.option("--query-samples", default=64, show_default=True, help="Queries.")
-@click.option("--epochs", default=2, show_default=True, help="Epochs of the fine-tuning.")
+@encoder_options(64)
 @click.option("--flip", default=0.2, show_default=True, help="Share of the training labels that are flipped.")
-@click.option("--seed", default=0, show_default=True, help="Seed of the draw, the flips and the head.")
 @click.option("--projections", default=",".join(PROJECTIONS), help="Which to measure, joined by commas.")
 @protocol.threads_option
 @protocol.out_option("An earlier result there is replaced.")

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 import influence_fast as inf
 from benchmarks import protocol
-from benchmarks.default_projection import trained
+from benchmarks.default_projection import encoder_options, trained
 from influence_fast.data.samples import Samples
 from influence_fast.gradients.build import gradients_of
 
@@ -39,14 +39,8 @@ BEST = 10
 
 
 @click.command()
-@click.option("--model", required=True, help="Folder of the pretrained encoder, with its tokenizer.")
-@click.option("--train", required=True, help="Rows with a label to draw the training set from.")
-@click.option("--queries", required=True, help="Rows with a label to draw the queries from.")
-@click.option("--samples", default=600, show_default=True, help="Training samples.")
-@click.option("--query-samples", default=48, show_default=True, help="Queries.")
-@click.option("--epochs", default=2, show_default=True, help="Epochs of the fine-tuning.")
+@encoder_options(48)
 @click.option("--layers", default="attention", show_default=True, help="Layers whose gradients are kept.")
-@click.option("--seed", default=0, show_default=True, help="Seed of the draw, the flips and the head.")
 @click.option("--numbers", default=",".join(map(str, KINDS)), help="Numbers a row and layer, joined by commas.")
 @protocol.threads_option
 @protocol.out_option("An earlier result there is replaced.")
