@@ -243,7 +243,13 @@ class LayerCurvature:
                     raise InputError(f"damping: too small, the curvature of layer {self.name!r} is singular")
                 self._ready = (factor,)
             else:
-                self._ready = self._eigenvectors()
+                try:
+                    self._ready = self._eigenvectors()
+                except torch.linalg.LinAlgError as error:
+                    raise InputError(
+                        f"curvature: that of layer {self.name!r} cannot be decomposed, as where what was kept of it is "
+                        f"damaged; make it again ({error})"
+                    ) from None
         return self._ready
 
     def _eigenvectors(self) -> tuple[Tensor, Tensor]:

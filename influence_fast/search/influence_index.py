@@ -587,7 +587,9 @@ class InfluenceIndex:
             whole = one.with_deleted
             written = entry.get("written", len(whole))
             if whole.digest_of(written) != entry["digest"]:
-                raise StoreError(f"{one.path}: another store than was indexed; update the index or build it again")
+                raise StoreError(
+                    f"{folder}: {one.path} is another store than was indexed; update the index or build it again"
+                )
             begin, end = entry["rows"]
             if not begin < end <= written:
                 raise StoreError(f"{folder}: damaged index, rows {begin} to {end} of the {written} of {one.path}")

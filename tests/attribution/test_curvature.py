@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -110,6 +112,16 @@ def test_gradients_of_zero_and_those_that_are_not_finite(method: str) -> None:
     rows[3, 1] = float("inf")
     with pytest.raises(inf.InputError, match="layer 'x' has NaN or infinity in row 3"):
         made(method, rows)
+
+
+def test_kept_numbers_that_cannot_be_decomposed() -> None:
+    """As of a damaged file that is read without checks; their shape alone is known to be right."""
+    found = made("trackstar", gradients(), 8)
+    tensors = {name: tensor.clone() for name, tensor in found.tensors.items()}
+    tensors["sketch"][3, 2] = math.nan
+    broken = LayerCurvature("trackstar", "x", WEIGHTS, DAMPING, tensors)
+    with pytest.raises(inf.InputError, match="curvature: that of layer 'x' cannot be decomposed"):
+        broken.precondition(gradients(2))
 
 
 def test_ranks_fit_a_gib() -> None:
