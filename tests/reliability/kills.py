@@ -154,10 +154,43 @@ def build(folder: Path) -> None:
     _store(folder / "out", 1, 10)
 
 
+def factors(folder: Path) -> None:
+    _store(folder / "out", 1, 10, projection="rademacher:4x4", factors=1)
+
+
+def adam(folder: Path) -> None:
+    import torch
+
+    import influence_fast as inf
+    from influence_fast.gradients.layers import named_matrices
+    from tests import models
+
+    draw = torch.Generator().manual_seed(4)
+    moments = {
+        name: inf.ops.AdamState(
+            torch.randn(module.weight.shape, generator=draw), torch.rand(module.weight.shape, generator=draw)
+        )
+        for name, module in named_matrices(models.make("bert")).items()
+    }
+    _store(folder / "out", 1, 10, adam=moments)
+
+
 def index(folder: Path) -> None:
     import influence_fast as inf
 
     inf.InfluenceIndex.build(inf.GradientStore.open(folder / "train"), "Flat", "dot", path=folder / "out")
+
+
+def curvature(folder: Path) -> None:
+    from influence_fast.cli import main
+
+    _call(main, ["index", folder / "train", "--out", folder / "out", "--methods", "datainf,trak"])
+
+
+def curvature_update(folder: Path) -> None:
+    from influence_fast.cli import main
+
+    _call(main, ["index", folder / "train", "--out", folder / "index", "--update", "--methods", "trak"])
 
 
 def score(folder: Path) -> None:
@@ -193,8 +226,12 @@ def _call(main: Any, arguments: list[Any]) -> None:
 COMMANDS: dict[str, tuple[Callable[[Path], None], Callable[[Path], None]]] = {
     "build": (_prepare_nothing, build),
     "build over damage": (_prepare_damage, build),
+    "build --factors": (_prepare_nothing, factors),
+    "build --adam": (_prepare_nothing, adam),
     "index": (_prepare_stores, index),
     "index over another": (_prepare_index, index),
+    "index --methods": (_prepare_index, curvature),
+    "index --update --methods": (_prepare_alive, curvature_update),
     "score": (_prepare_stores, score),
     "upgrade": (_prepare_old, upgrade),
     "audit": (_prepare_nothing, audit),
