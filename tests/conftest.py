@@ -55,6 +55,15 @@ def generator(request: pytest.FixtureRequest) -> torch.Generator:
     return torch.Generator().manual_seed((SEED + sum(request.node.nodeid.encode())) % 2**63)
 
 
+@pytest.fixture(autouse=True)
+def _threads_of_torch() -> Iterator[None]:
+    """Benchmarks set how many threads there are; the tests behind them would take what is not theirs."""
+    before = torch.get_num_threads()
+    yield
+    if torch.get_num_threads() != before:
+        torch.set_num_threads(before)
+
+
 @pytest.fixture(params=BACKENDS, ids=str)
 def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
     with request.param as chosen:
