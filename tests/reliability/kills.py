@@ -420,15 +420,34 @@ def contents(folder: Path) -> dict[str, bytes]:
     return found
 
 
-def table(outcomes: list[Outcome]) -> str:
+_KINDS = ("same bytes", "other bytes", "left over", "refused", "half seen")
+
+
+def counts(outcomes: list[Outcome]) -> dict[str, Counter[str]]:
+    """What came of the kills of each command, and how often."""
+    found: dict[str, Counter[str]] = {}
+    for outcome in outcomes:
+        found.setdefault(outcome.command, Counter())[outcome.what] += 1
+    return found
+
+
+def table(found: dict[str, Counter[str]]) -> str:
     """Counts by command, as Markdown."""
-    kinds = ("same bytes", "other bytes", "left over", "refused", "half seen")
-    lines = [f"| command | kills | {' | '.join(kinds)} |", "| --- |" + " ---: |" * (len(kinds) + 1)]
-    for command in dict.fromkeys(outcome.command for outcome in outcomes):
-        counts = Counter(outcome.what for outcome in outcomes if outcome.command == command)
-        cells = [str(counts.total()), *(str(counts[kind]) for kind in kinds)]
+    lines = [f"| command | kills | {' | '.join(_KINDS)} |", "| --- |" + " ---: |" * (len(_KINDS) + 1)]
+    for command, of in sorted(found.items(), key=lambda item: list(COMMANDS).index(item[0])):
+        cells = [str(of.total()), *(str(of[kind]) for kind in _KINDS)]
         lines.append(f"| {command} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _counts_in(text: str) -> dict[str, Counter[str]]:
+    """Counts of a table, of commands that there still are."""
+    rows = ([cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|"))
+    return {
+        command: Counter(dict(zip(_KINDS, map(int, cells), strict=True)))
+        for command, _, *cells in rows
+        if command in COMMANDS
+    }
 
 
 @click.command()
@@ -448,18 +467,20 @@ def main(only: tuple[str, ...], every: int, write: Path | None) -> None:
                     click.echo(f"{name} killed at operation {outcome.at}{torn}: {outcome.what} {outcome.detail}")
             click.echo(f"{name}: {time.monotonic() - begin:.0f} s", err=True)
             if write is not None:
-                _write(write, table(outcomes))
-    click.echo(table(outcomes))
+                _write(write, counts(outcomes))
+    click.echo(table(counts(outcomes)))
     sys.exit(any(outcome.what != "same bytes" for outcome in outcomes))
 
 
-def _write(path: Path, text: str) -> None:
+def _write(path: Path, found: dict[str, Counter[str]]) -> None:
+    """Put counts into a page; those of other commands stay."""
     page = path.read_text(encoding="utf-8") if path.exists() else "# Reliability\n"
     if _BEGIN not in page:
         about = "Killed at every file operation, and run again (`python -m tests.reliability.kills`)"
         page += f"\n## Kills\n\n{about}:\n\n{_BEGIN}\n{_END}\n"
-    found = re.sub(f"{_BEGIN}.*?{_END}", lambda _: f"{_BEGIN}\n{text}\n{_END}", page, flags=re.S)
-    path.write_text(found, encoding="utf-8")
+    before, rest = page.split(_BEGIN, 1)
+    known, after = rest.split(_END, 1)
+    path.write_text(f"{before}{_BEGIN}\n{table({**_counts_in(known), **found})}\n{_END}{after}", encoding="utf-8")
 
 
 if __name__ == "__main__":
