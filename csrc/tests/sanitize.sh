@@ -15,8 +15,8 @@ flags=(-std=c++17 -O1 -g -fno-omit-frame-pointer -ffp-contract=fast -fno-math-er
 # Threads are the same in every instruction set, so one of them does.
 units=(baseline parallel exact_search dispatch kernels_test)
 declare -A folder=([baseline]=cpu/isa [kernels_test]=tests)
-# Compiled beside the tests with ThreadSanitizer.
-INFLUENCE_FAST_CUDA=0 INFLUENCE_FAST_SANITIZE=address,undefined "$python" setup.py -q build_ext \
+# Compiled beside the tests with ThreadSanitizer. Instruction sets differ in the width of vectors alone.
+INFLUENCE_FAST_CUDA=0 INFLUENCE_FAST_ISAS=${INFLUENCE_FAST_ISA:-avx2} INFLUENCE_FAST_SANITIZE=address,undefined "$python" setup.py -q build_ext \
     --build-lib "$build/lib" --build-temp "$build/temp" --force & extension=$!
 jobs=()
 for unit in "${units[@]}"; do

@@ -27,16 +27,11 @@ from typing import Any, NamedTuple
 
 import click
 
+from tests.ranks import HEAVY
+
 _server = multiprocessing.get_context("forkserver")
 _server.set_forkserver_preload(
-    [
-        "torch",
-        "transformers",
-        "datasets",
-        "influence_fast.auditing.run",
-        "influence_fast.search.influence_index",
-        "tests.models",
-    ]
+    [*HEAVY, "influence_fast.auditing.run", "influence_fast.search.influence_index", "tests.models"]
 )
 _EVENTS = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "os.link", "os.symlink")
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
