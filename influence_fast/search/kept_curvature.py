@@ -233,6 +233,23 @@ class Curvatures:
         return self._lengths[key]
 
 
+def layer_scores(ready: Preconditioned, rows: Mapping[str, Tensor], numbers: Tensor, cosine: bool) -> dict[str, Tensor]:
+    """What each layer adds to the scores of some rows: ``rows`` float64 ``(n, dim)`` by layer -> float64 ``(m, n)``."""
+    widths = [values.shape[1] for values in rows.values()]
+    parts = dict(zip(rows, ready.values.double().split(widths, 1), strict=True))
+    out = {name: part @ rows[name].T for name, part in parts.items()}
+    if cosine:
+        of_query, of_rows = (
+            torch.stack([side.square().sum(1) for side in sides.values()]).sum(0).sqrt() for sides in (parts, rows)
+        )
+    elif ready.queries is not None and ready.rows is not None:
+        of_query, of_rows = ready.queries, torch.from_numpy(ready.rows)[numbers]
+    else:
+        return out
+    length = of_query[:, None] * of_rows
+    return {name: torch.where(length > 0, part / length, 0) for name, part in out.items()}
+
+
 def _blocks(rows: Rows, layer: str, first: int = 0) -> Callable[[], Iterator[Tensor]]:
     """Gradients of the rows that are not deleted, from row ``first`` on, block by block, as often as they are asked for."""
 
