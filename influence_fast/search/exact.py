@@ -21,6 +21,7 @@ of 64 bytes, one behind the other (P parts of a row: a layer, or 65,536 numbers 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +43,7 @@ except ImportError as error:
     _native = None
     _missing = str(error)
 
+_log = logging.getLogger("influence_fast")
 _SEGMENT_BYTES = 64 << 20
 _READ_BYTES = 4 << 20
 _PART = 1 << 16
@@ -301,9 +303,10 @@ class Scan:
         )
         # Each thread may keep a few times k candidates of every query.
         step = max(1, min(1024, (1 << 22) // k))
+        scanned = 0
         for begin in range(0, len(queries), step):
             asked = queries[begin : begin + step].contiguous()
-            _, bad, scored = _native.exact_search(
+            read, bad, scored = _native.exact_search(
                 segments=segments,
                 parts=parts,
                 stored=stored,
@@ -317,6 +320,7 @@ class Scan:
                 threads=torch.get_num_threads(),
                 **divided,
             )
+            scanned += read
             # What the answer follows from: the copy, which was checked when it was mapped, and these rows.
             rows.check(layers, scored)
             if bad >= 0:
@@ -326,6 +330,8 @@ class Scan:
                 )
         if len(found) and int(found.min()) < 0:
             raise StoreError(f"index: damaged, it finds fewer than {k} rows; build it again")
+        # Those of a batch share what they read: a row counts once for each 64 queries.
+        _log.debug("read %d of %d rows for %d queries", scanned, self.rows, len(queries))
         return scores, found
 
     def _quantised(
