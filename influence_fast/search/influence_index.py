@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -86,6 +86,8 @@ class InfluenceIndex:
         # Rows that each store had when it was indexed, deleted ones among them.
         self._written = [len(store) for store, _ in rows.stores]
         self._curvatures = Curvatures()
+        # Of all processes' rows, where they search together (``distributed``).
+        self._of_all = Curvatures()
 
     @property
     def ids(self) -> Sequence[int | str]:
@@ -356,6 +358,18 @@ class InfluenceIndex:
         method: str | None = None,
     ) -> tuple[Tensor, Tensor]:
         """As :meth:`search`, with float64 scores and row numbers, both ``(m, k)``; errors as of :meth:`search`."""
+        return self._search_rows(queries, k, harmful, layers, only, method, self._preconditioned)
+
+    def _search_rows(
+        self,
+        queries: Gradients,
+        k: int,
+        harmful: bool,
+        layers: Sequence[str] | Mapping[str, float] | None,
+        only: Any,
+        method: str | None,
+        precondition: Callable[[str, Tensor, Mapping[str, float]], Preconditioned],
+    ) -> tuple[Tensor, Tensor]:
         weights = layer_weights(self.layers, layers)
         values = self._values(queries, list(weights))
         allowed, live = None if only is None else row_mask(len(self), only, lambda: self.ids), self._rows.live
@@ -367,7 +381,7 @@ class InfluenceIndex:
         if self._scan is not None:
             names, factors = list(weights), list(weights.values())
             how = self.metric if method is None else method
-            ready = self._preconditioned(how, values, weights)
+            ready = precondition(how, values, weights)
             mask = allowed if live is None else self._rows.alive
             if live is not None and mask is not None and allowed is not None:
                 mask[torch.from_numpy(live)] = allowed

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from influence_fast._files import atomic_path
-from influence_fast.attribution.curvature import METHODS, Factors, LayerCurvature
+from influence_fast.attribution.curvature import METHODS, Factors, LayerCurvature, Together, alone
 from influence_fast.errors import InputError, StoreError
 from influence_fast.search.exact import Rows
 from influence_fast.search.index_files import IndexFolder, check_files, describe
@@ -83,8 +83,9 @@ class Curvatures:
         damping: float,
         rank: int | None,
         factors: Mapping[str, Factors],
+        together: Together = alone,
     ) -> None:
-        """Read the rows for a method; ``of`` tells them from others."""
+        """Read the rows for a method; ``of`` tells them, and those of the processes that ``together`` adds, from others."""
         if method not in METHODS:
             raise InputError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
         if isinstance(damping, bool) or not isinstance(damping, int | float) or not 0 < damping < float("inf"):
@@ -96,7 +97,15 @@ class Curvatures:
             for name in layers:
                 out, in_ = rows.stores[0][0].shapes[name]
                 found = LayerCurvature.made(
-                    method, name, rows.dims[name], out * in_, damping, _blocks(rows, name), rank, factors.get(name)
+                    method,
+                    name,
+                    rows.dims[name],
+                    out * in_,
+                    damping,
+                    _blocks(rows, name),
+                    rank,
+                    factors.get(name),
+                    together,
                 )
                 made[method, name] = _Kept(of, damping, found.share, found)
             self._kept.update(made)
@@ -128,9 +137,10 @@ class Curvatures:
             found = other._read(method, name, rows).remade(_blocks(rows, name))
             self._kept[method, name] = _Kept(of, kept.damping, found.share, found)
 
-    def serves(self, method: str, layers: Sequence[str]) -> bool:
-        """Whether there is curvature of all these layers for a method."""
-        return all(self._key(method, name) in self._kept for name in layers)
+    def serves(self, method: str, layers: Sequence[str], of: str | None = None) -> bool:
+        """Whether there is curvature of all these layers for a method, and of these rows."""
+        found = [self._kept.get(self._key(method, name)) for name in layers]
+        return all(kept is not None and of in (None, kept.of) for kept in found)
 
     def precondition(
         self, method: str, rows: Rows, values: Tensor, weights: Mapping[str, float], of: str
