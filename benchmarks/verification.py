@@ -23,7 +23,7 @@ import torch
 
 import influence_fast as inf
 from benchmarks import protocol
-from benchmarks.million import DIM, Gradients, workspace
+from benchmarks.many_rows import DIM, Gradients, workspace
 
 
 def command(*arguments: object) -> tuple[float, float]:

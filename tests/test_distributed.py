@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import datasets
 import integers
@@ -53,6 +54,29 @@ def build(path: Path, kind: str) -> None:
         store.verify()
 
 
+def of_a_causal_model(path: Path, kind: str) -> None:
+    """A store that keeps factors, or Adam's updates, by every rank that runs this."""
+    model, layers = models.make("llama", "causal"), "attention[1:]"
+    options: dict[str, Any] = {"factors": 2}
+    if kind == "adam":
+        draw, options = torch.Generator().manual_seed(0), {"adam": {}}
+        for name, layer in ((name, model.get_submodule(name)) for name in inf.select_layers(model, layers)):
+            m = 0.1 * torch.randn(layer.weight.shape, generator=draw)
+            options["adam"][name] = inf.ops.AdamState(m, m.square() + 0.01, (0.9, 0.99), 1e-6)
+    with processes.joined():
+        inf.build_store(
+            path,
+            model,
+            models.rows("causal", count=23),
+            layers,
+            "rademacher:8x8",
+            batch_tokens=64,
+            shard_rows=3,
+            progress=False,
+            **options,
+        ).verify()
+
+
 def _die_at_write(number: int) -> None:
     write, left = StoreWriter.write, [number]
 
@@ -96,6 +120,17 @@ def test_a_lost_rank_is_made_up_for(tmp_path: Path, alone: dict[str, bytes]) -> 
     assert files(path) == alone
     named = [name for name in before if (path / name).stat().st_mtime_ns == before[name]]
     assert named, "shards that were whole must not be computed again"
+
+
+@pytest.mark.parametrize("kind", ["factors", "adam"])
+def test_four_ranks_write_factors_and_updates_of_adam_as_one(tmp_path: Path, kind: str) -> None:
+    log = tmp_path / "log"
+    for ranks in (1, 4):
+        assert run_ranks(of_a_causal_model, tmp_path / str(ranks), kind, log=log, ranks=ranks) == 0, log.read_text()
+    assert files(tmp_path / "4") == files(tmp_path / "1")
+    store = inf.GradientStore.open(tmp_path / "4")
+    assert len(store.meta["shards"]) == 8
+    assert kind in json.dumps(store.meta)
 
 
 def test_every_rank_says_what_is_wrong(tmp_path: Path) -> None:

@@ -296,6 +296,7 @@ SearchStats exact_search(const SearchKernels& kernels, const Segment* segments, 
     std::vector<float> room(2 * kBlockRows * kWideTile), limit(kWideTile);
     float *score = room.data(), *slack = score + kBlockRows * kWideTile;
     std::vector<uint64_t> hits(kBlockRows);
+    std::vector<float> inverse(kBlockRows);
     int64_t read = 0;
     for (int64_t at; (at = next.fetch_add(kBlocksAtOnce)) < block_count;) {
       for (int64_t b = at; b < std::min(at + kBlocksAtOnce, block_count); ++b) {
@@ -306,7 +307,7 @@ SearchStats exact_search(const SearchKernels& kernels, const Segment* segments, 
               return allowed[segment.first + position] != 0;
             }))
           continue;
-        const CodeBlock view{segment.codes + block.begin * segment.stride,
+        CodeBlock view{segment.codes + block.begin * segment.stride,
                              segment.stride,
                              block.rows,
                              segment.scale + block.begin,
@@ -314,6 +315,10 @@ SearchStats exact_search(const SearchKernels& kernels, const Segment* segments, 
                              segment.norm + block.begin,
                              segment.rows,
                              segment.factor == nullptr ? nullptr : segment.factor + block.begin};
+        if (queries.cosine) {
+          kernels.inverse_lengths(parts, part_count, view, queries.weights, inverse.data());
+          view.factor = inverse.data();
+        }
         for (const auto& tile : tiles) {
           bool open = false;
           for (int q = 0; q < tile->view.width; ++q) {

@@ -54,6 +54,9 @@ struct SearchKernels {
   // codes of float32 rows (row stride ld_in); scale, error, norm at [r].
   void (*quantise)(const float* rows, int64_t ld_in, int64_t count, int64_t dim, uint8_t* codes, int64_t stride,
                    float* scale, float* error, float* norm);
+  // inverse[r] = 1 / sqrt(sum_p weight_p norm_p[r]^2), 0 where that is 0: what a cosine multiplies scores by.
+  void (*inverse_lengths)(const RowPart* parts, int64_t count, const CodeBlock& block, const double* weights,
+                          float* inverse);
   // The sum in float64 of 16 interleaved sums, added in pairs: the same bits on every instruction set, since a product of two
   // float32 is exact in float64.
   double (*dot)(const float* a, const float* b, int64_t count);
@@ -69,7 +72,7 @@ struct Segment {
   const int32_t* order;
   int64_t first;
   const float* longest;  // by block: bound on |g| over the chosen parts; null: no bound
-  const float* factor;   // by row: what scores are divided by, inverted, to 1e-6; null for inner products
+  const float* factor;   // by row: what Queries::lengths divides scores by, inverted, to 1e-6; null without
 };
 
 // Where the exact rows are: a shard holds rows from first on, layer l of row r at data[l] + (r - first) * dim_l numbers.
@@ -99,7 +102,7 @@ struct Queries {
   int64_t count;
   const double* weights;
   bool cosine;
-  const double* lengths = nullptr;  // by row, or null; a segment's factor is then the inverse
+  const double* lengths = nullptr;  // by row, or null; a segment's factor is then the inverse, and cosine is false
 };
 
 struct SearchStats {

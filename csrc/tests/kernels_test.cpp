@@ -310,7 +310,6 @@ void test_search(const Kernels& kernels, int threads) {
       for (int64_t m : {1, 5, 13, 70}) {
         const std::vector<int64_t> asked = integers(m * dim, 31);
         const std::vector<float> queries = to(asked);
-        std::vector<float> inverse(rows);  // of the weighted lengths: what cosines are multiplied by
         std::vector<std::pair<double, int64_t>> all(rows);
         std::vector<double> expected, got(m * k);
         std::vector<int64_t> expected_rows, got_rows(m * k);
@@ -320,8 +319,6 @@ void test_search(const Kernels& kernels, int threads) {
             sum += weights[c >= dims[0]] * double(values[r * dim + c]) * double(values[r * dim + c]);
           return sum;
         };
-        for (int64_t r = 0; r < rows; ++r)
-          inverse[r] = static_cast<float>(square(order[r]) > 0 ? 1 / std::sqrt(square(order[r])) : 0);
         for (int64_t q = 0; q < m; ++q) {
           double own = 0;
           for (int64_t c = 0; c < dim; ++c) own += weights[c >= dims[0]] * double(asked[q * dim + c] * asked[q * dim + c]);
@@ -343,7 +340,7 @@ void test_search(const Kernels& kernels, int threads) {
                               by_order[0].data(), by_order[1].data(),
                               by_order[2].data(), order.data(),
                               0,                  cosine ? nullptr : longest.data(),
-                              cosine ? inverse.data() : nullptr};
+                              nullptr};
         const SearchStats stats = exact_search(kernels.search, &segment, 1, parts, 2, source,
                                                {queries.data(), m, weights, cosine}, nullptr, k, got.data(), got_rows.data(), threads);
         check(cosine ? "scores of a cosine search" : "scores of a search", got, expected);

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import json
 import os
 import time
@@ -32,6 +33,7 @@ from safetensors.torch import save
 from torch import Tensor
 from typing_extensions import TypedDict
 
+from influence_fast import _distributed as processes
 from influence_fast import _records as records
 from influence_fast import ops
 from influence_fast._files import atomic_write, make_folder
@@ -86,10 +88,14 @@ def aggregate_many(
     queries: Tensor | Sequence[bool] | Sequence[int] | None = None,
     trim: float = 0.1,
     checkpoint: str | os.PathLike[str] | None = None,
+    together: bool = False,
 ) -> dict[str, dict[str, Tensor]]:
     """``{group: {method: (n,)}}`` for many groups of layers and methods, in one pass over the matrix.
 
     Arguments and errors as of :func:`aggregate`; ``groups`` is ``{name: layers or weights}``, one of all layers by default.
+    With ``together`` every process of the process group calls this alike, takes a share of the layers and queries, and
+    returns the whole: ``rank`` and ``vote`` have the bits of one process, ``mean`` may differ in the last one. There is no
+    ``checkpoint`` then, and ``min``, ``median`` and ``trimmed`` are computed by each.
     """
     matrix, methods = as_matrix(matrix), list(dict.fromkeys(methods))
     n = matrix.shape[1]
@@ -108,7 +114,9 @@ def aggregate_many(
     out = {group: {method: torch.zeros(n, dtype=torch.float64) for method in methods} for group in weights}
     streamed = [method for method in methods if _base(method) in _STREAMED]
     if streamed:
-        _stream(matrix, streamed, weights, chosen, k, out, checkpoint)
+        if together and checkpoint is not None:
+            raise InputError("checkpoint: expected None where processes work together")
+        _stream(matrix, streamed, weights, chosen, k, out, checkpoint, processes.here() if together else (0, 1))
     if len(streamed) < len(methods):
         _by_columns(matrix, [method for method in methods if method not in streamed], weights, chosen, trim, out)
     return out
@@ -122,17 +130,23 @@ def _stream(
     k: int,
     out: dict[str, dict[str, Tensor]],
     checkpoint: str | os.PathLike[str] | None,
+    place: tuple[int, int],
 ) -> None:
     """``mean``, ``rank`` and ``vote``: sums over blocks of whole rows; ``mean`` by mean queries where there are some."""
     used = [layer for layer in matrix.layers if any(layer in members for members in weights.values())]
     means = [method for method in methods if _base(method) == "mean"] if isinstance(matrix, InfluenceMatrix) else []
-    for layer in used if means else []:
+    rank, ranks = place
+    for layer in used[rank::ranks] if means else []:
         found = matrix.mean(layer, torch.stack([chosen[method.endswith("-c")] for method in means]))  # type: ignore
         for method, values in zip(means, found, strict=True):
             _add(out, weights, layer, method, values * int(chosen[method.endswith("-c")].sum()))
     summed = [method for method in methods if method not in means]
     if summed:
-        _sum_blocks(matrix, summed, weights, chosen, used, k, out, checkpoint)
+        _sum_blocks(matrix, summed, weights, chosen, used, k, out, checkpoint, place)
+    if ranks > 1:
+        for found in out.values():
+            for method in methods:
+                found[method] = processes.added(found[method])
     for group, members in weights.items():
         for method in methods:
             if _base(method) != "vote":
@@ -156,11 +170,13 @@ def _sum_blocks(
     k: int,
     out: dict[str, dict[str, Tensor]],
     checkpoint: str | os.PathLike[str] | None,
+    place: tuple[int, int],
 ) -> None:
     bases = {_base(method) for method in methods}
     kinds = sorted({method.endswith("-c") for method in methods})
     partial = _Partial(checkpoint, matrix, out, methods, (methods, weights, k, {c: chosen[c].tolist() for c in kinds}))
-    for layer, rows, read in partial.left(_pieces(matrix), used):
+    rank, ranks = place
+    for layer, rows, read in partial.left(itertools.islice(_pieces(matrix), rank, None, ranks), used):
         # Disjoint sets of rows, each ranked once: those of every method, and those of the plain ones alone.
         masks = {c: chosen[c][rows] for c in kinds}
         common = torch.stack(list(masks.values())).all(0)

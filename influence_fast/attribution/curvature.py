@@ -19,7 +19,7 @@ less than the best of that rank: :attr:`LayerCurvature.share` says how much of t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from hashlib import md5
 
 import torch
@@ -38,6 +38,13 @@ _FEATURES = 1 << 14
 
 Factors = tuple[Tensor, Tensor]
 Blocks = Callable[[], Iterable[Tensor]]
+Together = Callable[[Callable[[], Sequence[Tensor]]], Sequence[Tensor]]
+"""Adds up over processes what each of them makes of its own rows."""
+
+
+def alone(make: Callable[[], Sequence[Tensor]]) -> Sequence[Tensor]:
+    """What one process makes of all rows."""
+    return make()
 
 
 def default_rank(dim: int) -> int:
@@ -72,6 +79,7 @@ class LayerCurvature:
         blocks: Blocks,
         rank: int | None = None,
         factors: Factors | None = None,
+        together: Together = alone,
     ) -> LayerCurvature:
         """Read all rows once, and once more for what rests on their sum: ``blocks()`` gives float32 ``(rows, dim)``.
 
@@ -81,6 +89,7 @@ class LayerCurvature:
             rank: eigenvalues to keep of a layer of more than :data:`DENSE` numbers, or of any where it is given; by default
                 all, or :func:`default_rank`.
             factors: ``(E[x x^T], E[dy dy^T])``, for ``ekfac``.
+            together: adds up the sums of several processes, each of which gives blocks of its own rows.
 
         Raises:
             InputError: gradients that are not finite, factors that do not fit, a curvature that is singular.
@@ -99,7 +108,7 @@ class LayerCurvature:
             width = dim if small else default_rank(dim) if rank is None else rank
             tensors["moment" if small else "sketch"] = torch.zeros(dim, width, dtype=torch.float64)
         found = cls(method, name, weights, damping, tensors)
-        found._fill(blocks)
+        found._fill(blocks, together)
         return found
 
     def remade(self, blocks: Blocks) -> LayerCurvature:
@@ -110,12 +119,27 @@ class LayerCurvature:
         found._fill(blocks)
         return found
 
-    def _fill(self, blocks: Blocks) -> None:
-        if self.method == "datainf":
-            # What each row is divided by rests on the lengths of all.
+    def _fill(self, blocks: Blocks, together: Together = alone) -> None:
+        def measure() -> list[Tensor]:
             for _ in self._measured(blocks()):
                 pass
-        self.extend(blocks())
+            return [self.tensors[name] for name in counted]
+
+        def add() -> list[Tensor]:
+            self.extend(blocks())
+            return [self.tensors[name] for name in summed]
+
+        counted, summed = ["rows", "square"], [name for name in self.tensors if name in ("moment", "sketch", "squares")]
+        if self.method == "datainf":
+            # What each row is divided by rests on the lengths of all.
+            self.tensors |= zip(counted, together(measure), strict=True)
+            if "sketch" in self.tensors:
+                self.tensors["trace"] = torch.zeros((), dtype=torch.float64)
+                summed.append("trace")
+        else:
+            summed += counted
+        self.tensors |= zip(summed, together(add), strict=True)
+        self._ready = None
         if self.method == "trackstar":
             self.tensors["lengths"] = self.squares_of(blocks())
 
@@ -186,7 +210,6 @@ class LayerCurvature:
                     continue
                 weighted = rows / (self.shift + square)[:, None]
                 if random is not None:
-                    self.tensors.setdefault("trace", torch.zeros((), dtype=torch.float64))
                     self.tensors["trace"] += (square / (self.shift + square)).sum()
             if random is None:
                 self.tensors["moment"].addmm_(weighted.T, rows)

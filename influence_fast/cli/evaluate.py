@@ -59,7 +59,11 @@ def score(
     checkpoint: Path | None,
     as_json: bool,
 ) -> None:
-    """One score per training sample from two stores, lowest = most harmful."""
+    """One score per training sample from two stores, lowest = most harmful.
+
+    Several processes share the work, and the first writes the file: torchrun --nproc-per-node 2 -m influence_fast score ...
+    """
+    from influence_fast import _distributed as processes
     from influence_fast.attribution.aggregation import aggregate_many
     from influence_fast.attribution.influence import influence
     from influence_fast.evaluation.metrics import order
@@ -71,7 +75,11 @@ def score(
     matrix = influence(store, GradientStore.open(queries), method, names(layers), memory=memory)
     # Votes tie often; ranks, which break the ties, cost nothing more in the same pass.
     methods = [aggregation, *([aggregation.replace("vote", "rank")] if aggregation.startswith("vote") else [])]
-    found = aggregate_many(matrix, methods, fraction=fraction, checkpoint=checkpoint)["all"]
+    with processes.joined():
+        rank, ranks = processes.here()
+        found = aggregate_many(matrix, methods, fraction=fraction, checkpoint=checkpoint, together=ranks > 1)["all"]
+    if rank:
+        return
     scores, tie = found[aggregation], found[methods[1]] if len(methods) > 1 else None
     ranking = order(scores, tie).tolist()
     places = {row: place for place, row in enumerate(ranking)}

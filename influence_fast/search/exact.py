@@ -21,6 +21,7 @@ of 64 bytes, one behind the other (P parts of a row: a layer, or 65,536 numbers 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,12 +43,13 @@ except ImportError as error:
     _native = None
     _missing = str(error)
 
+_log = logging.getLogger("influence_fast")
 _SEGMENT_BYTES = 64 << 20
 _READ_BYTES = 4 << 20
 _PART = 1 << 16
 SEGMENT = "scan-{:05d}.bin"
 _NAMES = ("codes", "scale", "error", "norm", "order", "bound")
-_KEPT_VIEWS = 4
+_KEPT_BOUNDS = 4
 
 
 @dataclass(frozen=True)
@@ -212,7 +214,7 @@ class Scan:
         self.dims = dims
         self.parts, self.stride = parts_of(dims)
         self.segments: list[Segment] = []
-        self._views: dict[Any, list[tuple[np.ndarray, np.ndarray | None]]] = {}
+        self._bounds: dict[tuple[str, ...], list[np.ndarray]] = {}
         self._lock = Lock()
 
     @property
@@ -243,7 +245,7 @@ class Scan:
                 self._write(path, arrays)
                 arrays = self._mapped(path, end - begin)
             self.segments.append(Segment(begin, end - begin, arrays, path))
-        self._views = {}
+        self._bounds = {}
 
     def save(self, folder: IndexFolder) -> list[dict[str, Any]]:
         """Write the segments that are not there yet; what ``index.json`` says of all."""
@@ -286,7 +288,7 @@ class Scan:
         """
         if lengths is not None and (lengths.dtype != np.float64 or lengths.shape != (self.rows,)):
             raise StoreError(f"index: damaged, {lengths.shape} lengths of its {self.rows} rows")
-        segments, _views = self._segments(layers, weights, cosine, lengths)
+        segments, _kept = self._segments(layers, cosine, lengths)
         divided = {} if lengths is None else {"lengths": lengths.ctypes.data}
         parts = [
             _native.RowPart(offset=p.offset, dim=p.dim, index=i, layer=layers.index(p.layer), begin=p.begin)
@@ -301,9 +303,10 @@ class Scan:
         )
         # Each thread may keep a few times k candidates of every query.
         step = max(1, min(1024, (1 << 22) // k))
+        scanned = 0
         for begin in range(0, len(queries), step):
             asked = queries[begin : begin + step].contiguous()
-            _, bad, scored = _native.exact_search(
+            read, bad, scored = _native.exact_search(
                 segments=segments,
                 parts=parts,
                 stored=stored,
@@ -317,6 +320,7 @@ class Scan:
                 threads=torch.get_num_threads(),
                 **divided,
             )
+            scanned += read
             # What the answer follows from: the copy, which was checked when it was mapped, and these rows.
             rows.check(layers, scored)
             if bad >= 0:
@@ -326,6 +330,8 @@ class Scan:
                 )
         if len(found) and int(found.min()) < 0:
             raise StoreError(f"index: damaged, it finds fewer than {k} rows; build it again")
+        # Those of a batch share what they read: a row counts once for each 64 queries.
+        _log.debug("read %d of %d rows for %d queries", scanned, self.rows, len(queries))
         return scores, found
 
     def _quantised(
@@ -370,23 +376,26 @@ class Scan:
         return dict(zip(_NAMES, [*arrays, order.astype(np.int32), bound], strict=True))
 
     def _segments(
-        self, layers: Sequence[str], weights: Sequence[float], cosine: bool, lengths: np.ndarray | None = None
+        self, layers: Sequence[str], cosine: bool, lengths: np.ndarray | None = None
     ) -> tuple[list[Any], Any]:
         """What the kernels take for the segments; with it what must outlive the call."""
         if lengths is not None:
-            inverted = [self._inverted(segment, lengths) for segment in self.segments]
-            return self._natives(inverted, True), inverted
-        key = (tuple(layers), tuple(weights) if cosine else (), cosine)
+            inverted = [(None, self._inverted(segment, lengths)) for segment in self.segments]
+            return self._natives(inverted), inverted
+        if cosine:
+            return self._natives([(None, None)] * len(self.segments)), None
+        key = tuple(layers)
         with self._lock:
-            views = self._views.pop(key, None)
-            if views is None:
-                views = [self._view(segment, layers, weights, cosine) for segment in self.segments]
-            self._views[key] = views
-            while len(self._views) > _KEPT_VIEWS:
-                self._views.pop(next(iter(self._views)))
-        return self._natives(views, cosine), views
+            bounds = self._bounds.pop(key, None)
+            if bounds is None:
+                bounds = [self._bound(segment, layers) for segment in self.segments]
+            self._bounds[key] = bounds
+            while len(self._bounds) > _KEPT_BOUNDS:
+                self._bounds.pop(next(iter(self._bounds)))
+        return self._natives([(bound, None) for bound in bounds]), bounds
 
-    def _natives(self, views: Sequence[tuple[np.ndarray, np.ndarray | None]], unbounded: bool) -> list[Any]:
+    def _natives(self, given: Sequence[tuple[np.ndarray | None, np.ndarray | None]]) -> list[Any]:
+        """Segments with the longest rows of their blocks, which bound inner products, and what rows are multiplied by."""
         return [
             _native.Segment(
                 **{name: segment.arrays[name].ctypes.data for name in ("codes", "scale", "error", "norm", "order")},
@@ -394,36 +403,26 @@ class Scan:
                 first=segment.first,
                 rows=segment.rows,
                 parts=len(self.parts),
-                longest=0 if unbounded else bound.ctypes.data,
+                longest=0 if bound is None else bound.ctypes.data,
                 factor=0 if factor is None else factor.ctypes.data,
             )
-            for segment, (bound, factor) in zip(self.segments, views, strict=True)
+            for segment, (bound, factor) in zip(self.segments, given, strict=True)
         ]
 
     @staticmethod
-    def _inverted(segment: Segment, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+    def _inverted(segment: Segment, lengths: np.ndarray) -> np.ndarray:
         """What the scan multiplies the scores of rows with, in the order of the segment."""
         mine = lengths[segment.first : segment.first + segment.rows][segment.arrays["order"]]
         with np.errstate(divide="ignore", over="ignore"):
-            return segment.arrays["bound"][0], np.where(mine > 0, 1 / mine, 0).astype(np.float32)
+            return np.where(mine > 0, 1 / mine, 0).astype(np.float32)
 
-    def _view(
-        self, segment: Segment, layers: Sequence[str], weights: Sequence[float], cosine: bool
-    ) -> tuple[np.ndarray, np.ndarray | None]:
-        """Longest rows of the blocks over the chosen layers, or what a cosine multiplies each row by."""
-        weight = dict(zip(layers, weights, strict=True))
-        chosen = [i for i, part in enumerate(self.parts) if part.layer in weight]
-        if not cosine:
-            bound = segment.arrays["bound"]
-            if len(chosen) == len(self.parts):
-                return bound[0], None
-            squares = np.square(bound[1:][chosen], dtype=np.float64).sum(0)
-            return np.nextafter(np.sqrt(squares).astype(np.float32), np.float32(np.inf)), None
-        squares = np.zeros(segment.rows)
-        for i in chosen:
-            squares += weight[self.parts[i].layer] * np.square(segment.arrays["norm"][i], dtype=np.float64)
-        with np.errstate(divide="ignore", over="ignore"):
-            return segment.arrays["bound"][0], np.where(squares > 0, 1 / np.sqrt(squares), 0).astype(np.float32)
+    def _bound(self, segment: Segment, layers: Sequence[str]) -> np.ndarray:
+        """Longest rows of the blocks over the chosen layers."""
+        bound, chosen = segment.arrays["bound"], [i for i, part in enumerate(self.parts) if part.layer in layers]
+        if len(chosen) == len(self.parts):
+            return bound[0]
+        squares = np.square(bound[1:][chosen], dtype=np.float64).sum(0)
+        return np.nextafter(np.sqrt(squares).astype(np.float32), np.float32(np.inf))
 
     def _layout(self, rows: int) -> dict[str, tuple[int, np.dtype, tuple[int, ...]]]:
         count, blocks = len(self.parts), -(-rows // _native.block_rows)

@@ -13,12 +13,10 @@ names.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,30 +26,41 @@ from torch import Tensor
 
 from influence_fast._memory import parse_memory
 from influence_fast.attribution.gradient_source import Gradients, GradientSource, chosen_layers
-from influence_fast.errors import BackendError, InfluenceError, InputError, StoreError
-from influence_fast.gradients.differences import other_space, recorded_identity
+from influence_fast.errors import InputError, StoreError
+from influence_fast.gradients.differences import recorded_identity
 from influence_fast.gradients.store import GradientStore
-from influence_fast.gradients.store_reader import StoreReader
 from influence_fast.gradients.store_records import verifying
-from influence_fast.search.exact import Rows, Scan, rescore
+from influence_fast.search.exact import Rows, Scan
 from influence_fast.search.index_files import IndexFolder, check_files, read_document, writing
+from influence_fast.search.indexed_rows import (
+    as_written,
+    digest_of_rows,
+    first_number,
+    follow,
+    open_rows,
+    row_name,
+    row_names,
+    same_rows,
+    store_entries,
+)
 from influence_fast.search.kept_curvature import METHODS as PRECONDITIONED
-from influence_fast.search.kept_curvature import Curvatures, Preconditioned
+from influence_fast.search.kept_curvature import Curvatures, Preconditioned, layer_scores
 from influence_fast.search.norm_partitions import (
     NormPartition,
     add_to_partitions,
     automatic_factory,
+    best_rows,
     build_partitions,
-    directions,
-    live_blocks,
-    load_faiss,
+    find_rows,
+    on_gpus,
+    tune,
 )
+from influence_fast.search.query_checks import check_store, layer_weights, query_values, row_mask
 
 METRICS = ("dot", "cosine")
 METHODS = (*METRICS, *PRECONDITIONED)
 _PARTS = ("stores", "segments", "partitions", "curvature")
 _HELD_OUT = 64
-_SPREAD = 8
 
 _log = logging.getLogger("influence_fast")
 
@@ -77,27 +86,17 @@ class InfluenceIndex:
         # Rows that each store had when it was indexed, deleted ones among them.
         self._written = [len(store) for store, _ in rows.stores]
         self._curvatures = Curvatures()
+        # Of all processes' rows, where they search together (``distributed``).
+        self._of_all = Curvatures()
 
     @property
     def ids(self) -> Sequence[int | str]:
         """Names of the rows, in the order of the stores."""
-        stores, live = self._rows.stores, self._rows.live
-        names: Sequence[int | str]
-        if len(stores) == 1:
-            names = stores[0][0].ids[stores[0][1].start : stores[0][1].stop]
-        elif all(isinstance(store.ids, range) for store, _ in stores):
-            names = range(self._rows.count)
-        else:
-            names = [name for store, rows in stores for name in store.ids[rows.start : rows.stop]]
-        return names if live is None else [names[row] for row in live.tolist()]
+        return row_names(self._rows)
 
     def name_of(self, row: int) -> int | str:
         """Name of one row: ``ids[row]``, without reading the others."""
-        if self._rows.live is not None:
-            row = int(self._rows.live[row])
-        if len(self._rows.stores) > 1 and all(isinstance(store.ids, range) for store, _ in self._rows.stores):
-            return row
-        return self._rows.id_of(row)
+        return row_name(self._rows, row)
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -174,7 +173,7 @@ class InfluenceIndex:
         part = range(len(store)) if rows is None else rows
         if part.step != 1 or not 0 <= part.start < part.stop <= len(store):
             raise InputError(f"rows: expected a range within the {len(store)} rows of the store, got {rows!r}")
-        source = Rows([(store, _as_written(store, part))], names)
+        source = Rows([(store, as_written(store, part))], names)
         if factory == "auto":
             factory = automatic_factory(source, recall, None if memory is None else parse_memory(memory))
         meta = {
@@ -194,7 +193,7 @@ class InfluenceIndex:
                 built = cls(source, meta, scan, [])
             else:
                 built = cls(source, meta, None, build_partitions(source, factory, metric))
-                built._tune(queries, recall)
+                built._widen(queries, recall)
             if kept is not None:
                 built._curvatures.taken_over(kept, source, built._seen)
             if folder is not None:
@@ -204,7 +203,7 @@ class InfluenceIndex:
     @staticmethod
     def choose_factory(store: GradientStore, recall: float = 0.95, memory: int | str | None = None) -> str:
         """What ``factory="auto"`` becomes for this store; arguments and errors as of :meth:`build`."""
-        rows = Rows([(store, _as_written(store, range(len(store))))], store.layers)
+        rows = Rows([(store, as_written(store, range(len(store))))], store.layers)
         return automatic_factory(rows, recall, None if memory is None else parse_memory(memory))
 
     def measure_recall(self, queries: Gradients, k: int = 10, most: int = 64) -> float:
@@ -215,13 +214,8 @@ class InfluenceIndex:
         source, k = GradientSource("queries", queries), min(k, len(self))
         some = {name: source.read(name, slice(0, most)) for name in self.layers}
         found, _ = self.search_rows(some, k)
-        cosine = self.metric == "cosine"
-        values = _unit_or_whole(torch.cat(list(some.values()), 1).double(), cosine)
-        best = torch.empty(len(values), 0, dtype=torch.float64)
-        for _, rows in live_blocks(self._rows):
-            best = torch.cat([best, values @ _unit_or_whole(rows.double(), cosine).T], 1)
-            best = best.topk(min(k, best.shape[1])).values
-        edge = best[:, -1:]
+        values = torch.cat(list(some.values()), 1).double()
+        edge = best_rows(self._rows, values, k, self.metric == "cosine")[0][:, -1:]
         return float((found >= edge - 1e-9 * edge.abs()).double().mean())
 
     def add(self, store: GradientStore) -> None:
@@ -232,9 +226,9 @@ class InfluenceIndex:
         Raises:
             StoreError: a store of another model, projection or layers.
         """
-        self._check_space(store)
+        check_store(store, self.meta, self.identity)
         before, was = self._rows.count, self._seen
-        rows = Rows([*self._rows.given, (store, _as_written(store, range(len(store))))], self.layers)
+        rows = Rows([*self._rows.given, (store, as_written(store, range(len(store))))], self.layers)
         rows.native(self.layers)
         self._take_in(rows, before)
         self._written.append(len(store.with_deleted))
@@ -255,30 +249,16 @@ class InfluenceIndex:
             InputError: the index is of several stores, none of which is in this folder; or only the last can grow.
             StoreError: a store of another model, projection or layers.
         """
-        given = self._rows.given
-        own = [i for i, (other, _) in enumerate(given) if other.path.resolve() == store.path.resolve()]
-        if len(given) > 1 and not own:
-            raise InputError(f"store: {store.path} is none of the {len(given)} stores of the index")
-        self._check_space(store)
-        place = own[0] if own else 0
-        (was, covered), now = given[place], store.with_deleted
-        written = self._written[place]
-        if now.digest_of(written) != was.with_deleted.digest_of(written):
-            if len(given) > 1 or covered != range(written):
-                raise InputError(
-                    "store: was compacted, and the index is of a part of it or of others too; build it again"
-                )
+        check_store(store, self.meta, self.identity)
+        followed = follow(self._rows, self._written, store)
+        if followed is None:
             _log.info("%s: was compacted; the index is built anew", store.path)
             self._curvatures.load_all(self._rows)
             built = self._built(store, self.factory, self.metric, self.layers, path=path, kept=self._curvatures)
             self.__dict__.update(built.__dict__)
             return
-        if covered.stop == written:
-            covered = range(covered.start, len(now))
-        rows = Rows([*given[:place], (store, covered), *given[place + 1 :]], self.layers)
+        rows, place = followed
         before, seen = self._rows, self._seen
-        if rows.count > before.count and place < len(given) - 1:
-            raise InputError(f"store: only the last store of an index can grow, {given[-1][0].path}; build it again")
         if rows.count == before.count:
             # Deleted rows are left out by the store, whatever the index holds; they are still in its curvature.
             self._rows = rows
@@ -287,8 +267,8 @@ class InfluenceIndex:
         with nullcontext() if path is None else writing(path) as folder:
             if rows.count > before.count:
                 self._take_in(rows, before.count, folder)
-                self._written[place] = len(now)
-            known = before.count if _same_rows(before.live, rows.live, before.count) else None
+                self._written[place] = len(store.with_deleted)
+            known = before.count if same_rows(before.live, rows.live, before.count) else None
             self._curvatures.update(rows, self._seen, known, seen)
             if folder is not None:
                 self._publish(folder)
@@ -318,18 +298,6 @@ class InfluenceIndex:
         index = cls.load(path, store if len(entries) == 1 else None)
         index.update(store, path)
         return index
-
-    def _check_space(self, store: StoreReader) -> None:
-        for key in ("model", "projection"):
-            if store.meta[key] != self.meta[key]:
-                raise StoreError(f"store: another {key} than the index ({store.meta[key]}, {self.meta[key]})")
-        if other := other_space(self.identity, recorded_identity(store.meta)):
-            raise StoreError(f"store: made by another computation than the index ({other})")
-        for name in self.layers:
-            if store.dims.get(name) != self.meta["dims"][name]:
-                raise StoreError(
-                    f"store: layer {name!r} has {store.dims.get(name)} numbers per row, the index {self.meta['dims'][name]}"
-                )
 
     def _take_in(self, rows: Rows, before: int, folder: IndexFolder | None = None) -> None:
         """Search these rows from now on, of which the first ``before`` are known."""
@@ -372,17 +340,12 @@ class InfluenceIndex:
                 of the store that has changed. InfluenceError: an approximate index that finds fewer than ``k`` rows.
         """
         scores, rows = self.search_rows(queries, k, harmful, layers=layers, only=only, method=method)
-        if self._rows.live is None and isinstance(ids := self.ids if self._by_rows else None, range):
-            return scores.float(), rows + ids.start
+        if (first := first_number(self._rows)) is not None:
+            return scores.float(), rows + first
         names = [[self.name_of(row) for row in found] for found in rows.tolist()]
         if all(store.numbered for store, _ in self._rows.stores):
             return scores.float(), torch.tensor(names, dtype=torch.int64)
         return scores.float(), names
-
-    @property
-    def _by_rows(self) -> bool:
-        """Whether all ids are the numbers of rows, which nothing is to be read for."""
-        return all(isinstance(store.ids, range) for store, _ in self._rows.stores)
 
     def search_rows(
         self,
@@ -395,9 +358,21 @@ class InfluenceIndex:
         method: str | None = None,
     ) -> tuple[Tensor, Tensor]:
         """As :meth:`search`, with float64 scores and row numbers, both ``(m, k)``; errors as of :meth:`search`."""
-        weights = self._weights(layers)
-        values = self._queries(queries, list(weights))
-        allowed, live = None if only is None else self._mask(only), self._rows.live
+        return self._search_rows(queries, k, harmful, layers, only, method, self._preconditioned)
+
+    def _search_rows(
+        self,
+        queries: Gradients,
+        k: int,
+        harmful: bool,
+        layers: Sequence[str] | Mapping[str, float] | None,
+        only: Any,
+        method: str | None,
+        precondition: Callable[[str, Tensor, Mapping[str, float]], Preconditioned],
+    ) -> tuple[Tensor, Tensor]:
+        weights = layer_weights(self.layers, layers)
+        values = self._values(queries, list(weights))
+        allowed, live = None if only is None else row_mask(len(self), only, lambda: self.ids), self._rows.live
         most = len(self) if allowed is None else int(allowed.sum())
         if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= most:
             left = "" if allowed is None else " that are left"
@@ -406,7 +381,7 @@ class InfluenceIndex:
         if self._scan is not None:
             names, factors = list(weights), list(weights.values())
             how = self.metric if method is None else method
-            ready = self._preconditioned(how, values, weights)
+            ready = precondition(how, values, weights)
             mask = allowed if live is None else self._rows.alive
             if live is not None and mask is not None and allowed is not None:
                 mask[torch.from_numpy(live)] = allowed
@@ -421,7 +396,9 @@ class InfluenceIndex:
                     f"layers, only, method: chosen at query time by a Flat index alone, this one is {self.factory}"
                 )
             _log.info("%s finds %.1f %% of the true best 10", self.factory, 100 * self.recall)
-            scores, rows = self._approximately(sign * values, k)
+            scores, rows = find_rows(
+                self._partitions, self._rows, sign * values, k, self.meta["breadth"], self.metric == "cosine"
+            )
         if live is not None:
             rows = torch.from_numpy(np.searchsorted(live, rows.numpy()))
         # No -0 where a harmful search turned a zero.
@@ -440,23 +417,10 @@ class InfluenceIndex:
         """
         how = self.metric if method is None else method
         weights, numbers = dict.fromkeys(self.layers, 1.0), self._numbers(rows)
-        values = self._queries(queries, self.layers)
+        values = self._values(queries, self.layers)
         ready = Preconditioned(values) if how == self.metric else self._preconditioned(how, values, weights)
-        widths = [self._rows.dims[name] for name in self.layers]
         gradients = {name: self._rows.take(name, numbers).double() for name in self.layers}
-        parts = dict(zip(self.layers, ready.values.double().split(widths, 1), strict=True))
-        out = {name: part @ gradients[name].T for name, part in parts.items()}
-        if how == "cosine":
-            of_query, of_rows = (
-                torch.stack([side.square().sum(1) for side in sides.values()]).sum(0).sqrt()
-                for sides in (parts, gradients)
-            )
-        elif ready.queries is not None and ready.rows is not None:
-            of_query, of_rows = ready.queries, torch.from_numpy(ready.rows)[numbers]
-        else:
-            return out
-        length = of_query[:, None] * of_rows
-        return {name: torch.where(length > 0, part / length, 0) for name, part in out.items()}
+        return layer_scores(ready, gradients, numbers, how == "cosine")
 
     def _numbers(self, rows: Sequence[int]) -> Tensor:
         """Rows as the stores number them, deleted ones among them."""
@@ -516,13 +480,7 @@ class InfluenceIndex:
 
     @property
     def _seen(self) -> str:
-        """Tells the rows that the index finds now from others."""
-        digest = hashlib.sha256()
-        for (store, rows), written in zip(self._rows.stores, self._written, strict=True):
-            digest.update(f"{store.digest_of(written)} {rows.start} {rows.stop}\n".encode())
-        if self._rows.live is not None:
-            digest.update(self._rows.live.astype("<i8").data)
-        return digest.hexdigest()
+        return digest_of_rows(self._rows, self._written)
 
     def column(self, name: str) -> Tensor:
         """``loss``, ``correct`` or ``prediction`` of every row of the index, from its stores: ``(rows,)``."""
@@ -540,15 +498,10 @@ class InfluenceIndex:
             self._publish(folder)
 
     def _publish(self, folder: IndexFolder) -> None:
-        stores = []
-        for (store, rows), written in zip(self._rows.stores, self._written, strict=True):
-            where = os.path.relpath(store.path.resolve(), folder.path)
-            digest = store.digest_of(written)
-            stores.append({"path": where, "digest": digest, "rows": [rows.start, rows.stop], "written": written})
         folder.publish(
             {
                 **self.meta,
-                "stores": stores,
+                "stores": store_entries(self._rows, self._written, folder.path),
                 "segments": [] if self._scan is None else self._scan.save(folder),
                 "partitions": [partition.save(folder) for partition in self._partitions],
                 **({"curvature": kept} if (kept := self._curvatures.save(folder, self._rows)) else {}),
@@ -575,35 +528,8 @@ class InfluenceIndex:
         document = read_document(folder)
         if verifying(verify):
             check_files(folder, [segment["data"] for segment in document["segments"]])
-        entries = document["stores"]
-        given = [store] if isinstance(store, GradientStore) else list(store or [])
-        if store is not None and len(given) != len(entries):
-            raise InputError(f"store: the index is of {len(entries)} stores, got {len(given)}")
-        found = given or [
-            GradientStore.open(os.path.normpath(folder.resolve() / entry["path"]), verify) for entry in entries
-        ]
-        pairs = []
-        for entry, one in zip(entries, found, strict=True):
-            whole = one.with_deleted
-            written = entry.get("written", len(whole))
-            if whole.digest_of(written) != entry["digest"]:
-                raise StoreError(
-                    f"{folder}: {one.path} is another store than was indexed; update the index or build it again"
-                )
-            begin, end = entry["rows"]
-            if not begin < end <= written:
-                raise StoreError(f"{folder}: damaged index, rows {begin} to {end} of the {written} of {one.path}")
-            if end == written < len(whole):
-                _log.warning("%s: %d rows were appended since it was indexed", one.path, len(whole) - written)
-            pairs.append((one, range(begin, end)))
+        rows, written = open_rows(folder, document, store, verify)
         meta = {key: document[key] for key in document if key not in _PARTS}
-        layers, dims = meta["layers"], meta["dims"]
-        if not pairs or not layers or any({name: one.dims.get(name) for name in layers} != dims for one in found):
-            raise StoreError(f"{folder}: damaged index, its layers are not those of its stores")
-        for key in ("model", "projection"):
-            if any(one.meta[key] != meta[key] for one in found):
-                raise StoreError(f"{folder}: damaged index, its {key} is not that of its stores")
-        rows = Rows(pairs, layers)
         exact = meta["factory"] == "Flat"
         scan = Scan.open(folder, rows.dims, document["segments"]) if exact else None
         width = sum(rows.dims.values())
@@ -612,148 +538,30 @@ class InfluenceIndex:
         if counted != rows.count or exact == bool(partitions):
             raise StoreError(f"{folder}: damaged index, {counted} vectors where {rows.count} are named")
         loaded = cls(rows, meta, scan, partitions)
-        loaded._curvatures = Curvatures.open(folder, document.get("curvature", []), layers, verifying(verify))
-        loaded._written = [entry.get("written", known) for entry, known in zip(entries, loaded._written, strict=True)]
+        loaded._curvatures = Curvatures.open(folder, document.get("curvature", []), rows.layers, verifying(verify))
+        loaded._written = written
         return loaded
 
     def to_gpu(self) -> InfluenceIndex:
         """The same index with its partitions cloned to all GPUs, sharded; BackendError without faiss-gpu. ``Flat`` stays."""
         if self._scan is not None:
             return self
-        faiss = load_faiss()
-
-        if not hasattr(faiss, "StandardGpuResources") or faiss.get_num_gpus() == 0:
-            raise BackendError("to_gpu: needs faiss-gpu and a GPU; search on the CPU instead")
-        options = faiss.GpuMultipleClonerOptions()
-        options.shard = True
-        partitions = [replace(b, index=faiss.index_cpu_to_all_gpus(b.index, co=options)) for b in self._partitions]
+        partitions = on_gpus(self._partitions)
         return InfluenceIndex(self._rows, self.meta, None, partitions)
 
-    def _weights(self, layers: Sequence[str] | Mapping[str, float] | None) -> dict[str, float]:
-        if not isinstance(layers, Mapping):
-            return dict.fromkeys(chosen_layers(self.layers, layers), 1.0)
-        names = chosen_layers(self.layers, list(layers))
-        weights = {name: float(layers[name]) for name in names}
-        if not all(0 <= weight < float("inf") for weight in weights.values()) or not any(weights.values()):
-            raise InputError(f"layers: expected weights that are not negative, one of them positive, got {layers!r}")
-        return {name: weight for name, weight in weights.items() if weight}
+    def _values(self, queries: Gradients, layers: list[str]) -> Tensor:
+        return query_values(queries, layers, self.meta, self.identity)
 
-    def _mask(self, only: Any) -> Tensor:
-        n = len(self)
-        if isinstance(only, Tensor | np.ndarray) or (len(only) and isinstance(only[0], bool)):
-            given = torch.as_tensor(only)
-            if given.dtype == torch.bool:
-                if given.shape != (n,):
-                    raise InputError(f"only: expected a mask of the {n} rows, got shape {tuple(given.shape)}")
-                return given
-            only = given.tolist()
-        ids = self.ids
-        place = ids if isinstance(ids, range) else {name: row for row, name in enumerate(ids)}
-        mask = torch.zeros(n, dtype=torch.bool)
-        for name in only:
-            if name not in place:
-                raise InputError(f"only: no row has the id {name!r}")
-            mask[place.index(name) if isinstance(place, range) else place[name]] = True
-        return mask
-
-    def _queries(self, queries: Gradients, layers: list[str]) -> Tensor:
-        found = GradientSource("queries", queries)
-        for name in layers:
-            if name not in found.layers:
-                raise StoreError(f"queries: lack layer {name!r} of the index; they have {', '.join(found.layers)}")
-            if found.dim(name) != self.meta["dims"][name]:
-                raise StoreError(
-                    f"queries: layer {name!r} has {found.dim(name)} numbers per row, the index {self.meta['dims'][name]}"
-                )
-        if found.store is not None:
-            for key in ("model", "projection"):
-                if found.store.meta[key] != self.meta[key]:
-                    raise StoreError(
-                        f"queries: another {key} than the index ({found.store.meta[key]}, {self.meta[key]})"
-                    )
-            if other := other_space(self.identity, recorded_identity(found.store.meta)):
-                raise StoreError(f"queries: made by another computation than the index ({other})")
-        values = torch.cat([found.read(name) for name in layers], 1)
-        if not values.isfinite().all():
-            row = int(values.isfinite().all(1).logical_not().nonzero()[0])
-            raise InputError(f"queries: row {row} has NaN or infinity")
-        return values
-
-    def _approximately(self, values: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """Candidates of every partition by direction, scored exactly; searched wider until every query has k rows."""
-        breadth, cosine = self.meta["breadth"], self.metric == "cosine"
-        unit = directions(values).numpy()
-        weights = [1.0] * len(self.layers)
-        alive = self._rows.alive
-        while True:
-            numbers = torch.from_numpy(
-                np.concatenate([partition.search(unit, _SPREAD * k, breadth) for partition in self._partitions], axis=1)
-            )
-            if alive is not None:
-                numbers = torch.where((numbers >= 0) & alive[numbers], numbers, -1)
-            if int((numbers >= 0).sum(1).min()) >= k:
-                break
-            breadth *= 4
-            if breadth >= 4 * max(partition.limit for partition in self._partitions):
-                raise InfluenceError(
-                    f"index {self.factory!r} finds fewer than k={k} rows for some query; build a Flat one"
-                )
-        scores = rescore(self._rows, values, self.layers, weights, numbers, cosine)
-        order = np.lexsort((numbers.numpy(), -scores.numpy()), axis=1)[:, :k]  # NaN comes last
-        place = torch.from_numpy(order)
-        return scores.gather(1, place), numbers.gather(1, place)
-
-    def _tune(self, queries: Gradients | None, recall: float) -> None:
-        """Search wider until held-out queries find ``recall`` of their best 10, and note what was reached."""
-        k = min(10, len(self))
+    def _widen(self, queries: Gradients | None, recall: float) -> None:
+        """Search as wide as held-out queries take to find ``recall`` of their best 10, and note what was reached."""
         if queries is None:
             chosen = np.sort(np.random.default_rng(1).permutation(len(self))[:_HELD_OUT])
             numbers = torch.from_numpy(chosen if self._rows.live is None else self._rows.live[chosen])
             held_out = torch.cat([self._rows.take(name, numbers) for name in self.layers], 1)
         else:
-            held_out = self._queries(queries, self.layers)[:_HELD_OUT]
-        true = _best(self._rows, held_out, k, self.metric)
-        limit = max(partition.limit for partition in self._partitions)
-        while True:
-            found = self._approximately(held_out, k)[1].tolist()
-            reached = float(np.mean([len(set(a) & set(b)) / k for a, b in zip(true.tolist(), found, strict=True)]))
-            self.recall = self.meta["recall"] = reached
-            if reached >= recall or self.meta["breadth"] >= limit:
-                return
-            self.meta["breadth"] = min(2 * self.meta["breadth"], limit)
-
-
-def _same_rows(before: np.ndarray | None, now: np.ndarray | None, count: int) -> bool:
-    """Whether of the first ``count`` rows the same are left."""
-    whole = np.arange(count)
-    mine = whole if before is None else before
-    left = whole if now is None else now[: np.searchsorted(now, count)]
-    return np.array_equal(mine, left)
-
-
-def _as_written(store: StoreReader, rows: range) -> range:
-    """A range of rows as the shards number them, deleted rows among them."""
-    if store.live is None:
-        return rows
-    whole = rows.start == 0 and rows.stop == len(store)
-    return (
-        range(len(store.with_deleted))
-        if whole
-        else range(int(store.live[rows.start]), int(store.live[rows.stop - 1]) + 1)
-    )
-
-
-def _best(rows: Rows, queries: Tensor, k: int, metric: str) -> Tensor:
-    """Row numbers of the best k by brute force in float32."""
-    best, where = torch.empty(len(queries), 0), torch.empty(len(queries), 0, dtype=torch.int64)
-    for numbers, values in live_blocks(rows):
-        scores = queries @ (directions(values) if metric == "cosine" else values).T
-        best = torch.cat([best, scores], 1)
-        where = torch.cat([where, numbers.expand(len(queries), -1)], 1)
-        best, place = best.topk(min(k, best.shape[1]))
-        where = where.gather(1, place)
-    return where
-
-
-def _unit_or_whole(values: Tensor, cosine: bool) -> Tensor:
-    return torch.nn.functional.normalize(values, dim=1) if cosine else values
+            held_out = self._values(queries, self.layers)[:_HELD_OUT]
+        k, cosine = min(10, len(self)), self.metric == "cosine"
+        self.meta["breadth"], self.recall = tune(
+            self._partitions, self._rows, held_out, k, self.meta["breadth"], cosine, recall
+        )
+        self.meta["recall"] = self.recall

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from influence_fast._files import atomic_path
-from influence_fast.attribution.curvature import METHODS, Factors, LayerCurvature
+from influence_fast.attribution.curvature import METHODS, Factors, LayerCurvature, Together, alone
 from influence_fast.errors import InputError, StoreError
 from influence_fast.search.exact import Rows
 from influence_fast.search.index_files import IndexFolder, check_files, describe
@@ -83,8 +83,9 @@ class Curvatures:
         damping: float,
         rank: int | None,
         factors: Mapping[str, Factors],
+        together: Together = alone,
     ) -> None:
-        """Read the rows for a method; ``of`` tells them from others."""
+        """Read the rows for a method; ``of`` tells them, and those of the processes that ``together`` adds, from others."""
         if method not in METHODS:
             raise InputError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
         if isinstance(damping, bool) or not isinstance(damping, int | float) or not 0 < damping < float("inf"):
@@ -96,7 +97,15 @@ class Curvatures:
             for name in layers:
                 out, in_ = rows.stores[0][0].shapes[name]
                 found = LayerCurvature.made(
-                    method, name, rows.dims[name], out * in_, damping, _blocks(rows, name), rank, factors.get(name)
+                    method,
+                    name,
+                    rows.dims[name],
+                    out * in_,
+                    damping,
+                    _blocks(rows, name),
+                    rank,
+                    factors.get(name),
+                    together,
                 )
                 made[method, name] = _Kept(of, damping, found.share, found)
             self._kept.update(made)
@@ -128,9 +137,10 @@ class Curvatures:
             found = other._read(method, name, rows).remade(_blocks(rows, name))
             self._kept[method, name] = _Kept(of, kept.damping, found.share, found)
 
-    def serves(self, method: str, layers: Sequence[str]) -> bool:
-        """Whether there is curvature of all these layers for a method."""
-        return all(self._key(method, name) in self._kept for name in layers)
+    def serves(self, method: str, layers: Sequence[str], of: str | None = None) -> bool:
+        """Whether there is curvature of all these layers for a method, and of these rows."""
+        found = [self._kept.get(self._key(method, name)) for name in layers]
+        return all(kept is not None and of in (None, kept.of) for kept in found)
 
     def precondition(
         self, method: str, rows: Rows, values: Tensor, weights: Mapping[str, float], of: str
@@ -231,6 +241,23 @@ class Curvatures:
             # Of the layers and weights asked for last.
             self._lengths = {key: out}
         return self._lengths[key]
+
+
+def layer_scores(ready: Preconditioned, rows: Mapping[str, Tensor], numbers: Tensor, cosine: bool) -> dict[str, Tensor]:
+    """What each layer adds to the scores of some rows: ``rows`` float64 ``(n, dim)`` by layer -> float64 ``(m, n)``."""
+    widths = [values.shape[1] for values in rows.values()]
+    parts = dict(zip(rows, ready.values.double().split(widths, 1), strict=True))
+    out = {name: part @ rows[name].T for name, part in parts.items()}
+    if cosine:
+        of_query, of_rows = (
+            torch.stack([side.square().sum(1) for side in sides.values()]).sum(0).sqrt() for sides in (parts, rows)
+        )
+    elif ready.queries is not None and ready.rows is not None:
+        of_query, of_rows = ready.queries, torch.from_numpy(ready.rows)[numbers]
+    else:
+        return out
+    length = of_query[:, None] * of_rows
+    return {name: torch.where(length > 0, part / length, 0) for name, part in out.items()}
 
 
 def _blocks(rows: Rows, layer: str, first: int = 0) -> Callable[[], Iterator[Tensor]]:

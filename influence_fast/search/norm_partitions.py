@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from influence_fast._files import atomic_path, atomic_write
-from influence_fast.errors import BackendError, InputError, StoreError
-from influence_fast.search.exact import Rows, parts_of
+from influence_fast.errors import BackendError, InfluenceError, InputError, StoreError
+from influence_fast.search.exact import Rows, parts_of, rescore
 from influence_fast.search.index_files import IndexFolder, check_files, describe
 
 _BLOCK_BYTES = 32 << 20
@@ -27,6 +27,7 @@ _TRAIN_ROWS = 50_000
 _RATIO = 1.5
 _ROWS = 2_000
 _SLOW_SCAN = 1 << 32
+_SPREAD = 8
 
 
 @dataclass
@@ -167,6 +168,79 @@ def add_to_partitions(partitions: list[NormPartition], rows: Rows, first: int, m
                 partition.add((values if partition.whole else unit)[mine].numpy(), begin + mine)
 
 
+def find_rows(
+    partitions: Sequence[NormPartition], rows: Rows, queries: Tensor, k: int, breadth: int, cosine: bool
+) -> tuple[Tensor, Tensor]:
+    """Candidates of every partition by direction, scored exactly; searched wider until every query has k rows.
+
+    Returns:
+        float64 scores and row numbers, both ``(m, k)``.
+
+    Raises:
+        InfluenceError: some query finds fewer than ``k`` rows however wide it searches.
+    """
+    unit, alive = directions(queries).numpy(), rows.alive
+    while True:
+        numbers = torch.from_numpy(
+            np.concatenate([partition.search(unit, _SPREAD * k, breadth) for partition in partitions], axis=1)
+        )
+        if alive is not None:
+            numbers = torch.where((numbers >= 0) & alive[numbers], numbers, -1)
+        if int((numbers >= 0).sum(1).min()) >= k:
+            break
+        breadth *= 4
+        if breadth >= 4 * max(partition.limit for partition in partitions):
+            raise InfluenceError(f"index finds fewer than k={k} rows for some query; build a Flat one")
+    scores = rescore(rows, queries, rows.layers, [1.0] * len(rows.layers), numbers, cosine)
+    order = np.lexsort((numbers.numpy(), -scores.numpy()), axis=1)[:, :k]  # NaN comes last
+    place = torch.from_numpy(order)
+    return scores.gather(1, place), numbers.gather(1, place)
+
+
+def tune(
+    partitions: Sequence[NormPartition],
+    rows: Rows,
+    queries: Tensor,
+    k: int,
+    breadth: int,
+    cosine: bool,
+    recall: float,
+) -> tuple[int, float]:
+    """How wide to search for these queries to find ``recall`` of their best ``k``, and the share that they then find."""
+    true, limit = best_rows(rows, queries, k, cosine)[1], max(partition.limit for partition in partitions)
+    while True:
+        found = find_rows(partitions, rows, queries, k, breadth, cosine)[1].tolist()
+        reached = float(np.mean([len(set(a) & set(b)) / k for a, b in zip(true.tolist(), found, strict=True)]))
+        if reached >= recall or breadth >= limit:
+            return breadth, reached
+        breadth = min(2 * breadth, limit)
+
+
+def best_rows(rows: Rows, queries: Tensor, k: int, cosine: bool) -> tuple[Tensor, Tensor]:
+    """Scores and row numbers of the best k by brute force, in the queries' dtype; as directions for cosines."""
+    queries = directions(queries) if cosine else queries
+    best, where = queries.new_empty(len(queries), 0), torch.empty(len(queries), 0, dtype=torch.int64)
+    for numbers, read in live_blocks(rows):
+        values = read.to(queries.dtype)
+        scores = queries @ (directions(values) if cosine else values).T
+        best = torch.cat([best, scores], 1)
+        where = torch.cat([where, numbers.expand(len(queries), -1)], 1)
+        best, place = best.topk(min(k, best.shape[1]))
+        where = where.gather(1, place)
+    return best, where
+
+
+def on_gpus(partitions: Sequence[NormPartition]) -> list[NormPartition]:
+    """The partitions cloned to all GPUs, sharded; BackendError without faiss-gpu."""
+    faiss = load_faiss()
+
+    if not hasattr(faiss, "StandardGpuResources") or faiss.get_num_gpus() == 0:
+        raise BackendError("to_gpu: needs faiss-gpu and a GPU; search on the CPU instead")
+    options = faiss.GpuMultipleClonerOptions()
+    options.shard = True
+    return [replace(part, index=faiss.index_cpu_to_all_gpus(part.index, co=options)) for part in partitions]
+
+
 def automatic_factory(rows: Rows, recall: float, memory: int | None) -> str:
     """A factory string by rows, numbers per row, memory and recall."""
     n, dim = rows.count, sum(rows.dims.values())
@@ -224,7 +298,7 @@ def live_blocks(rows: Rows, layers: Sequence[str] | None = None) -> Iterator[tup
 def directions(values: Tensor) -> Tensor:
     """Rows of unit length; a zero row stays zero."""
     norm = values.double().norm(dim=1, keepdim=True)
-    return torch.where(norm > 0, values / norm, 0).float()
+    return torch.where(norm > 0, values / norm, 0).to(values.dtype)
 
 
 def _inner(index: Any) -> Any:

@@ -10,11 +10,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ranks import run_ranks
 from scipy.stats import rankdata
 from stores import write_store
 from torch import Tensor
 
 import influence_fast as inf
+from influence_fast import _distributed as processes
 from influence_fast.evaluation.metrics import order
 
 L, M, N = 3, 5, 12
@@ -215,3 +217,27 @@ def test_a_stopped_job_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         inf.aggregate(inf.influence(store, queries), "rank", checkpoint=tmp_path / "c")
     with pytest.raises(inf.InputError, match="checkpoint: needs an InfluenceMatrix"):
         inf.aggregate(values(), "rank", checkpoint=tmp_path / "d")
+
+
+def score_together(folder: Path) -> None:
+    with processes.joined():
+        matrix = inf.influence(inf.GradientStore.open(folder / "t"), inf.GradientStore.open(folder / "q"), memory=12_000)
+        found = inf.aggregate_many(matrix, ["mean", "rank", "vote", "median"], together=True)["all"]
+        with pytest.raises(inf.InputError, match="checkpoint: expected None"):
+            inf.aggregate_many(matrix, ["rank"], checkpoint=folder, together=True)
+        torch.save(found, folder / f"found-{processes.here()[0]}.pt")
+
+
+def test_processes_share_layers_and_queries(tmp_path: Path) -> None:
+    data = [
+        {f"l{i}": torch.randn(n, 6, generator=torch.Generator().manual_seed(n + i)) for i in range(2)} for n in (40, 9)
+    ]
+    train, queries = (write_store(tmp_path / name, rows) for name, rows in zip("tq", data, strict=True))
+    log = tmp_path / "log"
+    assert run_ranks(score_together, tmp_path, log=log, ranks=3) == 0, log.read_text()
+    expected = inf.aggregate_many(inf.influence(train, queries), ["mean", "rank", "vote", "median"])["all"]
+    for rank in range(3):
+        found = torch.load(tmp_path / f"found-{rank}.pt")
+        for name in ("rank", "vote", "median"):
+            assert torch.equal(found[name], expected[name]), name
+        torch.testing.assert_close(found["mean"], expected["mean"], rtol=1e-12, atol=1e-15)

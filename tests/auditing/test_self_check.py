@@ -189,7 +189,7 @@ def test_the_index_is_the_one_that_the_store_would_get(
 ) -> None:
     """Not the exact one that so few rows always get: its figure may be below 1, and is said."""
     monkeypatch.setattr(inf.InfluenceIndex, "choose_factory", lambda store: "IVF4,SQ8")
-    monkeypatch.setattr("influence_fast.search.influence_index.InfluenceIndex._tune", lambda *rest: None)
+    monkeypatch.setattr("influence_fast.search.influence_index.InfluenceIndex._widen", lambda *rest: None)
     data = write_rows(tmp_path / "train.jsonl", texts(60, 1))
     given = ["--layers", "attention", "--methods", "dot", "--self-check", 0.2, "--out", tmp_path / "a", "--json"]
     code, out, err = run("audit", *options(folder, train=data), *given)

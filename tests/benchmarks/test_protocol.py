@@ -17,9 +17,10 @@ import torch
 import transformers as hf
 from audits import tokenizer, write_rows
 from click.testing import CliRunner, Result
+from stores import gradients, write_store
 
 import influence_fast as inf
-from benchmarks import capture, default_projection, finetune, million, naive, protocol
+from benchmarks import capture, default_projection, finetune, many_rows, million, naive, protocol
 from influence_fast.data.models import load_model
 from influence_fast.diagnostics import kernel_bench as bench
 
@@ -203,31 +204,58 @@ def test_capture_holds_estimates_against_builds(tiny_capture: None, tmp_path: Pa
 
 
 def test_million(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(million, "BASE_ROWS", 600)
-    monkeypatch.setattr(million, "CLUSTERS", 20)
+    monkeypatch.setattr(many_rows, "BASE_ROWS", 600)
+    monkeypatch.setattr(many_rows, "CLUSTERS", 20)
+    monkeypatch.setattr(million, "read_bytes_per_s", lambda: 1e10)
     monkeypatch.setattr(bench, "ceilings", lambda: {})
     here = lambda kind, path, out, memory="64MiB": million.job(kind, path, out, memory)  # noqa: E731
     monkeypatch.setattr(million, "in_process", here)
     out = tmp_path / "empty"
     out.touch()
-    result = invoke(million.main, "--rows", 1200, "--queries", 4, "--out", out)
+    given = ["--rows", 1200, "--queries", 4, "--dims", 256, "--out", out]
+    result = invoke(million.main, *given, "--faiss", "cosine:IVF4,SQ8", "--folder", tmp_path / "kept")
     assert result.exit_code == 0, result.output
     found = json.loads(out.read_text())
     assert "partial" not in found
     assert found["million"]["dot"]["recall_at_10"] == found["million"]["cosine"]["recall_at_10"] == 1
+    for of in ("dot filtered", "cosine filtered"):
+        assert found["million"][of]["recall_at_10"] == 1
+    assert found["million"]["dot"]["share_read"] < found["million"]["cosine"]["share_read"] == 1
+    assert found["million"]["cosine"]["floor_bytes"] == found["million"]["bytes"]
+    assert found["faiss_flat"]["recall_at_10"] == 1
+    assert found["faiss"][0]["recall_at_10"] > 0.9
     assert list(found["peak"]["aggregate"]) == ["120", "1200"]
+    assert all(
+        run["anonymous_peak_bytes"] <= run["peak_bytes"] for runs in found["peak"].values() for run in runs.values()
+    )
+    assert found["load"].keys() == found["seconds"].keys() > {"rank and vote"}
     assert "| rank + vote, 1200 x 1000 (layer, query) rows |" in result.stdout
-    assert "[9/9]" in result.stderr
+    assert "[14/14]" in result.stderr
 
     def stop(*args: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(million, "scan", stop)
-    assert invoke(million.main, "--rows", 1200, "--queries", 4, "--out", out).exit_code == 1
+    assert invoke(million.main, *given).exit_code == 1
     found = json.loads(out.read_text())
     assert found["partial"] is True
     assert found["exact"]["rows"] == 1200
     assert "million" not in found
+    assert "expected a multiple of 128, got 200" in invoke(million.main, "--dims", 200).stderr
+
+
+def test_brute_force_keeps_ties_in_row_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(many_rows, "_BLOCK", 7)
+    data = gradients(40, 0)
+    for name in data:
+        data[name][20:24] = data[name][3]
+    store, asked = write_store(tmp_path / "s", data), many_rows.stacked({n: v[:5] for n, v in gradients(5, 1).items()})
+    values, mask = many_rows.stacked(data).double(), torch.arange(40) % 3 > 0
+    found = many_rows.brute_force(store, asked, 40, torch.float64, ("dot", "cosine"), {"some": mask})
+    for metric in ("dot", "cosine"):
+        scores = asked.double() @ (values / values.norm(dim=1, keepdim=True) if metric == "cosine" else values).T
+        for key, left in ((metric, scores), (f"{metric} some", scores.masked_fill(~mask, -torch.inf))):
+            assert torch.equal(found[key], left.argsort(dim=1, descending=True, stable=True)[:, :10])
 
 
 def test_an_encoder_is_fine_tuned_and_its_gradients_are_those_of_a_plain_loop(tmp_path: Path) -> None:
