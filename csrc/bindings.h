@@ -86,8 +86,6 @@ inline void same_dtype(const char* name, Dtype dtype, Dtype wanted) {
   if (dtype != wanted) refuse(name, name_of(wanted), name_of(dtype));
 }
 
-inline int64_t bytes_of(Dtype dtype) { return dtype == Dtype::float32 ? 4 : dtype == Dtype::int8 ? 1 : 2; }
-
 template <size_t Count>
 void unpack(const char* name, const py::tuple& tuple, int64_t (&out)[Count]) {
   if (tuple.size() != Count) refuse(name, std::to_string(Count) + " numbers", tuple.size());
