@@ -14,7 +14,7 @@ namespace {
 
 constexpr int kScores = 64;  // samples x queries of a block
 #ifdef INFLUENCE_FAST_SIMT   // small shapes reach every loop on the host
-constexpr int64_t kStrip = 1 << 10, kScratch = 1 << 14, kShare = 1 << 9;
+constexpr int64_t kStrip = 1 << 10, kScratch = 1 << 16, kShare = 1 << 9;
 #else
 constexpr int64_t kStrip = 1 << 19, kScratch = 1 << 25;  // entries of a strip, of one sample and of those made together
 constexpr int64_t kShare = 1 << 10;                      // entries that a block multiplies

@@ -417,13 +417,6 @@ inline uint16_t half_bits(float value) {
   return static_cast<uint16_t>(sign | (u >= 0x47800000u ? 0x7C00u : (u - 0x38000000u) >> 13));
 }
 
-inline float half_value(uint16_t bits) {
-  const int exponent = bits >> 10 & 31, fraction = bits & 0x3FF;
-  float magnitude = std::ldexp(static_cast<float>(exponent ? fraction + 1024 : fraction), std::max(exponent, 1) - 25);
-  if (exponent == 31) magnitude = fraction ? NAN : INFINITY;
-  return bits & 0x8000u ? -magnitude : magnitude;
-}
-
 inline uint32_t __float_as_uint(float value) {
   uint32_t bits;
   std::memcpy(&bits, &value, 4);
@@ -434,6 +427,13 @@ inline float __uint_as_float(uint32_t bits) {
   std::memcpy(&value, &bits, 4);
   return value;
 }
+inline float half_value(uint16_t bits) {
+  const uint32_t magnitude = (bits & 0x7FFFu) << 13;  // exponents are 112 apart
+  const float scaled = __uint_as_float(magnitude) * 0x1p112f;
+  const float value = (bits & 0x7C00u) == 0x7C00u ? __uint_as_float(magnitude | 0x7F800000u) : scaled;
+  return bits & 0x8000u ? -value : value;
+}
+
 inline uint32_t bf16_pair(float low, float high) {
   const auto rounded = [](float value) {
     const uint32_t bits = __float_as_uint(value);
@@ -481,11 +481,12 @@ void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], int site
     const uint32_t *a, *b;
   } lane{d, a, b};
   simt::warp_operation(site, &lane, [](void* const* lanes) {
-    float left[16][16], right[16][8];
+    using Row = float __attribute__((vector_size(32)));
+    float left[16][16];
+    Row right[16];
     const auto unpack = [](uint32_t pair, int high) {
       const uint16_t bits = static_cast<uint16_t>(pair >> (16 * high));
-      return T::half ? half_value(bits)
-                                                             : __uint_as_float(static_cast<uint32_t>(bits) << 16);
+      return T::half ? half_value(bits) : __uint_as_float(static_cast<uint32_t>(bits) << 16);
     };
     for (int i = 0; i < simt::kWarp; ++i) {
       const Lane& l = *static_cast<Lane*>(lanes[i]);
@@ -495,14 +496,12 @@ void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], int site
         for (int r = 0; r < 2; ++r) right[pair + h + r * 8][group] = unpack(l.b[r], h);
       }
     }
-    for (int i = 0; i < simt::kWarp; ++i) {
-      const Lane& l = *static_cast<Lane*>(lanes[i]);
-      for (int r = 0; r < 4; ++r) {
-        const int row = i / 4 + r / 2 * 8, column = i % 4 * 2 + r % 2;
-        float sum = 0;
-        for (int k = 0; k < 16; ++k) sum += left[row][k] * right[k][column];
-        l.d[r] += sum;
-      }
+    for (int row = 0; row < 16; ++row) {
+      Row sum = {};
+      for (int k = 0; k < 16; ++k) sum += left[row][k] * right[k];
+      for (int quarter = 0; quarter < 4; ++quarter)
+        for (int r = 0; r < 2; ++r)
+          static_cast<Lane*>(lanes[row % 8 * 4 + quarter])->d[row / 8 * 2 + r] += sum[quarter * 2 + r];
     }
   });
 }
