@@ -78,8 +78,6 @@ inline void same_dtype(const char* name, Dtype dtype, Dtype wanted) {
   if (dtype != wanted) refuse(name, name_of(wanted), name_of(dtype));
 }
 
-inline int64_t bytes_of(Dtype dtype) { return dtype == Dtype::float32 ? 4 : dtype == Dtype::int8 ? 1 : 2; }
-
 // The address of shape's first element, once it is known that all others can be reached by 64-bit sums.
 template <size_t Count>
 const void* first_element(Address data, Dtype dtype, const int64_t (&shape)[Count], const int64_t (&strides)[Count]) {
