@@ -400,18 +400,21 @@ def seen(folder: Path) -> str:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file but locks; of reports what does not depend on the clock, of an index what its only file is called."""
-    found = {}
+    """Every file but locks; of reports what does not depend on the clock, of an index what its files are called."""
+    found: dict[str, bytes] = {}
     for path in sorted(folder.rglob("*")):
         if not path.is_file() or path.name.endswith(".lock"):
             continue
         data, name = path.read_bytes(), str(path.relative_to(folder))
         if path.suffix == ".html":
             data = re.sub(rb"[\d.]+ s\b", b"", data)
-        # An index that replaces another takes a name that is free, and its seal is over the name.
+        # An index that replaces another takes names that are free, and its seal is over the names.
         if path.name == "index.json":
-            data = re.sub(rb'scan-\d+|"seal": "\w+"', b"", data)
-        found[re.sub(r"scan-\d+", "scan", name)] = data
+            data = re.sub(rb'(scan|curvature)-\d+|"seal": "\w+"', b"", data)
+        if numbered := re.fullmatch(r"(.*(?:scan|curvature))-\d+(.*)", name):
+            kind, end = numbered.groups()
+            name = f"{kind}-{sum(other.startswith(f'{kind}-') for other in found)}{end}"
+        found[name] = data
     return found
 
 
