@@ -50,7 +50,8 @@ class Stored {
     const int64_t count = at_least("firsts: rows", firsts.size(), 2) - 1, layers = at_least("dims: layers", dims.size(), 1);
     same("data: addresses", data.size(), count * layers);
     same("scales: addresses", scales.size(), count * layers);
-    const Dtype type = dtype == "int8" ? Dtype::int8 : dtype_of(dtype);
+    const int bits = dtype == "int8_block" ? 8 : dtype == "int4" ? 4 : 0;
+    const Dtype type = bits > 0 || dtype == "int8" ? Dtype::int8 : dtype_of(dtype);
     for (int64_t dim : dims_) total_ = sum("dims", total_, at_least("dims", dim, 1));
     const int64_t* first = firsts.data();
     for (int64_t s = 0; s < count; ++s) {
@@ -59,13 +60,15 @@ class Stored {
         if (data_[s * layers + l] % static_cast<Address>(bytes_of(type)) != 0)
           refuse("data", "addresses aligned to an element", data_[s * layers + l]);
         pointer<const void>("data", data_[s * layers + l], first[s] == first[s + 1]);
-        pointer<const float>("scales", scales_[s * layers + l], type != Dtype::int8 || first[s] == first[s + 1]);
+        const bool empty = type != Dtype::int8 || first[s] == first[s + 1];
+        if (bits > 0) pointer<const uint16_t>("scales", scales_[s * layers + l], empty);
+        else pointer<const float>("scales", scales_[s * layers + l], empty);
       }
       shards_.push_back({first[s], first[s + 1] - first[s], &data_[s * layers], &scales_[s * layers]});
     }
     rows_ = first[count];
     if (at_least("factors", factors, 0) > 0) {
-      if (type != Dtype::float32) refuse("factors", "0 unless rows are float32", factors);
+      if (type != Dtype::float32 && bits == 0) refuse("factors", "0 unless rows are float32 or blocks have scales", factors);
       same("outs: layers", outs.size(), layers);
       for (int64_t l = 0; l < layers; ++l) {
         if (at_least("outs", outs_[l], 0) == 0) continue;
@@ -73,7 +76,7 @@ class Stored {
         product("factors", factors, outs_[l] + dims_[l] / outs_[l]);
       }
     }
-    view = {shards_.data(), count, dims_.data(), layers, type, factors, outs_.data()};
+    view = {shards_.data(), count, dims_.data(), layers, type, bits, factors, outs_.data()};
   }
   Stored(const Stored&) = delete;
   Stored& operator=(const Stored&) = delete;

@@ -71,52 +71,80 @@ void raise(std::atomic<float>& limit, float value) {
 class Reader {
  public:
   Reader(const SearchKernels& kernels, const StoredRows& source) : kernels_(kernels), source_(source) {
-    int64_t widest = 0;
-    for (int64_t l = 0; l < source.layers; ++l) widest = std::max(widest, source.dims[l]);
-    if (source.dtype != Dtype::float32 || source.factors > 0) room_.resize(widest);
+    int64_t widest = 0, stored = 0;
+    for (int64_t l = 0; l < source.layers; ++l) {
+      widest = std::max(widest, source.dims[l]);
+      stored = std::max(stored, numbers(l));
+    }
+    if (source.dtype != Dtype::float32) room_.resize(stored);
+    if (source.factors > 0) whole_.resize(widest);
   }
 
   const float* read(int64_t row, int64_t layer) {
     const StoreShard* shard = std::upper_bound(source_.shards, source_.shards + source_.shard_count, row,
                                               [](int64_t r, const StoreShard& s) { return r < s.first; }) - 1;
+    const float* found = stored(*shard, row - shard->first, layer, numbers(layer));
+    return factored(layer) ? product(found, layer) : found;
+  }
+
+ private:
+  bool factored(int64_t layer) const { return source_.factors > 0 && source_.outs[layer] > 0; }
+
+  // That are kept of a row.
+  int64_t numbers(int64_t layer) const {
     const int64_t dim = source_.dims[layer];
-    if (source_.factors > 0 && source_.outs[layer] > 0)
-      return product(reinterpret_cast<const float*>(shard->data[layer]), row - shard->first, layer);
-    const int64_t at = (row - shard->first) * dim;
-    const float* scales = reinterpret_cast<const float*>(shard->scale[layer]);
-    const float scale = scales == nullptr ? 1.0f : scales[row - shard->first];
+    return factored(layer) ? source_.factors * (source_.outs[layer] + dim / source_.outs[layer]) : dim;
+  }
+
+  // The numbers that are kept of a row, as float32.
+  const float* stored(const StoreShard& shard, int64_t row, int64_t layer, int64_t dim) {
+    const int64_t at = row * dim;
+    if (source_.bits > 0) {
+      const int64_t blocks = (dim + kScaled - 1) / kScaled, bytes = (dim * source_.bits + 7) / 8;
+      const uint16_t* scales = reinterpret_cast<const uint16_t*>(shard.scale[layer]) + row * blocks;
+      const uint8_t* codes = reinterpret_cast<const uint8_t*>(shard.data[layer]) + row * bytes;
+      for (int64_t block = 0; block < blocks; ++block) {
+        float scale;
+        kernels_.widen(scales + block, Dtype::bfloat16, 1, &scale);
+        for (int64_t i = block * kScaled; i < std::min(dim, (block + 1) * kScaled); ++i) {
+          const int code = source_.bits == 8 ? static_cast<int8_t>(codes[i]) : ((codes[i / 2] >> (i % 2 * 4)) & 15) - 8;
+          room_[i] = static_cast<float>(code) * scale;
+        }
+      }
+      return room_.data();
+    }
+    const float* scales = reinterpret_cast<const float*>(shard.scale[layer]);
+    const float scale = scales == nullptr ? 1.0f : scales[row];
     switch (source_.dtype) {
-      case Dtype::float32: return reinterpret_cast<const float*>(shard->data[layer]) + at;
+      case Dtype::float32: return reinterpret_cast<const float*>(shard.data[layer]) + at;
       case Dtype::int8: {
-        const int8_t* codes = reinterpret_cast<const int8_t*>(shard->data[layer]) + at;
+        const int8_t* codes = reinterpret_cast<const int8_t*>(shard.data[layer]) + at;
         for (int64_t i = 0; i < dim; ++i) room_[i] = static_cast<float>(codes[i]) * scale;
         return room_.data();
       }
       default:
-        kernels_.widen(reinterpret_cast<const uint16_t*>(shard->data[layer]) + at, source_.dtype, dim, room_.data());
+        kernels_.widen(reinterpret_cast<const uint16_t*>(shard.data[layer]) + at, source_.dtype, dim, room_.data());
         if (scales != nullptr)
           for (int64_t i = 0; i < dim; ++i) room_[i] *= scale;
         return room_.data();
     }
   }
 
- private:
-  const float* product(const float* rows, int64_t row, int64_t layer) {
+  const float* product(const float* left, int64_t layer) {
     const int64_t dim = source_.dims[layer], out = source_.outs[layer], in = dim / out;
-    const float* left = rows + row * source_.factors * (out + in);
     const float* right = left + source_.factors * out;
-    std::fill_n(room_.begin(), dim, 0.0f);
+    std::fill_n(whole_.begin(), dim, 0.0f);
     for (int64_t c = 0; c < source_.factors; ++c, left += out, right += in) {
       for (int64_t o = 0; o < out; ++o) {
-        for (int64_t i = 0; i < in; ++i) room_[o * in + i] += left[o] * right[i];
+        for (int64_t i = 0; i < in; ++i) whole_[o * in + i] += left[o] * right[i];
       }
     }
-    return room_.data();
+    return whole_.data();
   }
 
   const SearchKernels& kernels_;
   const StoredRows& source_;
-  std::vector<float> room_;
+  std::vector<float> room_, whole_;
 };
 
 // One query's exact scores.

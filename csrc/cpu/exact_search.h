@@ -75,11 +75,15 @@ struct Segment {
   const float* factor;   // by row: what Queries::lengths divides scores by, inverted, to 1e-6; null without
 };
 
-// Where the exact rows are: a shard holds rows from first on, layer l of row r at data[l] + (r - first) * dim_l numbers.
+// Numbers of a row that share a scale, where blocks have one.
+constexpr int64_t kScaled = 32;
+
+// Where the exact rows are: a shard holds rows from first on, layer l of row r at data[l] + (r - first) * the bytes of a row.
 struct StoreShard {
   int64_t first, rows;
   const uintptr_t* data;   // by layer
-  const uintptr_t* scale;  // by layer: what each row is multiplied with; null for 1, never for int8
+  const uintptr_t* scale;  // by layer: float32 that each row is multiplied with, null for 1, never for int8; with bits bfloat16
+                           // of each row's blocks
 };
 
 struct StoredRows {
@@ -88,7 +92,9 @@ struct StoredRows {
   const int64_t* dims;  // of the chosen layers
   int64_t layers;
   Dtype dtype;
-  // Of float32 alone: a row of layer l is factors vectors of outs[l] numbers, then as many of dims[l] / outs[l], and stands
+  // Of int8: blocks of kScaled numbers have scales, and codes 8 bits or 4, the first of two in the lower half of a byte, plus 8.
+  int bits = 0;
+  // A row of layer l is factors vectors of outs[l] numbers, then as many of dims[l] / outs[l], and stands
   // for the sum of their outer products. Rows are there as they are where factors or outs[l] is 0.
   int64_t factors = 0;
   const int64_t* outs = nullptr;

@@ -133,7 +133,7 @@ def test_a_build(tmp_path: Path) -> None:
         inf.build_store(tmp_path / "w", model, rows, factors=1, **given)
     for wrong, message in [
         ({"factors": 0}, "factors: expected"),
-        ({"factors": 1, "dtype": "int8"}, "factors: are float32"),
+        ({"factors": 1, "dtype": "int8"}, "factors: are kept as float32"),
     ]:
         with pytest.raises(inf.InputError, match=message):
             inf.build_store(tmp_path / "x", model, rows, **given, **wrong)
