@@ -32,9 +32,11 @@ from benchmarks.generative import read
 from benchmarks.paper_tasks import bpe, prompted
 from benchmarks.training import causal_model
 from influence_fast.gradients.block_scales import BITS, packed, unpacked
-from influence_fast.gradients.build import gradients_of
 from influence_fast.gradients.factored_layers import factored_layers
+from influence_fast.gradients.job import prepare_job
+from influence_fast.gradients.model_state import as_evaluated
 from influence_fast.gradients.row_factors import as_factors, products
+from influence_fast.gradients.settings import BuildSettings
 from influence_fast.gradients.shard import DTYPES, row_bytes
 from influence_fast.gradients.store_writer import scaled
 
@@ -186,8 +188,7 @@ def measure(
         mine = [kind for kind in kinds if kind.projection == projection]
         with progress.step(projection):
             begin = time.perf_counter()
-            asked = gradients_of(network, queries, names, projection)
-            given = gradients_of(network, rows, names, projection)
+            asked, given = (gradients(network, part, names, projection) for part in (queries, rows))
             captured = time.perf_counter() - begin
             weights: dict[str, Any] = {name: network.get_submodule(name).weight for name in names}
             shapes = {name: (weight.shape[0], weight.shape[1]) for name, weight in weights.items()}
@@ -217,12 +218,20 @@ def measure(
         results.add(kinds=found)
 
 
-def kept(gradients: Tensor, factored: Tensor | None, out: int, most: int, kind: Kind) -> tuple[Tensor, int]:
-    """What a store of this kind reads of gradients, and the bytes that it keeps of a row, its squared length aside.
+def gradients(network: nn.Module, rows: Sequence[Any], names: list[str], projection: str) -> dict[str, Tensor]:
+    """What a store would be given, of rows whose capture was not verified."""
+    settings = BuildSettings(names, inf.Projection.parse(projection), verify=False)
+    job = prepare_job(network, rows, settings)
+    with as_evaluated(network), job.capture:
+        return job.compute(range(len(rows))).gradients
+
+
+def kept(values: Tensor, factored: Tensor | None, out: int, most: int, kind: Kind) -> tuple[Tensor, int]:
+    """What a store of this kind reads of gradients ``values``, and the bytes of a row, its squared length aside.
 
     ``factored`` holds their ``most`` factors, with ``out`` numbers of the outputs' side.
     """
-    stored = gradients
+    stored = values
     if kind.factors is not None and factored is not None:
         left, right = factored.split([most * out, factored.shape[1] - most * out], 1)
         inner = right.shape[1] // most

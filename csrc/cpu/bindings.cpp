@@ -114,21 +114,59 @@ Segment make_segment(Address codes, int64_t stride, int64_t first, int64_t rows,
           optional_pointer<const float>("factor", factor)};
 }
 
-RowPart make_part(int64_t offset, int64_t dim, int64_t index, int64_t layer, int64_t begin) {
+RowPart make_part(int64_t offset, int64_t dim, int64_t index, int64_t layer, int64_t begin, int64_t factors, int64_t out,
+                  int64_t in, int64_t scales, int64_t lengths) {
   if (at_least("offset", offset, 0) % 4 != 0) refuse("offset", "a multiple of 4", offset);
+  at_least("scales", scales, 0);
+  at_least("lengths", lengths, 0);
+  if (at_least("factors", factors, 0) > 0) {
+    if (at_least("out", out, 1) > 65536 || at_least("in", in, 1) > 65536) refuse("out, in", "1 to 65536", std::max(out, in));
+    const int64_t bytes = product("factors", factors, (out + 3) / 4 * 4 + (in + 3) / 4 * 4);
+    same("dim", dim, bytes);
+    return {offset, dim, at_least("index", index, 0), at_least("layer", layer, 0), same("begin", begin, 0), factors, out, in, scales, lengths};
+  }
   // Sums of products of two bytes fit 32 bits.
   if (at_least("dim", dim, 1) > 65536) refuse("dim", "1 to 65536", dim);
-  return {offset, dim, at_least("index", index, 0), at_least("layer", layer, 0), at_least("begin", begin, 0)};
+  return {offset, dim, at_least("index", index, 0), at_least("layer", layer, 0), at_least("begin", begin, 0), 0, 0, 0, scales, lengths};
+}
+
+// Terms of queries for the parts that are factors; owns nothing.
+QueryTerms checked_terms(const std::vector<RowPart>& parts, int64_t queries, const Table<int64_t>& first,
+                         const Table<int64_t>& begin, const Table<int8_t>& codes, const Table<double>& scale,
+                         const Table<int32_t>& shift, const Table<double>& bounds) {
+  int64_t at = 0;
+  for (const RowPart& part : parts) at += part.factors > 0 ? queries : 0;
+  same("term_first: numbers", first.size(), at + 1);
+  same("term_begin: numbers", begin.size(), at);
+  same("term_bounds: numbers", bounds.size(), 3 * at);
+  same("term_shift: numbers", shift.size(), 2 * scale.size());
+  at = 0;
+  same("term_first", first.data()[0], 0);
+  for (const RowPart& part : parts) {
+    if (part.factors == 0) continue;
+    const int64_t size = (part.out + 63) / 64 * 64 + (part.in + 63) / 64 * 64;
+    for (int64_t q = 0; q < queries; ++q, ++at) {
+      const int64_t count = first.data()[at + 1] - first.data()[at];
+      if (count < 0 || first.data()[at + 1] > scale.size()) refuse("term_first", "numbers of terms in order", first.data()[at + 1]);
+      if (begin.data()[at] < 0 || begin.data()[at] > codes.size() - product("terms", count, size))
+        refuse("term_begin", "places of whole terms", begin.data()[at]);
+    }
+  }
+  return {first.data(), begin.data(), codes.data(), scale.data(), shift.data(), bounds.data(), bounds.data() + at,
+          bounds.data() + 2 * at};
 }
 
 py::tuple search(const std::vector<Segment>& segments, const std::vector<RowPart>& parts, const Stored& stored,
                  const Matrix& queries, const Table<double>& weights, bool cosine, Address allowed, int64_t k, Address scores,
-                 Address rows, int threads, Address lengths) {
+                 Address rows, int threads, Address lengths, const Table<int64_t>& term_first,
+                 const Table<int64_t>& term_begin, const Table<int8_t>& term_codes, const Table<double>& term_scale,
+                 const Table<int32_t>& term_shift, const Table<double>& term_bounds) {
   const Queries asked = checked_queries(queries, weights, cosine, stored, lengths);
   at_least("parts", static_cast<int64_t>(parts.size()), 1);
   for (const RowPart& part : parts) {
     if (part.layer >= stored.view.layers) refuse("parts: layer", "one of " + std::to_string(stored.view.layers), part.layer);
-    if (part.begin + part.dim > stored.dims()[part.layer])
+    if (part.factors > 0) same("parts: out x in", part.out * part.in, stored.dims()[part.layer]);
+    else if (part.begin + part.dim > stored.dims()[part.layer])
       refuse("parts: begin", "numbers of the layer", part.begin + part.dim);
     for (const Segment& segment : segments) {
       if (part.offset + part.dim > segment.stride) refuse("parts: offset", "bytes of a row", part.offset + part.dim);
@@ -137,6 +175,10 @@ py::tuple search(const std::vector<Segment>& segments, const std::vector<RowPart
   }
   for (const Segment& segment : segments)
     if (segment.rows > stored.rows() - segment.first) refuse("segments", "stored rows", segment.first + segment.rows);
+  const bool factored = std::any_of(parts.begin(), parts.end(), [](const RowPart& part) { return part.factors > 0; });
+  QueryTerms terms{};
+  if (factored)
+    terms = checked_terms(parts, queries.rows, term_first, term_begin, term_codes, term_scale, term_shift, term_bounds);
   const bool empty = product("k", queries.rows, at_least("k", k, 0)) == 0;
   double* best = pointer<double>("scores", scores, empty);
   int64_t* best_rows = pointer<int64_t>("rows", rows, empty);
@@ -146,7 +188,7 @@ py::tuple search(const std::vector<Segment>& segments, const std::vector<RowPart
     py::gil_scoped_release free;
     stats = exact_search(checked::kernels().search, segments.data(), static_cast<int64_t>(segments.size()), parts.data(),
                          static_cast<int64_t>(parts.size()), stored.view, asked,
-                         reinterpret_cast<const uint8_t*>(allowed), k, best, best_rows, threads);
+                         reinterpret_cast<const uint8_t*>(allowed), k, best, best_rows, threads, factored ? &terms : nullptr);
   }
   return py::make_tuple(stats.rows_scanned, stats.bad_row,
                         py::array_t<int64_t>(static_cast<py::ssize_t>(stats.scored.size()), stats.scored.data()));
@@ -226,12 +268,16 @@ PYBIND11_MODULE(influence_fast_cpu, m) {
            py::arg("factor"));
   py::class_<RowPart>(m, "RowPart", py::module_local(), "Some numbers of a layer within a row of the 8-bit copy.")
       .def(py::init(&make_part), py::kw_only(), py::arg("offset"), py::arg("dim"), py::arg("index"), py::arg("layer"),
-           py::arg("begin"));
+           py::arg("begin"), py::arg("factors") = 0, py::arg("out") = 0, py::arg("in_") = 0, py::arg("scales") = 0,
+           py::arg("lengths") = 0);
   m.def("quantise", &checked::quantise, WithoutGil(), py::kw_only(), py::arg("rows"), py::arg("codes"), py::arg("stride"), py::arg("scale"),
         py::arg("error"), py::arg("norm"), py::arg("threads"));
   m.def("exact_search", &search, py::kw_only(), py::arg("segments"), py::arg("parts"), py::arg("stored"), py::arg("queries"),
         py::arg("weights"), py::arg("cosine"), py::arg("allowed"), py::arg("k"), py::arg("scores"), py::arg("rows"),
-        py::arg("threads"), py::arg("lengths") = 0);
+        py::arg("threads"), py::arg("lengths") = 0, py::arg("term_first") = Table<int64_t>(),
+        py::arg("term_begin") = Table<int64_t>(), py::arg("term_codes") = Table<int8_t>(),
+        py::arg("term_scale") = Table<double>(), py::arg("term_shift") = Table<int32_t>(),
+        py::arg("term_bounds") = Table<double>());
   m.def("exact_scores", &score_rows, py::kw_only(), py::arg("stored"), py::arg("queries"), py::arg("weights"), py::arg("cosine"),
         py::arg("rows"), py::arg("width"), py::arg("scores"), py::arg("threads"));
 }

@@ -187,11 +187,12 @@ class Scorer {
 class Tile {
  public:
   Tile(const RowPart* parts, int64_t count, const Queries& queries, int64_t first, int width, double* unit,
-       const int64_t* layer_begin, int64_t total)
+       const int64_t* layer_begin, int64_t total, const QueryTerms* terms)
       : first(first), used(static_cast<int>(std::min<int64_t>(width, queries.count - first))) {
     view.width = width;
     int64_t size = 0;
-    for (int64_t p = 0; p < count; ++p) size += width > kFewQueries ? round_up(parts[p].dim, 4) : round_up(parts[p].dim, 64);
+    for (int64_t p = 0; p < count; ++p)
+      if (parts[p].factors == 0) size += width > kFewQueries ? round_up(parts[p].dim, 4) : round_up(parts[p].dim, 64);
     view.stride = size;
     codes_.assign(size * width + 64, 0);
     shift_.assign(count * width, 0);
@@ -199,6 +200,11 @@ class Tile {
     along_.assign(count * width, 0);
     across_.assign(count * width, 0);
     whole.assign(width, 0);
+    terms_.assign(count * width, {});
+    size_t longest = 0;
+    for (int64_t p = 0; p < count && terms != nullptr; ++p) longest += parts[p].factors > 0;
+    // Scales of terms stay where they are while pointers are taken.
+    if (longest > 0) term_scales_.reserve(terms->first[longest * queries.count] + 1);
     // What rounding in float32 can add, and in the norm of a cosine.
     const double room = 1e-5 + 4e-7 * static_cast<double>(count);
     std::vector<double> u(65536);
@@ -208,15 +214,27 @@ class Tile {
       for (int64_t p = 0; p < count; ++p) {
         const double weight = queries.weights[parts[p].layer];
         const float* v = values + layer_begin[parts[p].layer] + parts[p].begin;
-        for (int64_t i = 0; i < parts[p].dim; ++i) sum += weight * weight * v[i] * static_cast<double>(v[i]);
+        const int64_t dim = parts[p].factors > 0 ? parts[p].out * parts[p].in : parts[p].dim;
+        for (int64_t i = 0; i < dim; ++i) sum += weight * weight * v[i] * static_cast<double>(v[i]);
       }
       const double length = std::sqrt(sum);
       unit[first + q] = length;
       whole[q] = 1 + room;
-      int64_t base = 0;
+      int64_t base = 0, factored = 0;
       for (int64_t p = 0; p < count; ++p) {
         const int64_t dim = parts[p].dim, at = p * width + q;
         const double by = length > 0 ? queries.weights[parts[p].layer] / length : 0;
+        if (parts[p].factors > 0) {
+          const int64_t given = factored++ * queries.count + first + q, begin = terms->first[given];
+          const size_t scales = term_scales_.size();
+          for (int64_t t = begin; t < terms->first[given + 1]; ++t)
+            term_scales_.push_back(static_cast<float>(terms->scale[t] * by));
+          terms_[at] = {terms->codes + terms->begin[given], term_scales_.data() + scales, terms->shift + 2 * begin,
+                        terms->first[given + 1] - begin};
+          along_[at] = static_cast<float>(by * terms->along[given] * (1 + room)) + 1e-30f;
+          across_[at] = static_cast<float>(by * (terms->across[given] + room * terms->summed[given]) * (1 + 1e-6)) + 1e-30f;
+          continue;
+        }
         const float* v = values + layer_begin[parts[p].layer] + parts[p].begin;
         double top = 0, square = 0, rounded = 0, rest = 0;
         for (int64_t i = 0; i < dim; ++i) {
@@ -247,6 +265,7 @@ class Tile {
     view.scale = scale_.data();
     view.along = along_.data();
     view.across = across_.data();
+    view.terms = terms_.data();
   }
 
   QueryTile view;
@@ -257,7 +276,8 @@ class Tile {
  private:
   std::vector<int8_t> codes_;
   std::vector<int32_t> shift_;
-  std::vector<float> scale_, along_, across_;
+  std::vector<float> scale_, along_, across_, term_scales_;
+  std::vector<PartTerms> terms_;
 };
 
 struct Block {
@@ -283,7 +303,7 @@ void first_rows(const Segment* segments, int64_t count, const uint8_t* allowed, 
 
 SearchStats exact_search(const SearchKernels& kernels, const Segment* segments, int64_t segment_count, const RowPart* parts,
                       int64_t part_count, const StoredRows& source, const Queries& queries, const uint8_t* allowed,
-                      int64_t k, double* scores, int64_t* rows, int threads) {
+                      int64_t k, double* scores, int64_t* rows, int threads, const QueryTerms* terms) {
   std::vector<int64_t> layer_begin(source.layers);
   int64_t total = 0;
   for (int64_t l = 0; l < source.layers; total += source.dims[l++]) layer_begin[l] = total;
@@ -294,9 +314,13 @@ SearchStats exact_search(const SearchKernels& kernels, const Segment* segments, 
   std::vector<std::unique_ptr<Tile>> tiles;
   for (int64_t first = 0; first < queries.count;) {
     const int64_t left = queries.count - first;
-    const int width = left <= kFewQueries ? static_cast<int>(left) : left <= kNarrowTile ? kNarrowTile : kWideTile;
+    // Terms of queries are as many as their rank, and are not tiled.
+    const int width = left <= kFewQueries   ? static_cast<int>(left)
+                      : terms != nullptr    ? kFewQueries
+                      : left <= kNarrowTile ? kNarrowTile
+                                            : kWideTile;
     tiles.push_back(
-        std::make_unique<Tile>(parts, part_count, queries, first, width, unit.data(), layer_begin.data(), total));
+        std::make_unique<Tile>(parts, part_count, queries, first, width, unit.data(), layer_begin.data(), total, terms));
     first += width;
   }
 
