@@ -6,6 +6,7 @@ from what stores of several kinds keep::
 
     python -m benchmarks.factors encoder --model MODEL_DIR --train sst2/train.jsonl --queries sst2/validation.jsonl
     python -m benchmarks.factors causal --data DATA_DIR
+    python -m benchmarks.factors search --model MODEL_DIR --train sst2/train.jsonl --queries sst2/validation.jsonl
 
 Kinds stand in groups of about equal bytes a row and layer: sketches and two-sided projections, as float32 or rounded,
 and factors of larger ones. Of each it prints the correlation of all inner products with the exact ones and the share of
@@ -15,6 +16,7 @@ and not factored or rounded, as a search has them.
 
 from __future__ import annotations
 
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -38,7 +40,7 @@ from influence_fast.gradients.model_state import as_evaluated
 from influence_fast.gradients.row_factors import as_factors, products
 from influence_fast.gradients.settings import BuildSettings
 from influence_fast.gradients.shard import DTYPES, row_bytes
-from influence_fast.gradients.store_writer import scaled
+from influence_fast.gradients.store_writer import StoreWriter, scaled
 
 BEST = 10
 TASK = "math_with_reason"
@@ -162,6 +164,116 @@ def causal(
         ]
         measure(network, parts[0], parts[1], inf.select_layers(network, layers), chosen, results, progress)
     protocol.show(results.document, as_json, show)
+
+
+@main.command()
+@encoder_options(16)
+@click.option("--layers", default="attention", show_default=True, help="Layers whose gradients are kept.")
+@click.option("--projection", default="rademacher:64x64", show_default=True)
+@protocol.threads_option
+@protocol.out_option("An earlier result there is replaced.")
+@protocol.json_option
+def search(
+    model: str,
+    train: str,
+    queries: str,
+    samples: int,
+    query_samples: int,
+    epochs: int,
+    layers: str,
+    projection: str,
+    seed: int,
+    threads: int,
+    out: Path | None,
+    as_json: bool,
+) -> None:
+    """Exact search over factors of an encoder: what the bound leaves unread, beside an index of what they stand for."""
+    torch.set_num_threads(threads)
+    header = protocol.header("factors")
+    header |= {"model": Path(model).name, "samples": samples, "queries": query_samples, "epochs": epochs, "seed": seed}
+    with (
+        _results(out, header | {"projection": projection}, "search") as results,
+        protocol.Progress() as progress,
+        tempfile.TemporaryDirectory() as folder,
+    ):
+        given = (train, samples), (queries, query_samples)
+        network, rows, trusted, _ = trained(model, *given, epochs, 0.2, seed, progress)
+        names = inf.select_layers(network, layers)
+        with progress.step("gradients"):
+            asked = gradients(network, trusted.rows, names, projection)
+            whole = inf.build_store(
+                Path(folder) / "whole", network, rows.rows, names, projection, verify=False, progress=False
+            )
+        found: list[dict[str, Any]] = []
+        results.add(layers=names, searches=found)
+        for factors, dtype in ((1, "float32"), (None, "float32"), (2, "int8_block"), (2, "int4")):
+            with progress.step(f"factors={factors} {dtype}"):
+                store = _as_kept(Path(folder) / f"{factors}-{dtype}", whole, factors, dtype)
+                for metric in ("dot", "cosine"):
+                    one = searched(store, asked, metric)
+                    found.append({"factors": factors, "dtype": dtype, "metric": metric, **one})
+                results.add(searches=found)
+    protocol.show(results.document, as_json, show_searches)
+
+
+def _as_kept(place: Path, whole: inf.GradientStore, factors: int | None, dtype: str) -> inf.GradientStore:
+    """The rows of a store of whole gradients, kept in another way."""
+    outs = factored_layers(whole.meta["projection"], whole.shapes, whole.dims, factors) if factors else {}
+    told = {**whole._described(), "dtype": dtype, "factors": factors, "outs": outs}
+    with StoreWriter.create(place, **told) as writer:
+        for shard in writer.missing:
+            span = writer.span(shard)
+            writer.write(shard, {name: whole.read(name, slice(span.start, span.stop)) for name in whole.layers}, {})
+    return inf.GradientStore.open(place)
+
+
+def searched(store: inf.GradientStore, queries: Mapping[str, Tensor], metric: str) -> dict[str, Any]:
+    """The best rows by an exact index, held against float64 sums over all rows."""
+    index = inf.InfluenceIndex.build(store, "Flat", metric)
+    scored: list[int] = []
+    rows, check = index._rows, index._rows.check
+
+    def counted(layers: Sequence[str], numbers: Any) -> None:
+        scored.append(len(numbers))
+        check(layers, numbers)
+
+    rows.check = counted  # type: ignore[method-assign]
+    found: Any = index.search(queries, BEST)[1]
+    scores_read = sum(scored)
+    rows.check = check  # type: ignore[method-assign]
+    one = {name: part[:1] for name, part in queries.items()}
+    seconds = []
+    for _ in range(5):
+        begin = time.perf_counter()
+        index.search(one, BEST)
+        seconds.append(time.perf_counter() - begin)
+    exact = torch.zeros(len(found), len(store), dtype=torch.float64)
+    lengths = torch.zeros(len(store), dtype=torch.float64)
+    for name in store.layers:
+        values = store.read(name).double()
+        exact += queries[name].double() @ values.T
+        lengths += values.square().sum(1)
+    if metric == "cosine":
+        exact /= lengths.sqrt()
+    best = exact.topk(BEST).indices
+    return {
+        "index_bytes_a_row": index.nbytes / len(store),
+        "scored_share": scores_read / (len(found) * len(store)),
+        "same_ids": float((found == best).double().mean()),
+        "one_query_seconds": min(seconds),
+    }
+
+
+def show_searches(document: Mapping[str, Any]) -> None:
+    """The table on standard output."""
+    click.echo(
+        f"{'factors':>7} {'dtype':<11} {'metric':<7} {'bytes a row':>12} {'rows scored':>12} {'same ids':>9} {'ms':>8}"
+    )
+    for one in document["searches"]:
+        click.echo(
+            f"{one['factors'] or '-':>7} {one['dtype']:<11} {one['metric']:<7} {one['index_bytes_a_row']:>12,.0f} "
+            f"{one['scored_share']:>12.2%} {one['same_ids']:>9.3f} {1000 * one['one_query_seconds']:>8.1f}"
+        )
 
 
 def _results(out: Path | None, header: dict[str, Any], name: str) -> protocol.Results:
