@@ -16,7 +16,7 @@ on. S is P, and one more for every factor but the first:
 ``scale``   float32 ``(S, rows)``        of factors the product of those of u_c and v_c
 ``error``   float32 ``(P, rows)``        at least the length of the rest; of factors the sum of |rest u_c| |v_c| and
                                          |u_c - rest| |rest v_c| over c
-``norm``    float32 ``(P + F, rows)``    at least the length of the part; of factors ``sum |u_c| |v_c|``, and then the lengths
+``norm``    float32 ``(P + F, rows)``    at least the length of the part; of factors ``sum |u_c| |v_c|``; lengths last
 ``order``   int32 ``(rows,)``            row of each position, longest row first; counted from the segment's first row
 ``bound``   float32 ``(1 + P, blocks)``  longest row of each block; longest part
 ==========  ===========================  ====================================================================

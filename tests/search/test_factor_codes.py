@@ -162,7 +162,7 @@ def test_wrong_terms_are_refused(tmp_path: Path) -> None:
     scan, queries = index._scan, low_rank(2, 4, 6, 3)
     assert scan is not None
     terms = query_terms([queries.view(2, 4, 6)])
-    segments, _views = scan._segments(["a"], [1.0], False)
+    segments, _views = scan._segments(["a"], False)
     part = native.RowPart(offset=0, dim=12, index=0, layer=0, begin=0, factors=1, out=4, in_=6)
     scores, rows = torch.empty(2, 3, dtype=torch.float64), torch.empty(2, 3, dtype=torch.int64)
 
