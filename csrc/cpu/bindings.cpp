@@ -50,7 +50,8 @@ class Stored {
     const int64_t count = at_least("firsts: rows", firsts.size(), 2) - 1, layers = at_least("dims: layers", dims.size(), 1);
     same("data: addresses", data.size(), count * layers);
     same("scales: addresses", scales.size(), count * layers);
-    const Dtype type = dtype == "int8" ? Dtype::int8 : dtype_of(dtype);
+    const int bits = dtype == "int8_block" ? 8 : dtype == "int4" ? 4 : 0;
+    const Dtype type = bits > 0 || dtype == "int8" ? Dtype::int8 : dtype_of(dtype);
     for (int64_t dim : dims_) total_ = sum("dims", total_, at_least("dims", dim, 1));
     const int64_t* first = firsts.data();
     for (int64_t s = 0; s < count; ++s) {
@@ -59,13 +60,15 @@ class Stored {
         if (data_[s * layers + l] % static_cast<Address>(bytes_of(type)) != 0)
           refuse("data", "addresses aligned to an element", data_[s * layers + l]);
         pointer<const void>("data", data_[s * layers + l], first[s] == first[s + 1]);
-        pointer<const float>("scales", scales_[s * layers + l], type != Dtype::int8 || first[s] == first[s + 1]);
+        const bool empty = type != Dtype::int8 || first[s] == first[s + 1];
+        if (bits > 0) pointer<const uint16_t>("scales", scales_[s * layers + l], empty);
+        else pointer<const float>("scales", scales_[s * layers + l], empty);
       }
       shards_.push_back({first[s], first[s + 1] - first[s], &data_[s * layers], &scales_[s * layers]});
     }
     rows_ = first[count];
     if (at_least("factors", factors, 0) > 0) {
-      if (type != Dtype::float32) refuse("factors", "0 unless rows are float32", factors);
+      if (type != Dtype::float32 && bits == 0) refuse("factors", "0 unless rows are float32 or blocks have scales", factors);
       same("outs: layers", outs.size(), layers);
       for (int64_t l = 0; l < layers; ++l) {
         if (at_least("outs", outs_[l], 0) == 0) continue;
@@ -73,7 +76,7 @@ class Stored {
         product("factors", factors, outs_[l] + dims_[l] / outs_[l]);
       }
     }
-    view = {shards_.data(), count, dims_.data(), layers, type, factors, outs_.data()};
+    view = {shards_.data(), count, dims_.data(), layers, type, bits, factors, outs_.data()};
   }
   Stored(const Stored&) = delete;
   Stored& operator=(const Stored&) = delete;
@@ -111,21 +114,59 @@ Segment make_segment(Address codes, int64_t stride, int64_t first, int64_t rows,
           optional_pointer<const float>("factor", factor)};
 }
 
-RowPart make_part(int64_t offset, int64_t dim, int64_t index, int64_t layer, int64_t begin) {
+RowPart make_part(int64_t offset, int64_t dim, int64_t index, int64_t layer, int64_t begin, int64_t factors, int64_t out,
+                  int64_t in, int64_t scales, int64_t lengths) {
   if (at_least("offset", offset, 0) % 4 != 0) refuse("offset", "a multiple of 4", offset);
+  at_least("scales", scales, 0);
+  at_least("lengths", lengths, 0);
+  if (at_least("factors", factors, 0) > 0) {
+    if (at_least("out", out, 1) > 65536 || at_least("in", in, 1) > 65536) refuse("out, in", "1 to 65536", std::max(out, in));
+    const int64_t bytes = product("factors", factors, (out + 3) / 4 * 4 + (in + 3) / 4 * 4);
+    same("dim", dim, bytes);
+    return {offset, dim, at_least("index", index, 0), at_least("layer", layer, 0), same("begin", begin, 0), factors, out, in, scales, lengths};
+  }
   // Sums of products of two bytes fit 32 bits.
   if (at_least("dim", dim, 1) > 65536) refuse("dim", "1 to 65536", dim);
-  return {offset, dim, at_least("index", index, 0), at_least("layer", layer, 0), at_least("begin", begin, 0)};
+  return {offset, dim, at_least("index", index, 0), at_least("layer", layer, 0), at_least("begin", begin, 0), 0, 0, 0, scales, lengths};
+}
+
+// Terms of queries for the parts that are factors; owns nothing.
+QueryTerms checked_terms(const std::vector<RowPart>& parts, int64_t queries, const Table<int64_t>& first,
+                         const Table<int64_t>& begin, const Table<int8_t>& codes, const Table<double>& scale,
+                         const Table<int32_t>& shift, const Table<double>& bounds) {
+  int64_t at = 0;
+  for (const RowPart& part : parts) at += part.factors > 0 ? queries : 0;
+  same("term_first: numbers", first.size(), at + 1);
+  same("term_begin: numbers", begin.size(), at);
+  same("term_bounds: numbers", bounds.size(), 3 * at);
+  same("term_shift: numbers", shift.size(), 2 * scale.size());
+  at = 0;
+  same("term_first", first.data()[0], 0);
+  for (const RowPart& part : parts) {
+    if (part.factors == 0) continue;
+    const int64_t size = (part.out + 63) / 64 * 64 + (part.in + 63) / 64 * 64;
+    for (int64_t q = 0; q < queries; ++q, ++at) {
+      const int64_t count = first.data()[at + 1] - first.data()[at];
+      if (count < 0 || first.data()[at + 1] > scale.size()) refuse("term_first", "numbers of terms in order", first.data()[at + 1]);
+      if (begin.data()[at] < 0 || begin.data()[at] > codes.size() - product("terms", count, size))
+        refuse("term_begin", "places of whole terms", begin.data()[at]);
+    }
+  }
+  return {first.data(), begin.data(), codes.data(), scale.data(), shift.data(), bounds.data(), bounds.data() + at,
+          bounds.data() + 2 * at};
 }
 
 py::tuple search(const std::vector<Segment>& segments, const std::vector<RowPart>& parts, const Stored& stored,
                  const Matrix& queries, const Table<double>& weights, bool cosine, Address allowed, int64_t k, Address scores,
-                 Address rows, int threads, Address lengths) {
+                 Address rows, int threads, Address lengths, const Table<int64_t>& term_first,
+                 const Table<int64_t>& term_begin, const Table<int8_t>& term_codes, const Table<double>& term_scale,
+                 const Table<int32_t>& term_shift, const Table<double>& term_bounds) {
   const Queries asked = checked_queries(queries, weights, cosine, stored, lengths);
   at_least("parts", static_cast<int64_t>(parts.size()), 1);
   for (const RowPart& part : parts) {
     if (part.layer >= stored.view.layers) refuse("parts: layer", "one of " + std::to_string(stored.view.layers), part.layer);
-    if (part.begin + part.dim > stored.dims()[part.layer])
+    if (part.factors > 0) same("parts: out x in", part.out * part.in, stored.dims()[part.layer]);
+    else if (part.begin + part.dim > stored.dims()[part.layer])
       refuse("parts: begin", "numbers of the layer", part.begin + part.dim);
     for (const Segment& segment : segments) {
       if (part.offset + part.dim > segment.stride) refuse("parts: offset", "bytes of a row", part.offset + part.dim);
@@ -134,6 +175,10 @@ py::tuple search(const std::vector<Segment>& segments, const std::vector<RowPart
   }
   for (const Segment& segment : segments)
     if (segment.rows > stored.rows() - segment.first) refuse("segments", "stored rows", segment.first + segment.rows);
+  const bool factored = std::any_of(parts.begin(), parts.end(), [](const RowPart& part) { return part.factors > 0; });
+  QueryTerms terms{};
+  if (factored)
+    terms = checked_terms(parts, queries.rows, term_first, term_begin, term_codes, term_scale, term_shift, term_bounds);
   const bool empty = product("k", queries.rows, at_least("k", k, 0)) == 0;
   double* best = pointer<double>("scores", scores, empty);
   int64_t* best_rows = pointer<int64_t>("rows", rows, empty);
@@ -143,7 +188,7 @@ py::tuple search(const std::vector<Segment>& segments, const std::vector<RowPart
     py::gil_scoped_release free;
     stats = exact_search(checked::kernels().search, segments.data(), static_cast<int64_t>(segments.size()), parts.data(),
                          static_cast<int64_t>(parts.size()), stored.view, asked,
-                         reinterpret_cast<const uint8_t*>(allowed), k, best, best_rows, threads);
+                         reinterpret_cast<const uint8_t*>(allowed), k, best, best_rows, threads, factored ? &terms : nullptr);
   }
   return py::make_tuple(stats.rows_scanned, stats.bad_row,
                         py::array_t<int64_t>(static_cast<py::ssize_t>(stats.scored.size()), stats.scored.data()));
@@ -223,12 +268,16 @@ PYBIND11_MODULE(influence_fast_cpu, m) {
            py::arg("factor"));
   py::class_<RowPart>(m, "RowPart", py::module_local(), "Some numbers of a layer within a row of the 8-bit copy.")
       .def(py::init(&make_part), py::kw_only(), py::arg("offset"), py::arg("dim"), py::arg("index"), py::arg("layer"),
-           py::arg("begin"));
+           py::arg("begin"), py::arg("factors") = 0, py::arg("out") = 0, py::arg("in_") = 0, py::arg("scales") = 0,
+           py::arg("lengths") = 0);
   m.def("quantise", &checked::quantise, WithoutGil(), py::kw_only(), py::arg("rows"), py::arg("codes"), py::arg("stride"), py::arg("scale"),
         py::arg("error"), py::arg("norm"), py::arg("threads"));
   m.def("exact_search", &search, py::kw_only(), py::arg("segments"), py::arg("parts"), py::arg("stored"), py::arg("queries"),
         py::arg("weights"), py::arg("cosine"), py::arg("allowed"), py::arg("k"), py::arg("scores"), py::arg("rows"),
-        py::arg("threads"), py::arg("lengths") = 0);
+        py::arg("threads"), py::arg("lengths") = 0, py::arg("term_first") = Table<int64_t>(),
+        py::arg("term_begin") = Table<int64_t>(), py::arg("term_codes") = Table<int8_t>(),
+        py::arg("term_scale") = Table<double>(), py::arg("term_shift") = Table<int32_t>(),
+        py::arg("term_bounds") = Table<double>());
   m.def("exact_scores", &score_rows, py::kw_only(), py::arg("stored"), py::arg("queries"), py::arg("weights"), py::arg("cosine"),
         py::arg("rows"), py::arg("width"), py::arg("scores"), py::arg("threads"));
 }

@@ -71,52 +71,80 @@ void raise(std::atomic<float>& limit, float value) {
 class Reader {
  public:
   Reader(const SearchKernels& kernels, const StoredRows& source) : kernels_(kernels), source_(source) {
-    int64_t widest = 0;
-    for (int64_t l = 0; l < source.layers; ++l) widest = std::max(widest, source.dims[l]);
-    if (source.dtype != Dtype::float32 || source.factors > 0) room_.resize(widest);
+    int64_t widest = 0, stored = 0;
+    for (int64_t l = 0; l < source.layers; ++l) {
+      widest = std::max(widest, source.dims[l]);
+      stored = std::max(stored, numbers(l));
+    }
+    if (source.dtype != Dtype::float32) room_.resize(stored);
+    if (source.factors > 0) whole_.resize(widest);
   }
 
   const float* read(int64_t row, int64_t layer) {
     const StoreShard* shard = std::upper_bound(source_.shards, source_.shards + source_.shard_count, row,
                                               [](int64_t r, const StoreShard& s) { return r < s.first; }) - 1;
+    const float* found = stored(*shard, row - shard->first, layer, numbers(layer));
+    return factored(layer) ? product(found, layer) : found;
+  }
+
+ private:
+  bool factored(int64_t layer) const { return source_.factors > 0 && source_.outs[layer] > 0; }
+
+  // That are kept of a row.
+  int64_t numbers(int64_t layer) const {
     const int64_t dim = source_.dims[layer];
-    if (source_.factors > 0 && source_.outs[layer] > 0)
-      return product(reinterpret_cast<const float*>(shard->data[layer]), row - shard->first, layer);
-    const int64_t at = (row - shard->first) * dim;
-    const float* scales = reinterpret_cast<const float*>(shard->scale[layer]);
-    const float scale = scales == nullptr ? 1.0f : scales[row - shard->first];
+    return factored(layer) ? source_.factors * (source_.outs[layer] + dim / source_.outs[layer]) : dim;
+  }
+
+  // The numbers that are kept of a row, as float32.
+  const float* stored(const StoreShard& shard, int64_t row, int64_t layer, int64_t dim) {
+    const int64_t at = row * dim;
+    if (source_.bits > 0) {
+      const int64_t blocks = (dim + kScaled - 1) / kScaled, bytes = (dim * source_.bits + 7) / 8;
+      const uint16_t* scales = reinterpret_cast<const uint16_t*>(shard.scale[layer]) + row * blocks;
+      const uint8_t* codes = reinterpret_cast<const uint8_t*>(shard.data[layer]) + row * bytes;
+      for (int64_t block = 0; block < blocks; ++block) {
+        float scale;
+        kernels_.widen(scales + block, Dtype::bfloat16, 1, &scale);
+        for (int64_t i = block * kScaled; i < std::min(dim, (block + 1) * kScaled); ++i) {
+          const int code = source_.bits == 8 ? static_cast<int8_t>(codes[i]) : ((codes[i / 2] >> (i % 2 * 4)) & 15) - 8;
+          room_[i] = static_cast<float>(code) * scale;
+        }
+      }
+      return room_.data();
+    }
+    const float* scales = reinterpret_cast<const float*>(shard.scale[layer]);
+    const float scale = scales == nullptr ? 1.0f : scales[row];
     switch (source_.dtype) {
-      case Dtype::float32: return reinterpret_cast<const float*>(shard->data[layer]) + at;
+      case Dtype::float32: return reinterpret_cast<const float*>(shard.data[layer]) + at;
       case Dtype::int8: {
-        const int8_t* codes = reinterpret_cast<const int8_t*>(shard->data[layer]) + at;
+        const int8_t* codes = reinterpret_cast<const int8_t*>(shard.data[layer]) + at;
         for (int64_t i = 0; i < dim; ++i) room_[i] = static_cast<float>(codes[i]) * scale;
         return room_.data();
       }
       default:
-        kernels_.widen(reinterpret_cast<const uint16_t*>(shard->data[layer]) + at, source_.dtype, dim, room_.data());
+        kernels_.widen(reinterpret_cast<const uint16_t*>(shard.data[layer]) + at, source_.dtype, dim, room_.data());
         if (scales != nullptr)
           for (int64_t i = 0; i < dim; ++i) room_[i] *= scale;
         return room_.data();
     }
   }
 
- private:
-  const float* product(const float* rows, int64_t row, int64_t layer) {
+  const float* product(const float* left, int64_t layer) {
     const int64_t dim = source_.dims[layer], out = source_.outs[layer], in = dim / out;
-    const float* left = rows + row * source_.factors * (out + in);
     const float* right = left + source_.factors * out;
-    std::fill_n(room_.begin(), dim, 0.0f);
+    std::fill_n(whole_.begin(), dim, 0.0f);
     for (int64_t c = 0; c < source_.factors; ++c, left += out, right += in) {
       for (int64_t o = 0; o < out; ++o) {
-        for (int64_t i = 0; i < in; ++i) room_[o * in + i] += left[o] * right[i];
+        for (int64_t i = 0; i < in; ++i) whole_[o * in + i] += left[o] * right[i];
       }
     }
-    return room_.data();
+    return whole_.data();
   }
 
   const SearchKernels& kernels_;
   const StoredRows& source_;
-  std::vector<float> room_;
+  std::vector<float> room_, whole_;
 };
 
 // One query's exact scores.
@@ -159,11 +187,12 @@ class Scorer {
 class Tile {
  public:
   Tile(const RowPart* parts, int64_t count, const Queries& queries, int64_t first, int width, double* unit,
-       const int64_t* layer_begin, int64_t total)
+       const int64_t* layer_begin, int64_t total, const QueryTerms* terms)
       : first(first), used(static_cast<int>(std::min<int64_t>(width, queries.count - first))) {
     view.width = width;
     int64_t size = 0;
-    for (int64_t p = 0; p < count; ++p) size += width > kFewQueries ? round_up(parts[p].dim, 4) : round_up(parts[p].dim, 64);
+    for (int64_t p = 0; p < count; ++p)
+      if (parts[p].factors == 0) size += width > kFewQueries ? round_up(parts[p].dim, 4) : round_up(parts[p].dim, 64);
     view.stride = size;
     codes_.assign(size * width + 64, 0);
     shift_.assign(count * width, 0);
@@ -171,6 +200,11 @@ class Tile {
     along_.assign(count * width, 0);
     across_.assign(count * width, 0);
     whole.assign(width, 0);
+    terms_.assign(count * width, {});
+    size_t longest = 0;
+    for (int64_t p = 0; p < count && terms != nullptr; ++p) longest += parts[p].factors > 0;
+    // Scales of terms stay where they are while pointers are taken.
+    if (longest > 0) term_scales_.reserve(terms->first[longest * queries.count] + 1);
     // What rounding in float32 can add, and in the norm of a cosine.
     const double room = 1e-5 + 4e-7 * static_cast<double>(count);
     std::vector<double> u(65536);
@@ -180,15 +214,27 @@ class Tile {
       for (int64_t p = 0; p < count; ++p) {
         const double weight = queries.weights[parts[p].layer];
         const float* v = values + layer_begin[parts[p].layer] + parts[p].begin;
-        for (int64_t i = 0; i < parts[p].dim; ++i) sum += weight * weight * v[i] * static_cast<double>(v[i]);
+        const int64_t dim = parts[p].factors > 0 ? parts[p].out * parts[p].in : parts[p].dim;
+        for (int64_t i = 0; i < dim; ++i) sum += weight * weight * v[i] * static_cast<double>(v[i]);
       }
       const double length = std::sqrt(sum);
       unit[first + q] = length;
       whole[q] = 1 + room;
-      int64_t base = 0;
+      int64_t base = 0, factored = 0;
       for (int64_t p = 0; p < count; ++p) {
         const int64_t dim = parts[p].dim, at = p * width + q;
         const double by = length > 0 ? queries.weights[parts[p].layer] / length : 0;
+        if (parts[p].factors > 0) {
+          const int64_t given = factored++ * queries.count + first + q, begin = terms->first[given];
+          const size_t scales = term_scales_.size();
+          for (int64_t t = begin; t < terms->first[given + 1]; ++t)
+            term_scales_.push_back(static_cast<float>(terms->scale[t] * by));
+          terms_[at] = {terms->codes + terms->begin[given], term_scales_.data() + scales, terms->shift + 2 * begin,
+                        terms->first[given + 1] - begin};
+          along_[at] = static_cast<float>(by * terms->along[given] * (1 + room)) + 1e-30f;
+          across_[at] = static_cast<float>(by * (terms->across[given] + room * terms->summed[given]) * (1 + 1e-6)) + 1e-30f;
+          continue;
+        }
         const float* v = values + layer_begin[parts[p].layer] + parts[p].begin;
         double top = 0, square = 0, rounded = 0, rest = 0;
         for (int64_t i = 0; i < dim; ++i) {
@@ -219,6 +265,7 @@ class Tile {
     view.scale = scale_.data();
     view.along = along_.data();
     view.across = across_.data();
+    view.terms = terms_.data();
   }
 
   QueryTile view;
@@ -229,7 +276,8 @@ class Tile {
  private:
   std::vector<int8_t> codes_;
   std::vector<int32_t> shift_;
-  std::vector<float> scale_, along_, across_;
+  std::vector<float> scale_, along_, across_, term_scales_;
+  std::vector<PartTerms> terms_;
 };
 
 struct Block {
@@ -255,7 +303,7 @@ void first_rows(const Segment* segments, int64_t count, const uint8_t* allowed, 
 
 SearchStats exact_search(const SearchKernels& kernels, const Segment* segments, int64_t segment_count, const RowPart* parts,
                       int64_t part_count, const StoredRows& source, const Queries& queries, const uint8_t* allowed,
-                      int64_t k, double* scores, int64_t* rows, int threads) {
+                      int64_t k, double* scores, int64_t* rows, int threads, const QueryTerms* terms) {
   std::vector<int64_t> layer_begin(source.layers);
   int64_t total = 0;
   for (int64_t l = 0; l < source.layers; total += source.dims[l++]) layer_begin[l] = total;
@@ -266,9 +314,13 @@ SearchStats exact_search(const SearchKernels& kernels, const Segment* segments, 
   std::vector<std::unique_ptr<Tile>> tiles;
   for (int64_t first = 0; first < queries.count;) {
     const int64_t left = queries.count - first;
-    const int width = left <= kFewQueries ? static_cast<int>(left) : left <= kNarrowTile ? kNarrowTile : kWideTile;
+    // Terms of queries are as many as their rank, and are not tiled.
+    const int width = left <= kFewQueries   ? static_cast<int>(left)
+                      : terms != nullptr    ? kFewQueries
+                      : left <= kNarrowTile ? kNarrowTile
+                                            : kWideTile;
     tiles.push_back(
-        std::make_unique<Tile>(parts, part_count, queries, first, width, unit.data(), layer_begin.data(), total));
+        std::make_unique<Tile>(parts, part_count, queries, first, width, unit.data(), layer_begin.data(), total, terms));
     first += width;
   }
 

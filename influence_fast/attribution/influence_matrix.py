@@ -28,11 +28,11 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
+from influence_fast import ops
 from influence_fast._memory import parse_memory
 from influence_fast.attribution.gradient_source import Gradients, GradientSource, chosen_layers
 from influence_fast.attribution.preconditioners import Whitening, eigenvalue_corrected
 from influence_fast.errors import InputError
-from influence_fast.gradients.row_factors import inner_products as factor_products
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -268,8 +268,9 @@ class InfluenceMatrix:
 
     def _of_factors(self, name: str, left: tuple[Tensor, Tensor], queries: slice, train: slice) -> Tensor:
         assert self._train.store is not None
-        some = left[0][queries], left[1][queries]
-        out = factor_products(some, self._train.store.read_factors(name, train))
+        # Factors are what few tokens of a linear layer are: output gradients, and inputs.
+        outputs, inputs = self._train.store.read_factors(name, train)
+        out = ops.ghost_dot(left[1][queries], left[0][queries], inputs, outputs)
         if self.method == "cosine":
             out *= _inverse_norm(self._queries.sqnorm(name)[queries])[:, None]
         return out

@@ -12,7 +12,7 @@ from influence_fast.attribution.registry import get_method
 from influence_fast.auditing.config import SELF_CHECK_ROWS, AuditPlan
 from influence_fast.errors import InputError
 from influence_fast.gradients.default_projection import SMALL, numbers
-from influence_fast.gradients.shard import DTYPES
+from influence_fast.gradients.shard import row_bytes
 from influence_fast.ops.projections import Projection
 
 # What is written beside stores: scores, a report; and what a disk should have left.
@@ -49,9 +49,8 @@ def stored_rows(plan: AuditPlan) -> int:
 def stored_bytes(plan: AuditPlan, projection: Projection | None = None) -> int:
     """Bytes of all stores of an audit."""
     dims = numbers(plan.model, plan.layers, projection or plan.build.projection)
-    width = DTYPES[plan.build.dtype].itemsize
-    # A squared length a layer, three columns, scales of int8.
-    row = sum(dims.values()) * width + len(dims) * (12 if plan.build.dtype == "int8" else 8) + 16
+    # With three columns.
+    row = sum(row_bytes(plan.build.dtype, dim) for dim in dims.values()) + 16
     return stored_rows(plan) * row
 
 

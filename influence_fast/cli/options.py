@@ -114,7 +114,11 @@ def model_options(command: Callable[..., Any]) -> Callable[..., Any]:
             help="How to project gradients: identity, rademacher:16x16, sjlt:4096 and others. By default those of "
             "adapters and small layers stay whole, and those of a model that was trained as a whole become small.",
         ),
-        click.option("--dtype", default="float32", help="How stores keep numbers: float32, float16, bfloat16 or int8."),
+        click.option(
+            "--dtype",
+            default="float32",
+            help="How stores keep numbers: float32, float16, bfloat16, int8, int8_block or int4 (a scale for every 32).",
+        ),
         click.option(
             "--precision", type=click.Choice(["bfloat16", "float16"]), help="Run forward and backward under autocast."
         ),

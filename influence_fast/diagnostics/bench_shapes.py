@@ -57,7 +57,12 @@ SHAPES: Shapes = {
     "sketch_outer": {"1024": OuterShape(16, 128, 1024, 1024, k=4096, kind="sjlt")},
     "outer": {"minilm": OuterShape(32, 16, 384, 384)},
     "score_outer": {"1024": OuterShape(16, 128, 1024, 1024, k=8)},
-    "ghost_dot": {"1024": OuterShape(16, 64, 1024, 1024)},
+    "ghost_dot": {
+        "1024": OuterShape(16, 64, 1024, 1024),
+        # Rows of a store that are kept as factors: a token is a pair of vectors.
+        "factors-1": OuterShape(1024, 1, 64, 64),
+        "factors-4": OuterShape(1024, 4, 64, 64),
+    },
     "ghost_norm": {"1024": OuterShape(16, 128, 1024, 1024)},
     "sketch": {
         "589k-dense": SketchShape(16, 589_824, 512),

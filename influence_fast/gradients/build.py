@@ -31,7 +31,7 @@ from influence_fast.gradients.settings import BuildSettings
 from influence_fast.gradients.store import GradientStore
 from influence_fast.gradients.store_changes import add_segment, check_version, clear, drop_other
 from influence_fast.gradients.store_format import MANIFEST
-from influence_fast.gradients.store_records import read_manifest, read_state, verifying
+from influence_fast.gradients.store_records import dtype_of, read_manifest, read_state, verifying
 from influence_fast.gradients.store_writer import recorded
 from influence_fast.gradients.verify import CaptureReport, can_be_verified, covered_share, plan_capture, say
 from influence_fast.ops.arguments import AdamState
@@ -93,7 +93,7 @@ def build_store(
             to the bit where it is the same number and no batch ran out of memory. Where padding or other rows change
             a row's loss, as a few tiny forwards find out, batches hold rows of equal lengths, or one; the log says so.
         ids: names of the rows; their numbers by default.
-        dtype: float32, float16, bfloat16 or int8 on disk.
+        dtype: float32, float16, bfloat16 or int8 on disk; ``int8_block`` and ``int4`` have a scale for every 32 numbers.
         precision: None runs the model as it is; ``bfloat16`` or ``float16`` runs forward and backward under autocast
             (projections and sums stay float32). float16 loses gradients below 6e-8: prefer bfloat16.
         truncate: cut rows that are longer than the model's context instead of refusing them.
@@ -203,7 +203,7 @@ def append_store(
         Projection.parse(manifest["projection"]),
         _loss_again(folder, manifest["loss"], loss),
         batch_tokens,
-        manifest["dtype"],
+        dtype_of(manifest),
         shard_rows,
         taken.get("truncate", False),
         taken.get("bias", False),

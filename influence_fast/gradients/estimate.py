@@ -19,7 +19,7 @@ from influence_fast.gradients.build import verified_settings
 from influence_fast.gradients.job import prepare_job
 from influence_fast.gradients.model_state import as_evaluated, fingerprint
 from influence_fast.gradients.settings import BuildSettings
-from influence_fast.gradients.shard import DTYPES
+from influence_fast.gradients.shard import row_bytes
 from influence_fast.ops.projections import Projection
 
 # Groups of batches, one of which is run for each.
@@ -120,18 +120,16 @@ def estimate_of(
     # Writing goes on beside computing, but on a CPU it takes cores from it.
     seconds = checked + (max(seconds, written) if device.type == "cuda" else seconds + written)
     dims = job.capture.dims
-    width = DTYPES[settings.dtype].itemsize
     header = sum(150 + 2 * len(name) for name in dims) + 200
     shards = -(-rows // size)
-    scaled = 4 if settings.dtype in ("int8", "float16") else 0
-    row_bytes = sum(dim * width + 8 + scaled for dim in dims.values()) + columns
-    held = min(size, rows) * (4 * sum(dims.values()) * min(2, shards) + row_bytes + 8 * max(dims.values()))
+    row = sum(row_bytes(settings.dtype, dim) for dim in dims.values()) + columns
+    held = min(size, rows) * (4 * sum(dims.values()) * min(2, shards) + row + 8 * max(dims.values()))
     return Estimate(
         rows=rows,
         batches=len(planned),
         seconds=seconds,
         samples_per_s=rows / seconds,
-        disk_bytes=rows * row_bytes + shards * (header + 300) + 400 * len(dims),
+        disk_bytes=rows * row + shards * (header + 300) + 400 * len(dims),
         memory_bytes=peak_memory() + held,
         device_bytes=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0,
     )

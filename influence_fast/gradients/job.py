@@ -38,6 +38,7 @@ from influence_fast.gradients.model_state import as_evaluated, autocast, fingerp
 from influence_fast.gradients.row_checks import check_own_loss, settle_batches
 from influence_fast.gradients.settings import BuildSettings
 from influence_fast.gradients.store import GradientStore
+from influence_fast.gradients.store_records import dtype_of
 from influence_fast.gradients.store_writer import StoreWriter, recorded_facts
 
 _SHARD_BYTES = 32 << 20
@@ -193,8 +194,9 @@ class Job:
             name: {key: layer[key] for key in ("shape", "dim", "matrices")}
             for name, layer in manifest["layers"].items()
         }
+        earlier = {**manifest, "dtype": dtype_of(manifest)}
         found = next(
-            (f"another {key}" for key in ("model", "projection", "loss", "dtype") if now[key] != manifest[key]), None
+            (f"another {key}" for key in ("model", "projection", "loss", "dtype") if now[key] != earlier[key]), None
         )
         if found is None and now["factors"] != manifest.get("factors"):
             found = "another number of factors"
@@ -305,7 +307,7 @@ def prepare_job(
 
 
 # How far a row that was rounded to a store's dtype may be from itself.
-_ROUNDED = {"int8": 5e-2, "bfloat16": 1e-2, "float16": 2e-3}
+_ROUNDED = {"int4": 0.5, "int8_block": 5e-2, "int8": 5e-2, "bfloat16": 1e-2, "float16": 2e-3}
 
 
 def _stored_probe(path: str | PathLike[str], numbers: Sequence[int], names: Sequence[str]) -> tuple[Probe, float]:

@@ -8,8 +8,6 @@ stays whole.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -41,13 +39,5 @@ def sides(stored: Tensor, out: int, factors: int) -> tuple[Tensor, Tensor]:
 def products(stored: Tensor, out: int, factors: int) -> Tensor:
     """The gradients that factors stand for: ``(n, dim)``."""
     left, right = sides(stored, out, factors)
-    return (left.mT @ right).flatten(1)
-
-
-def inner_products(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> Tensor:
-    """``<sum_c u_c v_c^T, sum_d a_d b_d^T>`` of all pairs, ``(m, n)``: ``sum <u_c, a_d> <v_c, b_d>``."""
-    out: Any = 0
-    for c in range(a[0].shape[1]):
-        for d in range(b[0].shape[1]):
-            out = out + (a[0][:, c] @ b[0][:, d].T) * (a[1][:, c] @ b[1][:, d].T)
-    return out
+    # Batched products of vectors are many small calls; this is one.
+    return (left.mT * right if factors == 1 else left.mT @ right).flatten(1)

@@ -9,6 +9,7 @@ from typing import Any
 from influence_fast.data.batching import Loss
 from influence_fast.data.tasks import LOSSES
 from influence_fast.errors import InputError
+from influence_fast.gradients.block_scales import BITS
 from influence_fast.gradients.shard import DTYPES
 from influence_fast.ops.arguments import AdamState
 from influence_fast.ops.projections import Projection
@@ -62,8 +63,8 @@ class BuildSettings:
                 or not 1 <= self.factors <= MOST_FACTORS
             ):
                 raise InputError(f"factors: expected None or an int from 1 to {MOST_FACTORS}, got {self.factors!r}")
-            if self.dtype != "float32":
-                raise InputError(f"factors: are float32 numbers, not {self.dtype}")
+            if self.dtype not in ("float32", *BITS):
+                raise InputError(f"factors: are kept as float32, {' or '.join(BITS)}, not {self.dtype}")
         for name in ("truncate", "bias", "verify", "strict", "one_row"):
             if not isinstance(getattr(self, name), bool):
                 raise InputError(f"{name}: expected true or false, got {getattr(self, name)!r}")

@@ -15,9 +15,18 @@ import torch
 from torch import Tensor
 
 from influence_fast.errors import StoreError
+from influence_fast.gradients import block_scales
 from influence_fast.gradients.row_factors import products
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "int8": torch.int8}
+# What a store's numbers may be, and what tensors hold them.
+DTYPES = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "int8": torch.int8,
+    "int8_block": torch.int8,
+    "int4": torch.uint8,
+}
 _NAMES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -89,6 +98,7 @@ class Shard:
         self.file, self.first, self.rows = file, first, rows
         self.path = file.path
         self.dims, self.dtype, self._named = dims, DTYPES[dtype], named
+        self.bits = block_scales.BITS.get(dtype, 0)
         self.factors, self.outs = factors, dict(outs or {})
         self._locating = False
         file.where = self.where
@@ -182,13 +192,15 @@ class Shard:
     def _check_names(self, places: Mapping[str, Place]) -> None:
         """Every layer with what belongs to it, and nothing else than columns."""
         expected: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
-        for layer, dim in self.dims.items():
-            out = self.outs.get(layer)
-            width = dim if out is None else self.factors * (out + dim // out)
-            expected[layer] = ((self.rows, width), self.dtype)
+        for layer in self.dims:
+            width = self.numbers(layer)
+            held = block_scales.elements(width, self.bits) if self.bits else width
+            expected[layer] = ((self.rows, held), self.dtype)
             expected[f"@sqnorm/{layer}"] = ((self.rows,), torch.float64)
+            if self.bits:
+                expected[f"@scale/{layer}"] = ((self.rows, block_scales.blocks(width)), torch.bfloat16)
             # Half precision is scaled too, but was not in version 0.1.
-            if self.dtype == torch.int8 or (self.dtype == torch.float16 and f"@scale/{layer}" in places):
+            elif self.dtype == torch.int8 or (self.dtype == torch.float16 and f"@scale/{layer}" in places):
                 expected[f"@scale/{layer}"] = ((self.rows,), torch.float32)
         for name, (shape, dtype) in expected.items():
             if name not in places:
@@ -246,15 +258,27 @@ class Shard:
         """Rows of a layer in float32, into ``out`` if given."""
         place = self._found(layer)
         if layer in self.outs:
-            values = products(self.tensor(layer, rows), self.outs[layer], self.factors)
+            values = products(self.stored(layer, rows), self.outs[layer], self.factors)
             return values if out is None else out.copy_(values)
         if out is not None and isinstance(rows, slice) and place.dtype == torch.float32:
             self._read(out, place.start + rows.start * place.width)
             return out
-        values = self.tensor(layer, rows).float()
-        if f"@scale/{layer}" in self.places:
-            values = values * self.tensor(f"@scale/{layer}", rows)[:, None]
+        values = self.stored(layer, rows)
         return values if out is None else out.copy_(values)
+
+    def numbers(self, layer: str) -> int:
+        """Numbers that are kept of a row: those of its gradient, or of its factors."""
+        dim, out = self.dims[layer], self.outs.get(layer)
+        return dim if out is None else self.factors * (out + dim // out)
+
+    def stored(self, layer: str, rows: slice | np.ndarray = slice(None)) -> Tensor:
+        """The numbers that are kept of some rows, float32: gradients, or their factors."""
+        values, scale = self.tensor(layer, rows), f"@scale/{layer}"
+        if self.bits:
+            return block_scales.unpacked(self.tensor(scale, rows), values, self.numbers(layer), self.bits)
+        if scale in self.places:
+            return values.float() * self.tensor(scale, rows)[:, None]
+        return values.float()
 
     def _found(self, name: str) -> Place:
         if name not in self.places:
@@ -271,6 +295,13 @@ class Shard:
     def _short(value: Any) -> str:
         shown = repr(dict(value) if isinstance(value, Mapping) else value)
         return shown if len(shown) <= 120 else f"{shown[:117]}..."
+
+
+def row_bytes(dtype: str, numbers: int) -> int:
+    """Bytes of a row of a layer: so many numbers, what they are multiplied with and the squared length."""
+    if bits := block_scales.BITS.get(dtype):
+        return block_scales.elements(numbers, bits) + 2 * block_scales.blocks(numbers) + 8
+    return numbers * DTYPES[dtype].itemsize + (12 if dtype in ("int8", "float16") else 8)
 
 
 def layout(tensors: Mapping[str, Tensor], named: Mapping[str, str], block: int) -> tuple[bytes, list[str]]:

@@ -80,7 +80,7 @@ class GradientStore(StoreReader):
             "identifiers": {name: layer["matrices"] for name, layer in manifest["layers"].items()},
             "model": manifest["model"],
             "loss": manifest["loss"],
-            "dtype": manifest["dtype"],
+            "dtype": self.meta["dtype"],
             "factors": manifest.get("factors"),
             "outs": self.outs,
             "shard_rows": manifest["shard_rows"],

@@ -138,7 +138,7 @@ def _segment(folder: Path, name: str) -> dict[str, Any]:
 def _named(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
     manifest = {
         **manifest,
-        "requires": [name for name in ("factors", "segments", "tombstones") if name in manifest],
+        "requires": [name for name in ("block_scales", "factors", "segments", "tombstones") if name in manifest],
     }
     atomic_write(folder / MANIFEST, records.seal(manifest))
     return manifest

@@ -6,14 +6,16 @@ are *segments*, folders within that are stores themselves; rows that are deleted
 Nothing is ever unpickled. All numbers are little-endian, all text is UTF-8.
 
 **Manifest**, replaced as a whole when rows are appended, deleted or compacted, and never otherwise: a JSON object
-``format``, ``version`` (2), ``requires`` (what else a reader must know: ``factors``, ``segments`` and ``tombstones``
-where there are any; refuse what you do not know, and ignore other keys), ``model`` (SHA-256 of the weights),
-``projection`` (text), ``layers`` (by name: ``shape`` (out, in), ``dim``, ``matrices`` with the identifier of each random
-matrix, and ``out`` where the layer is kept as factors), ``factors`` (c, only where rows are kept as factors; ``dtype`` is
-float32), ``dtype``, ``loss``, ``rows``, ``shard_rows``, ``block`` (16384), ``ids`` (null: row numbers), ``settings`` of
-the build, ``facts`` (optional: which rows capture was verified on, how many trained numbers the layers cover of how
-many), what follows under *Changes*, and ``seal``: the SHA-256 of all bytes of the file before its value, which with
-``"``, ``}`` and two line ends is its last 68 bytes.
+``format``, ``version`` (2), ``requires`` (what else a reader must know: ``block_scales``, ``factors``, ``segments`` and
+``tombstones`` where there are any; refuse what you do not know, and ignore other keys), ``model`` (SHA-256 of the
+weights), ``projection`` (text), ``layers`` (by name: ``shape`` (out, in), ``dim``, ``matrices`` with the identifier of
+each random matrix, and ``out`` where the layer is kept as factors), ``factors`` (c, only where rows are kept as factors;
+these are float32 or have ``block_scales``), ``dtype`` (float32, float16, bfloat16, int8), ``block_scales`` (only where
+numbers that follow one another in a row share a scale: ``bits`` of a code, 4 or 8, and ``numbers``, 32; ``dtype`` is
+int8), ``loss``, ``rows``, ``shard_rows``, ``block`` (16384), ``ids`` (null: row numbers), ``settings`` of the build,
+``facts`` (optional: which rows capture was verified on, how many trained numbers the layers cover of how many), what
+follows under *Changes*, and ``seal``: the SHA-256 of all bytes of the file before its value, which with ``"``, ``}`` and
+two line ends is its last 68 bytes.
 
 **Journal**, only ever added to: one JSON object a line, in any order while a store is being built, in that of the rows when
 it is done. A line that does not end is not there yet.
@@ -55,6 +57,10 @@ with ``out``                    F32         ``(rows, c * (out + dim / out))``: c
                                             ``dim / out``; the gradient is the sum of their outer products
 ``@scale/LAYER``                F32         ``(rows,)`` int8 and float16, powers of two there: gradient = scale * number;
                                             absent in float16 shards of version 0.1, where it is 1
+with ``block_scales``           I8 U8       ``LAYER`` holds codes: of 8 bits ``(rows, numbers)``; of 4 ``(rows, ceil(numbers
+                                            / 2))``, each plus 8, the first of two in the lower half of a byte, 8 behind
+                                            the last. ``@scale/LAYER`` is BF16 ``(rows, ceil(numbers / 32))``, one for
+                                            every 32 numbers of a row: number = scale * code
 ``@sqnorm/LAYER``               F64         ``(rows,)`` ``|g|^2`` of the gradient before it was rounded to dtype
 ``@column/NAME``                any         ``(rows,)`` ``loss``, ``correct``, ``prediction``
 ``@blocks``                     U64         last: XXH3 (64 bits, seed 0) of every 16,384 bytes of the file before it
@@ -105,7 +111,7 @@ A reader that checks what it reads, in plain NumPy::
         raw = (folder / "manifest.json").read_bytes()
         manifest = json.loads(raw)
         assert hashlib.sha256(raw[:-68]).hexdigest() == manifest["seal"]
-        assert set(manifest["requires"]) <= {"factors", "segments", "tombstones"}
+        assert set(manifest["requires"]) <= {"block_scales", "factors", "segments", "tombstones"}
         return manifest
 
 
@@ -136,17 +142,23 @@ A reader that checks what it reads, in plain NumPy::
             assert len(raw) == shard["bytes"] and hashlib.sha256(raw).hexdigest() == shard["sha256"]
             size = int(raw[:8].view("<u8")[0])
             header = json.loads(bytes(raw[8 : 8 + size]))
-            entry = header[layer]
-            begin, end = entry["data_offsets"]
-            data = raw[8 + size + begin : 8 + size + end]
-            dtype = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "I8": "i1"}[entry["dtype"]]
-            rows = data.view(dtype).reshape(entry["shape"])
-            if entry["dtype"] == "BF16":
-                rows = (rows.astype("<u4") << 16).view("<f4")
-            if (scale := header.get("@scale/" + layer)) is not None:
-                begin, end = scale["data_offsets"]
-                rows = rows * raw[8 + size + begin : 8 + size + end].view("<f4")[:, None]
-            if (out := manifest["layers"][layer].get("out")) is not None:
+
+            def tensor(entry):
+                begin, end = entry["data_offsets"]
+                dtype = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "I8": "i1", "U8": "u1"}[entry["dtype"]]
+                found = raw[8 + size + begin : 8 + size + end].view(dtype).reshape(entry["shape"])
+                return found if entry["dtype"] != "BF16" else (found.astype("<u4") << 16).view("<f4")
+
+            rows, scale = tensor(header[layer]), header.get("@scale/" + layer)
+            dim, out = (manifest["layers"][layer].get(key) for key in ("dim", "out"))
+            if (blocks := manifest.get("block_scales")) is not None:
+                numbers = dim if out is None else manifest["factors"] * (out + dim // out)
+                if blocks["bits"] == 4:
+                    rows = np.stack([rows & 15, rows >> 4], 2).reshape(len(rows), -1)[:, :numbers].astype("i1") - 8
+                rows = rows * np.repeat(tensor(scale), blocks["numbers"], 1)[:, :numbers]
+            elif scale is not None:
+                rows = rows * tensor(scale)[:, None]
+            if out is not None:
                 left, right = np.split(rows, [manifest["factors"] * out], axis=1)
                 left, right = (side.reshape(len(rows), manifest["factors"], -1) for side in (left, right))
                 rows = (left.transpose(0, 2, 1) @ right).reshape(len(rows), -1)

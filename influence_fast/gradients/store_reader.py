@@ -23,6 +23,7 @@ from influence_fast.gradients.shard import Shard
 from influence_fast.gradients.store_records import (
     State,
     dims_of,
+    dtype_of,
     outs_of,
     read_manifest,
     read_state,
@@ -43,7 +44,8 @@ class StoreReader:
         path: the folder.
         layers: names in the model's order; ``dims`` and ``shapes`` give numbers per row and the weight's ``(out, in)``.
         ids: name of each row; its number unless the build was given others. Names are read from disk when asked for.
-        meta: the manifest, and ``shards``: ``file``, ``rows``, ``bytes`` and ``sha256`` of each.
+        meta: the manifest, with ``dtype`` as it was built with, and ``shards``: ``file``, ``rows``, ``bytes`` and
+            ``sha256`` of each.
     """
 
     def __init__(self, path: Path, state: State, verify: bool) -> None:
@@ -51,7 +53,7 @@ class StoreReader:
         self._verify = verify
         self.state = state
         lines = [{**line, "file": part.label + line["file"]} for part in state.parts for line in part.lines]
-        self.meta = {**state.manifest, "rows": state.rows, "shards": lines}
+        self.meta = {**state.manifest, "dtype": dtype_of(state.manifest), "rows": state.rows, "shards": lines}
         self.layers: list[str] = list(state.manifest["layers"])
         self.dims: dict[str, int] = dims_of(state.manifest)
         self.shapes: dict[str, tuple[int, int]] = {
@@ -254,7 +256,7 @@ class StoreReader:
             low, high = max(begin, first) - first, min(end, last) - first
             if low < high:
                 within = inside[low:high] if isinstance(inside, np.ndarray) else slice(low, high)
-                found.append(shard.tensor(layer, within))
+                found.append(shard.stored(layer, within))
         width = self.factors * (self.outs[layer] + self.dims[layer] // self.outs[layer])
         return sides(torch.cat(found) if found else torch.empty(0, width), self.outs[layer], self.factors)
 

@@ -21,8 +21,10 @@ from typing_extensions import NotRequired, TypedDict
 from influence_fast import _records as records
 from influence_fast._blocks import BLOCK, BlockFile, BlockSums, HashedFile, PlainFile, block_count, root_of, sha256_of
 from influence_fast.errors import StoreError
+from influence_fast.gradients import block_scales
 from influence_fast.gradients.row_ids import TYPES, JoinedIds, RowIds
-from influence_fast.gradients.shard import DTYPES, Shard
+from influence_fast.gradients.shard import Shard
+from influence_fast.gradients.shard import row_bytes as bytes_of_row
 from influence_fast.gradients.store_format import FORMAT, JOURNAL, MANIFEST, VERSION
 
 T = TypeVar("T")
@@ -47,7 +49,9 @@ def verifying(verify: bool | None = None) -> bool:
 # Folders of segments, by what made them, and files of tombstones; a number is used once.
 SEGMENT = r"(segment|compacted)-\d{5,10}"
 TOMBSTONES = r"deleted-\d{5,10}\.bin"
-_KNOWN = {"factors", "segments", "tombstones"}
+_KNOWN = {"block_scales", "factors", "segments", "tombstones"}
+# Of these none tells of a change since the store was built.
+BUILT = {"block_scales", "factors"}
 # What may change in a manifest while its shards stay: what it needs and names beside them.
 _BESIDE = ("facts", "shards", "segments", "next", "tombstones")
 
@@ -96,11 +100,16 @@ class _Tombstones(TypedDict):
     blocks: records.Xxh3
 
 
+class _BlockScales(TypedDict):
+    bits: Literal[4, 8]
+    numbers: Annotated[int, Field(ge=block_scales.NUMBERS, le=block_scales.NUMBERS)]
+
+
 class _Shared(TypedDict):
     model: records.Text
     projection: records.Text
     layers: Annotated[dict[records.Text, _Layer], Field(min_length=1)]
-    dtype: Annotated[Any, records.one_of(*DTYPES)]
+    dtype: Annotated[Any, records.one_of("float32", "float16", "bfloat16", "int8")]
     loss: records.Text
     rows: records.Positive
     shard_rows: records.Positive
@@ -125,6 +134,7 @@ class _Version2(_Shared):
     block: Annotated[int, Field(ge=BLOCK, le=BLOCK)]
     settings: dict[Any, Any]
     factors: NotRequired[Annotated[int, Field(ge=1, le=2**16)]]
+    block_scales: NotRequired[_BlockScales]
     segments: NotRequired[list[_Segment]]
     next: NotRequired[Annotated[int, Field(ge=1, le=2**31)]]
     tombstones: NotRequired[_Tombstones]
@@ -157,13 +167,30 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if unknown := [name for name in manifest["requires"] if name not in _KNOWN]:
         raise StoreError(f"{folder}: needs a later version of this library, which knows {unknown[0]!r}")
     there = {name for name in _KNOWN if name in manifest}
-    if set(manifest["requires"]) != there or (there - {"factors"} and not {"segments", "next"} <= manifest.keys()):
+    if set(manifest["requires"]) != there or (there - BUILT and not {"segments", "next"} <= manifest.keys()):
         raise StoreError(f"{where} is damaged: it requires {manifest['requires']}, and has {sorted(there)}")
     for name, layer in manifest["layers"].items():
         out = layer.get("out")
-        if out is not None and (layer["dim"] % out or "factors" not in manifest or manifest["dtype"] != "float32"):
+        exact = manifest["dtype"] == "float32" or "block_scales" in manifest
+        if out is not None and (layer["dim"] % out or "factors" not in manifest or not exact):
             raise StoreError(f"{where} is damaged: layer {name!r} has no factors with {out} outputs")
+    if "block_scales" in manifest and manifest["dtype"] != "int8":
+        raise StoreError(f"{where} is damaged: numbers of {manifest['dtype']} have no scales of blocks")
     return manifest
+
+
+def dtype_of(manifest: Mapping[str, Any]) -> str:
+    """How rows are kept, one of ``DTYPES``: the manifest calls ``int8`` all whose codes need scales."""
+    if (scales := manifest.get("block_scales")) is None:
+        return cast(str, manifest["dtype"])
+    return next(name for name, bits in block_scales.BITS.items() if bits == scales["bits"])
+
+
+def dtype_entries(dtype: str) -> dict[str, Any]:
+    """What a manifest says of a dtype."""
+    if (bits := block_scales.BITS.get(dtype)) is None:
+        return {"dtype": dtype}
+    return {"dtype": "int8", "block_scales": {"bits": bits, "numbers": block_scales.NUMBERS}}
 
 
 def fingerprint(manifest: Mapping[str, Any]) -> str:
@@ -224,10 +251,10 @@ def check_line(where: str, settings: str, line: Mapping[str, Any]) -> None:
 
 
 def row_bytes(manifest: Mapping[str, Any]) -> int:
-    """Bytes of a row, columns aside."""
-    size = DTYPES[manifest["dtype"]].itemsize
-    beside = 8 + (4 if manifest["dtype"] == "int8" else 0)
-    return sum(width * size + beside for width in widths_of(manifest).values())
+    """Bytes of a row at least, columns aside."""
+    dtype, widths = dtype_of(manifest), widths_of(manifest).values()
+    # Version 0.1 had no scales of half precision.
+    return sum(bytes_of_row(dtype, width) - (4 if dtype == "float16" else 0) for width in widths)
 
 
 def named(line: Mapping[str, Any]) -> dict[str, str]:
@@ -285,7 +312,7 @@ class Part:
             self.first + line["first"],
             line["rows"],
             dims_of(self.manifest),
-            self.manifest["dtype"],
+            dtype_of(self.manifest),
             about,
             self.manifest.get("factors", 0),
             outs_of(self.manifest),
@@ -419,7 +446,7 @@ def _part(folder: Path, manifest: dict[str, Any], entry: Mapping[str, Any], firs
         if inner.is_symlink():
             raise StoreError(f"{inner}: is a link, expected a folder")
         own = read_manifest(inner)
-        for key in ("version", "model", "projection", "layers", "dtype", "factors", "loss"):
+        for key in ("version", "model", "projection", "layers", "dtype", "block_scales", "factors", "loss"):
             if own.get(key) != manifest.get(key):
                 raise StoreError(f"{inner}: damaged, its {key} is not that of the store")
     if "settings" in entry and (own["rows"], fingerprint(own)) != (entry["rows"], entry["settings"]):

@@ -27,13 +27,16 @@ from influence_fast._files import (
     remove_leftovers,
 )
 from influence_fast.errors import InputError, StoreError
-from influence_fast.gradients import row_ids
+from influence_fast.gradients import block_scales, row_ids
 from influence_fast.gradients.row_factors import as_factors
 from influence_fast.gradients.shard import DTYPES, SUMS, Shard, bytes_of, layout
 from influence_fast.gradients.store_format import FORMAT, JOURNAL, MANIFEST, VERSION
 from influence_fast.gradients.store_records import (
+    BUILT,
     Part,
     check_line,
+    dtype_entries,
+    dtype_of,
     fingerprint,
     named,
     read_journal,
@@ -100,7 +103,10 @@ class StoreWriter:
         manifest: dict[str, Any] = {
             "format": FORMAT,
             "version": VERSION,
-            "requires": [] if factors is None else ["factors"],
+            "requires": [
+                *(["block_scales"] if dtype in block_scales.BITS else []),
+                *([] if factors is None else ["factors"]),
+            ],
             "model": model,
             "projection": projection,
             "layers": {
@@ -113,7 +119,7 @@ class StoreWriter:
                 for name, shape in layers.items()
             },
             **({} if factors is None else {"factors": factors}),
-            "dtype": dtype,
+            **dtype_entries(dtype),
             "loss": loss,
             "rows": len(ids),
             "shard_rows": shard_rows,
@@ -131,7 +137,7 @@ class StoreWriter:
             earlier = read_manifest(folder)
             if not resume:
                 raise InputError(f"{folder}: holds a store already; remove it, or pass resume=True")
-            if set(earlier.get("requires", [])) - {"factors"}:
+            if set(earlier.get("requires", [])) - BUILT:
                 raise StoreError(
                     f"{folder}: rows were appended to this store or deleted; open it, or choose a new folder"
                 )
@@ -305,7 +311,8 @@ class StoreWriter:
         self, span: range, gradients: Mapping[str, Tensor], columns: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
         tensors = {f"@column/{name}": column.cpu().contiguous() for name, column in columns.items()}
-        dtype = DTYPES[self.manifest["dtype"]]
+        kept = dtype_of(self.manifest)
+        dtype, bits = DTYPES[kept], block_scales.BITS.get(kept)
         for name, layer in self.manifest["layers"].items():
             gradient = gradients[name].detach().cpu()
             if tuple(gradient.shape) != (len(span), layer["dim"]):
@@ -314,6 +321,11 @@ class StoreWriter:
             self._check_finite(name, span, sqnorm, "is not finite")
             if "out" in layer:
                 rounded = as_factors(gradient, layer["out"], self.manifest["factors"])
+            if bits is not None:
+                scale, rounded = block_scales.packed(rounded if "out" in layer else gradient, bits)
+                tensors[f"@scale/{name}"] = scale
+            elif "out" in layer:
+                pass
             elif dtype in (torch.int8, torch.float16):
                 scale, rounded = scaled(gradient, dtype)
                 tensors[f"@scale/{name}"] = scale
@@ -408,7 +420,10 @@ def _check_same(folder: Path, earlier: Mapping[str, Any], now: Mapping[str, Any]
         about, pieces = row_ids.encoded(earlier["ids"] if earlier["ids"] is not None else range(earlier["rows"]))
         ids = about and {**about, "blocks": root_of(_table(pieces()))}
         earlier = {**now, **earlier, "ids": ids, "version": now["version"]}
-    pairs = [(key, earlier.get(key), now[key]) for key in now if key not in ("settings", "facts")]
+    was_kept, kept = ({**side, "dtype": dtype_of(side)} for side in (earlier, now))
+    # What a store requires and how its blocks are scaled follows from the others.
+    keys = [key for key in ("factors", *now) if key not in ("settings", "facts", "requires", "block_scales")]
+    pairs = [(key, was_kept.get(key), kept.get(key)) for key in keys]
     pairs += [(key, earlier.get("settings", {}).get(key), value) for key, value in now["settings"].items()]
     for key, was, wanted in pairs:
         if was != wanted:

@@ -234,6 +234,9 @@ def ghost_dot(
 ) -> Tensor:
     """Inner products of two sets of unprojected gradients: ``-> (Na, Nb) = <G_a, G_b>``, no gradient formed.
 
+    Pairs of vectors whose outer products' sum is a gradient, such as the factors of :func:`~influence_fast.build_store`, are
+    tokens: ``x (N, c, i)`` and ``dy (N, c, o)``.
+
     Floor: ``2 Na Nb Ta Tb (i + o)`` FLOPs at the matmul rate, nothing of size T x T or i x o written. Where tokens are many
     and pairs are too, ``outer`` and one matrix product cost less: ``2 (Na Ta + Nb Tb + Na Nb) i o``.
     """

@@ -7,13 +7,16 @@ the copy's rounding error is known for every row, so a row is left out only wher
 (``csrc/cpu/exact_search.h``). It does not depend on threads, batches, instruction sets or on how the copy is cut.
 
 The copy is a list of segments of consecutive rows, in memory or each a file that is mapped, with these arrays at multiples
-of 64 bytes, one behind the other (P parts of a row: a layer, or 65,536 numbers of one; blocks are 192 rows):
+of 64 bytes, one behind the other (P parts of a row: a layer, or 65,536 numbers of one; blocks are 192 rows). A layer of
+which the store keeps factors is one part, of F such parts: codes of u_1, v_1, u_2, ..., each from a multiple of 4 bytes
+on. S is P, and one more for every factor but the first:
 
 ==========  ===========================  ====================================================================
 ``codes``   uint8 ``(rows, stride)``     part = scale * (code - 128) + rest; 64 bytes more behind the last row
-``scale``   float32 ``(P, rows)``
-``error``   float32 ``(P, rows)``        at least the length of the rest
-``norm``    float32 ``(P, rows)``        at least the length of the part
+``scale``   float32 ``(S, rows)``        of factors the product of those of u_c and v_c
+``error``   float32 ``(P, rows)``        at least the length of the rest; of factors the sum of |rest u_c| |v_c| and
+                                         |u_c - rest| |rest v_c| over c
+``norm``    float32 ``(P + F, rows)``    at least the length of the part; of factors ``sum |u_c| |v_c|``; lengths last
 ``order``   int32 ``(rows,)``            row of each position, longest row first; counted from the segment's first row
 ``bound``   float32 ``(1 + P, blocks)``  longest row of each block; longest part
 ==========  ===========================  ====================================================================
@@ -35,6 +38,7 @@ from torch import Tensor
 from influence_fast._files import atomic_path
 from influence_fast.errors import BackendError, InputError, StoreError
 from influence_fast.gradients.store_reader import StoreReader
+from influence_fast.search.factor_codes import factor_codes, query_terms
 from influence_fast.search.index_files import IndexFolder, describe
 
 try:
@@ -60,16 +64,32 @@ class Part:
     begin: int
     dim: int
     offset: int
+    scale: int
+    factors: int = 0
+    out: int = 0
+
+    @property
+    def sides(self) -> tuple[int, int]:
+        """Of a part that is factors, numbers of each side."""
+        return self.out, self.dim // self.out
 
 
-def parts_of(dims: dict[str, int]) -> tuple[list[Part], int]:
-    """How rows of these layers lie side by side, and the bytes of a row."""
-    parts, offset = [], 0
+def parts_of(dims: dict[str, int], outs: Mapping[str, int], factors: int) -> tuple[list[Part], int]:
+    """How rows of these layers lie side by side, and the bytes of a row; ``outs`` of those that are kept as factors."""
+    parts: list[Part] = []
+    offset = scale = 0
     for layer, dim in dims.items():
+        if layer in outs:
+            part = Part(layer, 0, dim, offset, scale, factors, outs[layer])
+            parts.append(part)
+            offset += factors * sum(-(-side // 4) * 4 for side in part.sides)
+            scale += factors
+            continue
         for begin in range(0, dim, _PART):
-            part = Part(layer, begin, min(_PART, dim - begin), offset)
+            part = Part(layer, begin, min(_PART, dim - begin), offset, scale)
             parts.append(part)
             offset += -(-part.dim // 4) * 4
+            scale += 1
     return parts, -(-offset // 64) * 64
 
 
@@ -87,6 +107,8 @@ class Rows:
         self.layers = list(layers)
         self.dims = {name: self.stores[0][0].dims[name] for name in layers}
         self.count = sum(len(rows) for _, rows in self.stores)
+        first = self.stores[0][0]
+        self.factors, self.outs = first.factors, {name: out for name, out in first.outs.items() if name in self.dims}
         self.live = self._live()
 
     def _live(self) -> np.ndarray | None:
@@ -119,6 +141,17 @@ class Rows:
                 found.append(store.read(layer, slice(rows.start + low, rows.start + high)))
             first += len(rows)
         return found[0] if len(found) == 1 else torch.cat(found)
+
+    def read_factors(self, layer: str, begin: int, end: int) -> tuple[Tensor, Tensor]:
+        """Of rows ``begin .. end`` what their gradients are the products of."""
+        found, first = [], 0
+        for store, rows in self.stores:
+            low, high = max(begin - first, 0), min(end - first, len(rows))
+            if low < high:
+                found.append(store.read_factors(layer, slice(rows.start + low, rows.start + high)))
+            first += len(rows)
+        left, right = zip(*found, strict=True)
+        return torch.cat(left), torch.cat(right)
 
     def take(self, layer: str, numbers: Tensor) -> Tensor:
         out, first = torch.empty(len(numbers), self.dims[layer], dtype=torch.float32, device="cpu"), 0
@@ -172,11 +205,10 @@ class Rows:
         # Which layers are kept as factors follows from their number, and from shapes and projection, which are the same.
         if len({store.factors for store, _ in self.stores}) > 1:
             raise InputError("store: expected stores with one number of factors")
-        first_store = self.stores[0][0]
         factored: dict[str, Any] = {}
-        if first_store.factors:
-            outs = np.array([first_store.outs.get(name, 0) for name in layers], np.int64)
-            factored = {"factors": first_store.factors, "outs": outs}
+        if self.factors:
+            outs = np.array([self.outs.get(name, 0) for name in layers], np.int64)
+            factored = {"factors": self.factors, "outs": outs}
         kinds = {store.meta["dtype"] for store, _ in self.stores}
         if len(kinds) > 1:
             raise InputError(f"store: expected stores of one dtype, got {', '.join(sorted(kinds))}")
@@ -208,11 +240,12 @@ class Segment:
 class Scan:
     """The 8-bit copy of some rows, and the search over it."""
 
-    def __init__(self, dims: dict[str, int]) -> None:
+    def __init__(self, dims: dict[str, int], outs: Mapping[str, int], factors: int) -> None:
         if _native is None:
             raise BackendError(f"exact search needs the extension influence_fast_cpu, which is not built ({_missing})")
         self.dims = dims
-        self.parts, self.stride = parts_of(dims)
+        self.parts, self.stride = parts_of(dims, outs, factors)
+        self.factored = [part for part in self.parts if part.factors]
         self.segments: list[Segment] = []
         self._bounds: dict[tuple[str, ...], list[np.ndarray]] = {}
         self._lock = Lock()
@@ -259,9 +292,9 @@ class Scan:
         return entries
 
     @classmethod
-    def open(cls, folder: Path, dims: dict[str, int], entries: Sequence[Mapping[str, Any]]) -> Scan:
-        """Map the segments that :meth:`save` wrote; StoreError where one is damaged."""
-        scan, first = cls(dims), 0
+    def open(cls, folder: Path, rows: Rows, entries: Sequence[Mapping[str, Any]]) -> Scan:
+        """Map the segments that :meth:`save` wrote of these rows; StoreError where one is damaged."""
+        scan, first = cls(rows.dims, rows.outs, rows.factors), 0
         for entry in entries:
             path = (folder / entry["data"]["file"]).resolve()
             arrays = scan._mapped(path, entry["rows"])
@@ -291,10 +324,21 @@ class Scan:
         segments, _kept = self._segments(layers, cosine, lengths)
         divided = {} if lengths is None else {"lengths": lengths.ctypes.data}
         parts = [
-            _native.RowPart(offset=p.offset, dim=p.dim, index=i, layer=layers.index(p.layer), begin=p.begin)
+            _native.RowPart(
+                offset=p.offset,
+                index=i,
+                layer=layers.index(p.layer),
+                begin=p.begin,
+                scales=p.scale - i,
+                lengths=len(self.parts) + self.factored.index(p) - i if p.factors else 0,
+                **({"dim": p.dim} if not p.factors else _factor_sizes(p)),
+            )
             for i, p in enumerate(self.parts)
             if p.layer in layers
         ]
+        factored = [part for part in self.factored if part.layer in layers]
+        by_layer = dict(zip(layers, queries.split([self.dims[name] for name in layers], 1), strict=True))
+        matrices = {part.layer: by_layer[part.layer].unflatten(1, part.sides) for part in factored}
         stored, weight = rows.native(layers), np.array(weights, np.float64)
         mask = None if allowed is None else allowed.to(torch.uint8).contiguous()
         scores, found = (
@@ -319,6 +363,7 @@ class Scan:
                 rows=found[begin : begin + step].data_ptr(),
                 threads=torch.get_num_threads(),
                 **divided,
+                **(query_terms([matrices[part.layer][begin : begin + step] for part in factored]) if factored else {}),
             )
             scanned += read
             # What the answer follows from: the copy, which was checked when it was mapped, and these rows.
@@ -339,12 +384,19 @@ class Scan:
     ) -> dict[str, np.ndarray]:
         count = end - begin
         codes[:] = 128
-        scale, error, norm = (np.empty((len(self.parts), count), np.float32) for _ in range(3))
+        scale = np.empty((self._scales, count), np.float32)
+        error = np.empty((len(self.parts), count), np.float32)
+        norm = np.empty((len(self.parts) + len(self.factored), count), np.float32)
         step = max(1, _READ_BYTES // (4 * max(self.dims.values())))
         for low in range(0, count, step):
             high = min(low + step, count)
             values: Tensor | None = None
             for i, part in enumerate(self.parts):
+                if part.factors:
+                    span, place = slice(begin + low, begin + high), slice(low, high)
+                    made = self._factors(part, rows, span, codes[place], scale[part.scale :, place])
+                    error[i, place], norm[i, place], norm[len(self.parts) + self.factored.index(part), place] = made
+                    continue
                 if values is None or part.begin == 0:
                     values = rows.read(part.layer, begin + low, begin + high)
                 piece = values[:, part.begin : part.begin + part.dim]
@@ -352,17 +404,17 @@ class Scan:
                     rows=_native.Matrix(piece.data_ptr(), "float32", piece.shape, piece.stride()),
                     codes=codes[low:].ctypes.data + part.offset,
                     stride=self.stride,
-                    scale=scale[i, low:].ctypes.data,
+                    scale=scale[part.scale, low:].ctypes.data,
                     error=error[i, low:].ctypes.data,
                     norm=norm[i, low:].ctypes.data,
                     threads=torch.get_num_threads(),
                 )
-        length = np.sqrt(np.square(norm, dtype=np.float64).sum(0))
+        length = np.sqrt(np.square(norm[: len(self.parts)], dtype=np.float64).sum(0))
         order = np.argsort(-length, kind="stable")
         starts = np.arange(0, count, _native.block_rows)
         norm = np.ascontiguousarray(norm[:, order])
         longest = np.nextafter(np.maximum.reduceat(length[order], starts).astype(np.float32), np.float32(np.inf))
-        bound = np.concatenate([longest[None], np.maximum.reduceat(norm, starts, axis=1)])
+        bound = np.concatenate([longest[None], np.maximum.reduceat(norm[: len(self.parts)], starts, axis=1)])
         size = count * self.stride + 64
         padded = np.empty(size, np.uint8) if padded is None else padded[:size]
         np.take(codes, order, axis=0, out=padded[:-64].reshape(codes.shape), mode="clip")
@@ -374,6 +426,22 @@ class Scan:
             norm,
         ]
         return dict(zip(_NAMES, [*arrays, order.astype(np.int32), bound], strict=True))
+
+    @property
+    def _scales(self) -> int:
+        return sum(part.factors or 1 for part in self.parts)
+
+    def _factors(
+        self, part: Part, rows: Rows, span: slice, codes: np.ndarray, scale: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Codes and scales of a layer's factors, in their places; error, norm and length of each row."""
+        length = np.empty(span.stop - span.start, np.float32)
+        step = max(1, _READ_BYTES // (4 * part.dim))
+        for low in range(0, len(length), step):
+            values = rows.read(part.layer, span.start + low, min(span.start + low + step, span.stop))
+            length[low : low + step] = torch.linalg.vector_norm(values.double(), dim=1).float()
+        sides = rows.read_factors(part.layer, span.start, span.stop)
+        return (*factor_codes(*sides, codes, part.offset, scale), length)
 
     def _segments(
         self, layers: Sequence[str], cosine: bool, lengths: np.ndarray | None = None
@@ -428,7 +496,9 @@ class Scan:
         count, blocks = len(self.parts), -(-rows // _native.block_rows)
         shapes: list[tuple[Any, tuple[int, ...]]] = [
             (np.uint8, (rows * self.stride + 64,)),
-            *([(np.float32, (count, rows))] * 3),
+            (np.float32, (self._scales, rows)),
+            (np.float32, (count, rows)),
+            (np.float32, (count + len(self.factored), rows)),
             (np.int32, (rows,)),
             (np.float32, (1 + count, blocks)),
         ]
@@ -464,6 +534,12 @@ class Scan:
         if int(out["order"].min()) < 0 or int(out["order"].max()) >= rows:
             raise StoreError(f"{path}: damaged index, it places rows outside its {rows}")
         return out
+
+
+def _factor_sizes(part: Part) -> dict[str, int]:
+    out, in_ = part.sides
+    dim = part.factors * sum(-(-side // 4) * 4 for side in part.sides)
+    return {"dim": dim, "factors": part.factors, "out": out, "in_": in_}
 
 
 def rescore(

@@ -188,7 +188,7 @@ class InfluenceIndex:
         }
         with nullcontext() if path is None else writing(path) as folder:
             if factory == "Flat":
-                scan = Scan(source.dims)
+                scan = Scan(source.dims, source.outs, source.factors)
                 scan.add(source, folder)
                 built = cls(source, meta, scan, [])
             else:
@@ -531,7 +531,7 @@ class InfluenceIndex:
         rows, written = open_rows(folder, document, store, verify)
         meta = {key: document[key] for key in document if key not in _PARTS}
         exact = meta["factory"] == "Flat"
-        scan = Scan.open(folder, rows.dims, document["segments"]) if exact else None
+        scan = Scan.open(folder, rows, document["segments"]) if exact else None
         width = sum(rows.dims.values())
         partitions = [NormPartition.load(folder, entry, width, rows.count) for entry in document["partitions"]]
         counted = scan.rows if scan is not None else sum(len(partition.rows) for partition in partitions)

@@ -244,7 +244,7 @@ def on_gpus(partitions: Sequence[NormPartition]) -> list[NormPartition]:
 def automatic_factory(rows: Rows, recall: float, memory: int | None) -> str:
     """A factory string by rows, numbers per row, memory and recall."""
     n, dim = rows.count, sum(rows.dims.values())
-    _, stride = parts_of(rows.dims)
+    _, stride = parts_of(rows.dims, rows.outs, rows.factors)
     if (memory is None or n * (stride + 16 * len(rows.dims)) <= memory) and (recall == 1 or n * stride <= _SLOW_SCAN):
         return "Flat"
     lists = int(2 ** np.clip(np.round(np.log2(4 * n**0.5)), 4, 16))

@@ -12,7 +12,8 @@ from stores import append, write_store
 from torch import Tensor
 
 import influence_fast as inf
-from influence_fast.gradients.row_factors import as_factors, inner_products, products, sides
+from influence_fast import ops
+from influence_fast.gradients.row_factors import as_factors, products, sides
 
 SHAPES = {"a": (8, 12), "b": (10, 6), "bias": (5, 1)}
 
@@ -40,7 +41,8 @@ def test_the_nearest_matrix_of_a_rank(rank: int) -> None:
     expected = nearest(rows, 8, rank)
     torch.testing.assert_close(products(stored, 8, rank).double(), expected, rtol=1e-4, atol=1e-5)
     other = as_factors(gradients(4, 1)["a"], 8, 2)
-    scores = inner_products(sides(stored, 8, rank), sides(other, 8, 2))
+    (left, right), (a, b) = sides(stored, 8, rank), sides(other, 8, 2)
+    scores = ops.ghost_dot(right, left, b, a)
     torch.testing.assert_close(scores.double(), expected @ products(other, 8, 2).double().T, rtol=1e-4, atol=1e-4)
 
 
@@ -133,7 +135,7 @@ def test_a_build(tmp_path: Path) -> None:
         inf.build_store(tmp_path / "w", model, rows, factors=1, **given)
     for wrong, message in [
         ({"factors": 0}, "factors: expected"),
-        ({"factors": 1, "dtype": "int8"}, "factors: are float32"),
+        ({"factors": 1, "dtype": "int8"}, "factors: are kept as float32"),
     ]:
         with pytest.raises(inf.InputError, match=message):
             inf.build_store(tmp_path / "x", model, rows, **given, **wrong)

@@ -139,7 +139,7 @@ def test_arguments_of_the_exact_search() -> None:
         ({"data": table(64, 64)}, "data: addresses: expected 1, got 2"),
         ({"data": table(0)}, "data: expected an address, got 0"),
         ({"dtype": "int8"}, "scales: expected an address, got 0"),
-        ({"dtype": "int4"}, "dtype: expected float32, float16 or bfloat16, got int4"),
+        ({"dtype": "int3"}, "dtype: expected float32, float16 or bfloat16, got int3"),
         ({"firsts": table(3, 2)}, "firsts: expected numbers in order, got 2"),
     ):
         with pytest.raises(ValueError, match=message):

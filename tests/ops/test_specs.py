@@ -73,6 +73,41 @@ def test_matches_reference(op: str, shape: tuple[int, ...], backend: Backend, ge
         check(op, backend, x, dy, lengths, live, make_extras(generator, i, o, kind, 5 + 11 * turn))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("most", [1, 3, 12])
+def test_pairs_of_few_tokens(dtype: torch.dtype, most: int, backend: Backend, generator: torch.Generator) -> None:
+    """Such as factors of rows: many pairs are taken at once, whatever stands beside them in a batch."""
+    backend.need("ghost_dot", dtype)
+    for na, nb, i, o in ((1, 1, 1, 1), (7, 19, 5, 40), (2, 80, 300, 17), (0, 3, 4, 4), (3, 0, 4, 4), (3, 4, 0, 4)):
+        if backend.name == "triton" and na * nb > 40:
+            continue
+        sides = []
+        for n in (na, nb):
+            count = torch.randint(0, most + 1, (n,), generator=generator)
+            live = torch.arange(most) < count[:, None]
+            sides.append(
+                (random(generator, n, most, i).to(dtype), random(generator, n, most, o).to(dtype), count, live)
+            )
+        (xa, dya, la, live_a), (xb, dyb, lb, live_b) = sides
+        whole = [
+            torch.where(live[..., None], side, 0).double()
+            for side, live in ((xa, live_a), (dya, live_a), (xb, live_b), (dyb, live_b))
+        ]
+        expected = ops.ghost_dot(*whole, backend="reference")
+        absolute = ops.ghost_dot(*(side.abs() for side in whole), backend="reference")
+        given = [
+            spoil(side, live).to(backend.device)
+            for side, live in ((xa, live_a), (dya, live_a), (xb, live_b), (dyb, live_b))
+        ]
+        found = ops.ghost_dot(*given, la, lb, backend=backend.name)
+        assert_close("ghost_dot", found, expected, absolute, most * most * 2 + i * o)
+        if na and nb > 4 and backend.name == "cpu":
+            part = ops.ghost_dot(
+                given[0][-1:], given[1][-1:], given[2][3:], given[3][3:], la[-1:], lb[3:], backend="cpu"
+            )
+            assert torch.equal(part[0], found[-1, 3:])
+
+
 @pytest.mark.parametrize("how", LENGTHS)
 @pytest.mark.parametrize("op", OUTER_OPS)
 def test_lengths(op: str, how: str, backend: Backend, generator: torch.Generator) -> None:

@@ -27,13 +27,13 @@ from pathlib import Path
 from typing import Any
 
 OUTCOMES = ("right error", "same numbers", "silent wrong", "traceback", "crash")
-KINDS = ("train", "narrow", "queries", "alive", "factored", "flat", "faiss", "whitened", "partial")
+KINDS = ("train", "narrow", "queries", "alive", "factored", "blocks", "flat", "faiss", "whitened", "partial")
 _SECONDS = 60
 _MEMORY = 1 << 30
 
 
 def make(folder: Path) -> None:
-    """Stores of both widths, one that was changed and one of factors, names and indexes of both kinds, an index with
+    """Stores of both widths, one that was changed and two of factors, names and indexes of both kinds, an index with
     curvature, and partial sums."""
     import torch
 
@@ -59,6 +59,9 @@ def make(folder: Path) -> None:
     add_segment(folder / "alive", "segment-00001")
     alive.delete(["row 3", "row 14", "new 2"])
     write_store(folder / "factored", gradients(12), shapes={"a.b": (2, 3), "c": (25, 28)}, shard_rows=5, factors=1)
+    write_store(
+        folder / "blocks", gradients(12), shapes={"a.b": (2, 3), "c": (25, 28)}, shard_rows=5, factors=2, dtype="int4"
+    )
     inf.InfluenceIndex.build(train, "Flat", path=folder / "flat")
     # Of another store: the document of one index is no right document of the other.
     whitened = inf.InfluenceIndex.build(alive, "Flat")
@@ -111,7 +114,7 @@ def answer(folder: Path, kind: str) -> str:
             add(store.column(name))
         train = store if kind != "queries" else inf.GradientStore.open(folder / "train")
         queries = store if kind == "queries" else inf.GradientStore.open(folder / "queries")
-        asked = {name: queries.read(name) for name in queries.layers} if kind == "factored" else queries
+        asked = {name: queries.read(name) for name in queries.layers} if kind in ("factored", "blocks") else queries
         matrix = inf.influence(train, asked, "cosine")
         add(inf.aggregate(matrix, "mean"))
     return digest.hexdigest()
