@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
@@ -35,7 +36,8 @@ def library(folder: Path) -> Path:
             for stale in folder.glob("*/"):
                 shutil.rmtree(stale)
             built.parent.mkdir()
-            _build(built)
+            with tempfile.TemporaryDirectory() as objects:
+                _build(built, Path(objects))
     return built
 
 
@@ -58,8 +60,8 @@ def _key() -> str:
     return found.hexdigest()[:16]
 
 
-def _build(built: Path) -> None:
-    gxx, folder = compiler(), built.parent
+def _build(built: Path, folder: Path) -> None:
+    gxx = compiler()
     includes = [f"-I{path}" for path in (pybind11.get_include(), sysconfig.get_path("include"))]
     # What every kernel includes is read once. Bindings are the longest to compile, and nothing of theirs is slow.
     common = folder / "common.h"

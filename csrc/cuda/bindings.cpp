@@ -123,7 +123,7 @@ void outer_py(const Tokens& x, const Tokens& dy, Address spans, Address out, int
   const Batch batch = checked_batch(x, dy, spans);
   product("samples x o x i", x.samples, product("o x i", dy.features, x.features));
   within("samples x tiles", product("samples x tiles", x.samples, outer_blocks(x.features, dy.features)), 1, kMaxGrid);
-  const OuterParams p{x, dy, batch, pointer<float>("out", out)};
+  const OuterParams p{x, dy, batch, pointer<float>("out", out), 0};
   const DeviceGuard guard(device);
   outer(p, stream);
 }

@@ -19,8 +19,8 @@ struct GramPipeline {
   static constexpr int plane = Tile * row;         // one part of one operand
   static constexpr int stage = 2 * parts * plane;  // planes of A, then of B
   static constexpr size_t bytes = sizeof(Part) * stages * stage;
-  // Steps after which accumulators move on: the matrix unit truncates its sums (see kChain).
-  static constexpr int chain = kChain * 128 / features;
+  // Steps after which accumulators move on, 96 or 128 products later: the matrix unit truncates its sums (see kChain).
+  static constexpr int chain = parts == 1 ? kChain : (kChain + 3) / 4;
 };
 
 // Which tokens the rows of a tile are: row r is token `token + r % per` of sample `sample + r / per`, per = 2^shift.

@@ -10,6 +10,10 @@
 
 namespace {
 
+// Tokens of a launch; the next one adds to what it wrote: the matrix unit truncates its sums (see kChain).
+template <typename T>
+constexpr int kTokens = sizeof(T) == 4 ? kChain * 8 : kChain * 32;
+
 template <typename T>
 __global__ void __launch_bounds__(kTileThreads, sizeof(T) == 4 ? 1 : 2)
     outer_kernel(const __grid_constant__ OuterParams p) {
@@ -19,8 +23,11 @@ __global__ void __launch_bounds__(kTileThreads, sizeof(T) == 4 ? 1 : 2)
 
   SharedArena arena;
   const auto operands = arena.take<typename Parts<T>::Type>(Pipeline<T>::bytes / sizeof(typename Parts<T>::Type));
+  const Span all = p.batch.span(sample);
+  const Span span{all.begin + p.first, all.end - all.begin < p.first + kTokens<T> ? all.end : all.begin + p.first + kTokens<T>};
+  if (p.first > 0 && span.end <= span.begin) return;
   TileAccumulator acc;
-  gradient_tile<T, true>(acc, operands, p.x, p.dy, sample, p.batch.span(sample), row0, column0);
+  gradient_tile<T, true>(acc, operands, p.x, p.dy, sample, span, row0, column0);
 
   const int64_t width = p.x.features;
   float* out = p.out + sample * p.dy.features * width;
@@ -31,13 +38,25 @@ __global__ void __launch_bounds__(kTileThreads, sizeof(T) == 4 ? 1 : 2)
     const int64_t row = row0 + tile_row(m, c), column = column0 + tile_column(j, c);
     if (row >= p.dy.features || column >= width) continue;
     float* to = out + row * width + column;
+    float2 pair{acc[m][j][c], acc[m][j][c + 1]};
     if (even) {
-      store_vector<float2>(to, {acc[m][j][c], acc[m][j][c + 1]});
+      if (p.first > 0) {
+        const float2 before = load_vector<float2>(to);
+        pair.x += before.x, pair.y += before.y;
+      }
+      store_vector<float2>(to, pair);
     } else {
-      to[0] = acc[m][j][c];
-      if (column + 1 < width) to[1] = acc[m][j][c + 1];
+      to[0] = p.first > 0 ? to[0] + pair.x : pair.x;
+      if (column + 1 < width) to[1] = p.first > 0 ? to[1] + pair.y : pair.y;
     }
   }
+}
+
+template <typename T>
+void run(OuterParams p, uint64_t stream) {
+  const dim3 grid(static_cast<unsigned>(p.batch.samples * outer_blocks(p.x.features, p.dy.features)));
+  for (p.first = 0; p.first < p.batch.tokens; p.first += kTokens<T>)
+    launch("outer", outer_kernel<T>, grid, kTileThreads, Pipeline<T>::bytes, stream, p);
 }
 
 }  // namespace
@@ -47,12 +66,10 @@ int64_t outer_blocks(int64_t features_in, int64_t features_out) {
 }
 
 void outer(const OuterParams& p, uint64_t stream) {
-  const dim3 grid(static_cast<unsigned>(p.batch.samples * outer_blocks(p.x.features, p.dy.features)));
-  const auto run = [&](auto kernel, size_t shared) { launch("outer", kernel, grid, kTileThreads, shared, stream, p); };
   if (p.x.dtype == Dtype::float32)
-    run(outer_kernel<float>, Pipeline<float>::bytes);
+    run<float>(p, stream);
   else if (p.x.dtype == Dtype::float16)
-    run(outer_kernel<f16>, Pipeline<f16>::bytes);
+    run<f16>(p, stream);
   else
-    run(outer_kernel<bf16>, Pipeline<bf16>::bytes);
+    run<bf16>(p, stream);
 }

@@ -49,7 +49,8 @@ struct SketchOuterParams {
 struct OuterParams {
   Tokens x, dy;
   Batch batch;
-  float* out;  // (N, o, i)
+  float* out;     // (N, o, i)
+  int64_t first;  // of each sample's tokens in a launch: outer() fills it in
 };
 
 struct ScoreOuterParams {

@@ -84,7 +84,7 @@ void score_outer(const ScoreOuterParams& p, uint64_t stream) {
     float* const parts = scratch.splits > 1 ? p.parts : out;
     for (int64_t row = 0; row < o; row += scratch.rows) {
       const int64_t rows = o - row < scratch.rows ? o - row : scratch.rows, size = bytes_of(p.x.dtype);
-      OuterParams made{p.x, p.dy, p.batch, p.gradients};
+      OuterParams made{p.x, p.dy, p.batch, p.gradients, 0};
       made.x.data = static_cast<const char*>(p.x.data) + begin * p.x.sample_stride * size;
       made.dy.data = static_cast<const char*>(p.dy.data) + (begin * p.dy.sample_stride + row) * size;
       made.dy.features = rows;

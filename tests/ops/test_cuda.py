@@ -635,7 +635,8 @@ for dtype, shapes in ((torch.float32, shapes), (torch.bfloat16, shapes[:2])):
         spans, scale = at_the_edge(torch.tensor([[0, t], [1, t - 1]][-n:])), at_the_edge(torch.rand(o, i))
         for kind in ("rademacher", "sjlt"):
             assert cuda.project_outer(x, dy, Side(kind, "r", k, i), Side(kind, "l", k, o), spans).isfinite().all()
-            assert cuda.sketch(x.flatten(1), Side(kind, "f", 3 * k, t * i)).isfinite().all()
+            flat = x.flatten(1)[:, -3000:]
+            assert cuda.sketch(flat, Side(kind, "f", 3 * k, flat.shape[1])).isfinite().all()
         assert cuda.sketch_outer(x, dy, Side("sjlt", "s", 7 * k, i * o), spans, scale).isfinite().all()
         q, b = at_the_edge(torch.randn(3, o, i)), [at_the_edge(torch.randn(2, 70, f).to(dtype)) for f in (i, o)]
         assert cuda.outer(x, dy, spans).isfinite().all()
@@ -648,5 +649,5 @@ for dtype, shapes in ((torch.float32, shapes), (torch.bfloat16, shapes[:2])):
 
 
 def test_nothing_beyond_the_tensors_is_touched(simt: ModuleType) -> None:
-    done = subprocess.run([sys.executable, "-c", STRAY_READS, str(simt.__file__)], capture_output=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", STRAY_READS, str(simt.__file__)], capture_output=True, timeout=300)
     assert done.returncode == 0, done.stderr.decode()
