@@ -69,8 +69,10 @@ def seconds(call: Callable[[], Any], repeats: int = 5) -> float:
 def latency(
     search: Callable[[dict[str, Tensor]], Any], queries: dict[str, Tensor], most: int = 200
 ) -> dict[str, float]:
-    """Milliseconds of searches for one query each, at least 50 and for a minute at most; ``cpu_p50_ms`` those of all processors together, which others that
-    compute too change less."""
+    """Milliseconds of searches for one query each, of at least 50 and for a minute at most.
+
+    ``cpu_p50_ms`` are those of all processors together, which other programs change less.
+    """
     spent, used, start = [], [], time.perf_counter()
     for query in range(min(most, len(next(iter(queries.values()))))):
         one = {name: tensor[query : query + 1] for name, tensor in queries.items()}
