@@ -52,6 +52,8 @@ def main() -> None:
     options.add_argument("--projection", default="rademacher:16x16")
     options.add_argument("--rows", type=int, default=4096, help="rows of a part")
     options.add_argument("--workers", type=int, default=1)
+    # Reading takes processors too: workers that hold all of them would wait for rows for ever.
+    options.add_argument("--cpus", type=float, default=1, help="processors of a worker")
     options.add_argument("--gpus", type=float, default=0, help="GPUs of a worker")
     given = options.parse_args()
 
@@ -65,6 +67,7 @@ def main() -> None:
         fn_constructor_args=(given.model, str(parts), given.layers, given.projection),
         batch_size=given.rows,
         concurrency=given.workers,
+        num_cpus=given.cpus,
         num_gpus=given.gpus or None,
     ).take_all()
     names = sorted(entry["part"] for entry in done)

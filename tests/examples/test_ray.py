@@ -23,7 +23,7 @@ def test_a_local_ray_writes_a_store(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "model")
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     given = ["--model", tmp_path / "model", "--data", tmp_path / "rows.jsonl", "--out", tmp_path / "store"]
-    given += ["--layers", "attention", "--projection", "rademacher:4x4", "--rows", 5, "--workers", 2]
+    given += ["--layers", "attention", "--projection", "rademacher:4x4", "--rows", 5, "--workers", 2, "--cpus", 0.5]
     environment = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(EXAMPLE), *map(str, given)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=600)
