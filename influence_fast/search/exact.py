@@ -303,7 +303,7 @@ class Scan:
             if p.layer in layers
         ]
         stored, weight = rows.native(layers), np.array(weights, np.float64)
-        mask = None if allowed is None else allowed.to(torch.uint8).contiguous()
+        mask = None if allowed is None else allowed.contiguous().view(torch.uint8)
         scores, found = (
             torch.empty(len(queries), k, dtype=torch.float64, device="cpu"),
             torch.empty(len(queries), k, dtype=torch.int64, device="cpu"),
