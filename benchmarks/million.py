@@ -131,7 +131,7 @@ def faiss_flat(store: inf.GradientStore, queries: dict[str, Tensor], true: Tenso
     import faiss
 
     flat, free = stacked(queries), psutil.virtual_memory().available
-    # Room for what it grows by while rows are added, and for other programs.
+    # What it grows by while rows are added, and other programs, take the rest.
     rows = min(len(store), int(0.4 * free / (4 * flat.shape[1])))
     other = faiss.IndexFlatIP(flat.shape[1])
     for _, values in blocks(store, rows):
