@@ -2,7 +2,8 @@
 
 ``INFLUENCE_FAST_CUDA``: ``1`` demands the CUDA module, ``0`` skips it, unset builds it where ``nvcc`` is found and says
 so loudly where that fails. ``INFLUENCE_FAST_CUDA_ARCHS`` (default ``80;86;89;90``) lists its targets; the last one is
-also kept as PTX for newer cards. ``INFLUENCE_FAST_SANITIZE`` names sanitizers to build the CPU module with, such as
+also kept as PTX for newer cards. ``INFLUENCE_FAST_ISAS`` names the instruction sets that the CPU module is built for beside
+the baseline (all by default: ``avx2;avx512;avx512bf16``), ``INFLUENCE_FAST_SANITIZE`` sanitizers to build it with, such as
 ``address,undefined`` (csrc/tests/sanitize.sh).
 """
 
@@ -105,13 +106,12 @@ class BuildExt(build_ext):
         sanitizers = os.environ.get("INFLUENCE_FAST_SANITIZE")
         checked = [f"-fsanitize={sanitizers}", "-O1", "-g", "-fno-omit-frame-pointer"] if sanitizers else []
         flags = [*CXX_FLAGS, *checked, *(flag for flag in WANTED_FLAGS if self.knows(flag)), self.version_flag()]
-        isas = {isa: isa_flags for isa, isa_flags in ISA_FLAGS.items() if self.knows(*isa_flags)}
+        asked_for = os.environ.get("INFLUENCE_FAST_ISAS", ";".join(ISA_FLAGS)).split(";")
+        wanted = {isa: isa_flags for isa, isa_flags in ISA_FLAGS.items() if isa in asked_for}
+        isas = {isa: isa_flags for isa, isa_flags in wanted.items() if self.knows(*isa_flags)}
         left_out = {f"csrc/cpu/isa/{isa}.cpp" for isa in ISA_FLAGS.keys() - isas}
-        if left_out:
-            print(
-                f"influence_fast: not built, the compiler lacks its flags: {', '.join(sorted(left_out))}",
-                file=sys.stderr,
-            )
+        if unknown := wanted.keys() - isas:
+            print(f"influence_fast: not built, the compiler lacks its flags: {', '.join(unknown)}", file=sys.stderr)
         macros = [(f"INFLUENCE_FAST_{isa.upper()}", "1") for isa in isas]
 
         def compiled(source: str) -> str:

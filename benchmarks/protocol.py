@@ -207,7 +207,13 @@ def out_option(existing: str) -> Callable[[Any], Any]:
 
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
-threads_option = click.option("--threads", default=2, show_default=True, help="Threads of torch and of the kernels.")
+threads_option = click.option(
+    "--threads",
+    type=click.IntRange(1),
+    default=torch.get_num_threads,
+    show_default="torch's own",
+    help="Threads of torch and of the kernels.",
+)
 
 
 def show(document: dict[str, Any], as_json: bool, table: Callable[[dict[str, Any]], None]) -> None:

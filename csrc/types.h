@@ -14,6 +14,8 @@ namespace influence_fast {
 
 enum class Dtype : int { float32 = 0, float16 = 1, bfloat16 = 2, int8 = 3 };
 
+inline int64_t bytes_of(Dtype dtype) { return dtype == Dtype::float32 ? 4 : dtype == Dtype::int8 ? 1 : 2; }
+
 // What a side of a projection is. identity: features stay as they are; dense: given entries.
 enum class Kind : int { identity = 0, dense = 1, rademacher = 2, gaussian = 3, sjlt = 4 };
 

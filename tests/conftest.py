@@ -55,6 +55,23 @@ def generator(request: pytest.FixtureRequest) -> torch.Generator:
     return torch.Generator().manual_seed((SEED + sum(request.node.nodeid.encode())) % 2**63)
 
 
+@pytest.fixture(autouse=True)
+def _threads_of_torch() -> Iterator[None]:
+    """Benchmarks set how many threads there are; the tests behind them would take what is not theirs."""
+    before = torch.get_num_threads()
+    yield
+    if torch.get_num_threads() != before:
+        torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def _undrawn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plots take a third of a small audit, and are looked at in the tests of reports and of the demo."""
+    folder = request.path.parent.name
+    if folder in ("auditing", "cli", "findings", "training") and request.path.name != "test_demo.py":
+        monkeypatch.setattr("influence_fast.auditing.report.figures._draw", lambda *_: "<svg></svg>")
+
+
 @pytest.fixture(params=BACKENDS, ids=str)
 def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
     with request.param as chosen:

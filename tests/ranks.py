@@ -16,7 +16,10 @@ from pathlib import Path
 from threading import Timer
 
 _server = multiprocessing.get_context("forkserver")
-_server.set_forkserver_preload(["torch", "transformers", "datasets", "influence_fast.gradients.build", "models"])
+# What commands import when they come to it is among them.
+HEAVY = ["torch", "transformers", "datasets", "scipy.stats", "sklearn.linear_model", "sklearn.isotonic", "datasketch"]
+HEAVY += ["matplotlib.figure", "matplotlib.backends.backend_svg"]
+_server.set_forkserver_preload([*HEAVY, "influence_fast.gradients.build", "models"])
 
 
 def run_ranks(

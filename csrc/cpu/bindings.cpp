@@ -5,8 +5,6 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <algorithm>
-#include <cstdlib>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -15,189 +13,24 @@
 #include "../philox.h"
 #include "dispatch.h"
 #include "exact_search.h"
-#include "kernels.h"
-#include "parallel.h"
+#include "operations.h"
 
 using namespace influence_fast;
 
 namespace {
 
-const Kernels* named(const std::string& isa) {
-  std::string names;
-  for (const Kernels* k : supported_kernels()) {
-    if (isa == k->isa) return k;
-    names += (names.empty() ? "" : ", ") + std::string(k->isa);
-  }
-  refuse("isa", "one of " + names + " on this machine", isa);
-}
+using WithoutGil = py::call_guard<py::gil_scoped_release>;
 
-const Kernels* kernels = nullptr;
-constexpr Side kIdentity = {Kind::identity, 0, 0, 1.0f, 1, 1, nullptr, 0, 0};
-
-Side dense_side(Address data, const py::tuple& shape_in, const py::tuple& strides_in, float scale) {
-  const Matrix matrix = make_matrix(data, "float32", shape_in, strides_in);
-  if (matrix.columns > 1 && matrix.column_stride != 1) refuse("strides", "columns one after another", matrix.column_stride);
-  return {Kind::dense, 0, 0, scale, matrix.rows, matrix.columns, static_cast<const float*>(matrix.data), matrix.row_stride, 0};
-}
-
-// The side with the entries that fill_panels left there, which must outlive it.
-Side with_panels(Side side, Address panels) {
-  if (side.kind != Kind::gaussian) refuse("side", "a gaussian matrix", "another kind");
-  side.dense = pointer<const float>("panels", panels);
-  return side;
-}
-
-void fill_panels(const Side& side, Address panels, int threads) {
-  if (side.kind != Kind::gaussian) refuse("side", "a gaussian matrix", "another kind");
-  float* to = pointer<float>("panels", panels);
-  at_least("threads", threads, 1);
-  py::gil_scoped_release free;
-  kernels->fill_panels(side, to, threads);
-}
-
-// What acts on these features; null is the identity.
-const Side& checked_side(const char* name, const Side* side, int64_t features) {
-  if (side == nullptr) return kIdentity;
-  same(name, side->features, features);
-  return *side;
-}
-
-// x and dy hold the same samples and tokens; spans lie within them.
-Batch checked_batch(const Tokens& x, const Tokens& dy, Address address) {
-  same("dy: samples", dy.samples, x.samples);
-  same("dy: tokens", dy.tokens, x.tokens);
-  same_dtype("dy: dtype", dy.dtype, x.dtype);
-  const int64_t* spans = checked_spans(address);
-  for (int64_t n = 0; spans != nullptr && n < x.samples; ++n) {
-    const int64_t begin = spans[2 * n], end = spans[2 * n + 1];
-    if (begin < 0 || begin > end || end > x.tokens)
-      refuse("spans", "0 <= begin <= end <= " + std::to_string(x.tokens) + " for sample " + std::to_string(n),
-             std::to_string(begin) + " and " + std::to_string(end));
-  }
-  return {x.samples, x.tokens, spans};
-}
-
-float* output(Address out, int64_t rows, int64_t columns) {
-  return pointer<float>("out", out, product("out", rows, columns) == 0);
-}
-
-void random_matrix(const Side& side, int64_t row, int64_t rows, int64_t column, int64_t columns, Address out, int threads) {
-  if (side.kind == Kind::dense) refuse("side", "a random matrix", "a dense one");
-  if (sum("rows", at_least("row", row, 0), at_least("rows", rows, 0)) > side.k)
-    refuse("rows", "rows within " + std::to_string(side.k), row + rows);
-  if (sum("columns", at_least("column", column, 0), at_least("columns", columns, 0)) > side.features)
-    refuse("columns", "columns within " + std::to_string(side.features), column + columns);
-  float* to = output(out, rows, columns);
-  at_least("threads", threads, 1);
-  py::gil_scoped_release free;
-  kernels->random_matrix(side, row, row + rows, column, column + columns, to, threads);
-}
-
-void sketch(const Matrix& g, const Side& side, Address out, int threads) {
-  checked_side("side: features", &side, g.columns);
-  if (side.kind == Kind::dense) refuse("side", "a random matrix", "a dense one");
-  if (g.columns > 1 && g.column_stride != 1) refuse("g: strides", "features one after another", g.column_stride);
-  float* to = output(out, g.rows, side.k);
-  at_least("threads", threads, 1);
-  py::gil_scoped_release free;
-  kernels->sketch(g, side, to, threads);
+Side dense_side(Address data, const py::tuple& shape, const py::tuple& strides, float scale) {
+  return checked::dense_side(make_matrix(data, "float32", shape, strides), scale);
 }
 
 void sketch_wide(Address g, const py::tuple& shape_in, const py::tuple& strides_in, const Side& side, Address out, int threads) {
   int64_t shape[2], strides[2];
   unpack("shape", shape_in, shape);
   unpack("strides", strides_in, strides);
-  if (shape[1] > 1 && strides[1] != 1) refuse("g: strides", "features one after another", strides[1]);
-  checked_side("side: features", &side, shape[1]);
-  if (side.kind == Kind::dense) refuse("side", "a random matrix", "a dense one");
-  const bool empty = product("shape", shape[0], shape[1]) == 0;
-  product("strides", sum("strides", product("strides", shape[0], strides[0]), shape[1]), 8);
-  const double* from = pointer<const double>("g", g, empty);
-  double* to = pointer<double>("out", out, product("out", shape[0], side.k) == 0);
-  at_least("threads", threads, 1);
   py::gil_scoped_release free;
-  kernels->sketch_wide(from, shape[0], strides[0], side, to, threads);
-}
-
-void project_outer(const Tokens& x, const Tokens& dy, Address spans, const Side* p_in, const Side* p_out, Address out,
-                   int threads) {
-  const Batch batch = checked_batch(x, dy, spans);
-  const Side &right = checked_side("p_in: features", p_in, x.features), &left = checked_side("p_out: features", p_out, dy.features);
-  float* to = output(out, x.samples, product("out", p_in ? right.k : x.features, p_out ? left.k : dy.features));
-  at_least("threads", threads, 1);
-  py::gil_scoped_release free;
-  kernels->project_outer(x, dy, batch, right, left, to, threads);
-}
-
-void sketch_outer(const Tokens& x, const Tokens& dy, Address spans, const Side& side, Address weight, Address m, Address v,
-                  float b1, float b2, float eps, Address out, int threads) {
-  const Batch batch = checked_batch(x, dy, spans);
-  checked_side("side: features", &side, product("x, dy: features", x.features, dy.features));
-  if ((m == 0) != (v == 0)) refuse("m, v", "both or none", m == 0 ? "v alone" : "m alone");
-  if (m != 0 && weight != 0) refuse("weight", "none beside m and v", weight);
-  const Change change = {optional_pointer<const float>("weight", weight), optional_pointer<const float>("m", m),
-                         optional_pointer<const float>("v", v), b1, b2, eps};
-  float* to = output(out, x.samples, side.k);
-  at_least("threads", threads, 1);
-  py::gil_scoped_release free;
-  kernels->sketch_outer(x, dy, batch, side, change, to, threads);
-}
-
-void ghost_dot(const Tokens& xa, const Tokens& dya, Address spans_a, const Tokens& xb, const Tokens& dyb, Address spans_b,
-               Address out, int threads) {
-  const Batch a = checked_batch(xa, dya, spans_a), b = checked_batch(xb, dyb, spans_b);
-  same("xb: features", xb.features, xa.features);
-  same("dyb: features", dyb.features, dya.features);
-  same_dtype("xb: dtype", xb.dtype, xa.dtype);
-  float* to = output(out, xa.samples, xb.samples);
-  at_least("threads", threads, 1);
-  py::gil_scoped_release free;
-  kernels->ghost_dot(xa, dya, a, xb, dyb, b, to, threads);
-}
-
-void ghost_norm(const Tokens& x, const Tokens& dy, Address spans, Address out, int threads) {
-  const Batch batch = checked_batch(x, dy, spans);
-  float* to = output(out, x.samples, 1);
-  at_least("threads", threads, 1);
-  py::gil_scoped_release free;
-  kernels->ghost_norm(x, dy, batch, to, threads);
-}
-
-const Matrix& checked_values(const Matrix& values, int threads) {
-  same_dtype("values: dtype", values.dtype, Dtype::float32);
-  at_least("values: rows", values.rows, 1);
-  at_least("values: columns", values.columns, 1);
-  at_least("threads", threads, 1);
-  return values;
-}
-
-int64_t checked_k(int64_t k, int64_t most) {
-  if (k < 1 || k > most) refuse("k", "1 to " + std::to_string(most), k);
-  return k;
-}
-
-int64_t rank(const Matrix& values, Address out, bool wide, int threads) {
-  checked_values(values, threads);
-  // Half integers are exact in float32 up to here.
-  if (!wide && values.columns > 1 << 22) refuse("wide", "True for more than 2^22 columns", "False");
-  float* narrow = wide ? nullptr : pointer<float>("out", out);
-  double* large = wide ? pointer<double>("out", out) : nullptr;
-  py::gil_scoped_release free;
-  return kernels->rank(values, narrow, large, threads);
-}
-
-int64_t vote(const Matrix& values, int64_t k, Address votes, int threads) {
-  checked_k(k, checked_values(values, threads).columns);
-  double* to = pointer<double>("votes", votes);
-  py::gil_scoped_release free;
-  return kernels->vote(values, k, to, threads);
-}
-
-int64_t rank_and_vote(const Matrix& values, int64_t k, Address ranks, Address votes, int threads) {
-  checked_k(k, checked_values(values, threads).columns);
-  double *rank_sums = pointer<double>("ranks", ranks), *vote_sums = pointer<double>("votes", votes);
-  py::gil_scoped_release free;
-  return kernels->rank_and_vote(values, k, rank_sums, vote_sums, threads);
+  checked::sketch_wide(g, shape, strides, side, out, threads);
 }
 
 // ---------------------------------------------------------------------------------------------------- exact search
@@ -308,7 +141,7 @@ py::tuple search(const std::vector<Segment>& segments, const std::vector<RowPart
   SearchStats stats;
   {
     py::gil_scoped_release free;
-    stats = exact_search(kernels->search, segments.data(), static_cast<int64_t>(segments.size()), parts.data(),
+    stats = exact_search(checked::kernels().search, segments.data(), static_cast<int64_t>(segments.size()), parts.data(),
                          static_cast<int64_t>(parts.size()), stored.view, asked,
                          reinterpret_cast<const uint8_t*>(allowed), k, best, best_rows, threads);
   }
@@ -326,37 +159,7 @@ void score_rows(const Stored& stored, const Matrix& queries, const Table<double>
     if (numbers[i] >= stored.rows()) refuse("rows", "numbers below " + std::to_string(stored.rows()), numbers[i]);
   at_least("threads", threads, 1);
   py::gil_scoped_release free;
-  exact_scores(kernels->search, stored.view, asked, numbers, width, to, threads);
-}
-
-void quantise(const Matrix& rows, Address codes, int64_t stride, Address scale, Address error, Address norm, int threads) {
-  same_dtype("rows: dtype", rows.dtype, Dtype::float32);
-  if (rows.columns > 1) same("rows: column stride", rows.column_stride, 1);
-  at_least("stride", stride, rows.columns);
-  at_least("threads", threads, 1);
-  struct Job {
-    const Matrix& rows;
-    uint8_t* codes;
-    int64_t stride;
-    float *scale, *error, *norm;
-  } job{rows,
-        pointer<uint8_t>("codes", codes),
-        stride,
-        pointer<float>("scale", scale),
-        pointer<float>("error", error),
-        pointer<float>("norm", norm)};
-  static constexpr int64_t kRows = 256;
-  py::gil_scoped_release free;
-  parallel_for(
-      threads, (rows.rows + kRows - 1) / kRows,
-      [](void* context, int64_t i) {
-        const Job& j = *static_cast<const Job*>(context);
-        const int64_t begin = i * kRows, count = std::min(kRows, j.rows.rows - begin);
-        kernels->search.quantise(static_cast<const float*>(j.rows.data) + begin * j.rows.row_stride, j.rows.row_stride, count,
-                                 j.rows.columns, j.codes + begin * j.stride, j.stride, j.scale + begin, j.error + begin,
-                                 j.norm + begin);
-      },
-      &job);
+  exact_scores(checked::kernels().search, stored.view, asked, numbers, width, to, threads);
 }
 
 }  // namespace
@@ -368,9 +171,8 @@ PYBIND11_MODULE(influence_fast_cpu, m) {
   m.def("dense_side", &dense_side, py::arg("data"), py::arg("shape"), py::arg("strides"), py::arg("scale"),
         "A Side of given float32 entries, which must outlive it.");
 
-  const char* forced = std::getenv("INFLUENCE_FAST_ISA");
-  kernels = forced != nullptr && *forced != '\0' ? named(forced) : supported_kernels().back();
-  m.def("isa", [] { return std::string(kernels->isa); }, "The instruction set in use.");
+  checked::kernels();  // an instruction set that is not there is told at once
+  m.def("isa", [] { return std::string(checked::kernels().isa); }, "The instruction set in use.");
   m.def(
       "isas",
       [] {
@@ -380,7 +182,7 @@ PYBIND11_MODULE(influence_fast_cpu, m) {
       },
       "The instruction sets this machine can run, slowest first.");
   m.def(
-      "set_isa", [](const std::string& isa) { kernels = named(isa); }, py::arg("isa"),
+      "set_isa", &checked::use, py::arg("isa"),
       "Use one of isas() from now on; the environment variable INFLUENCE_FAST_ISA sets the first.");
   m.def(
       "philox4x32_10",
@@ -390,30 +192,24 @@ PYBIND11_MODULE(influence_fast_cpu, m) {
       },
       py::arg("c0"), py::arg("c1"), py::arg("c2"), py::arg("c3"), py::arg("k0"), py::arg("k1"));
 
-  m.def("random_matrix", &random_matrix, py::arg("side"), py::arg("row"), py::arg("rows"), py::arg("column"), py::arg("columns"),
+  m.def("random_matrix", &checked::random_matrix, WithoutGil(), py::arg("side"), py::arg("row"), py::arg("rows"), py::arg("column"), py::arg("columns"),
         py::arg("out"), py::arg("threads"));
-  m.def("sketch", &sketch, py::arg("g"), py::arg("side"), py::arg("out"), py::arg("threads"));
-  m.def("project_outer", &project_outer, py::arg("x"), py::arg("dy"), py::arg("spans"), py::arg("p_in"), py::arg("p_out"),
+  m.def("sketch", &checked::sketch, WithoutGil(), py::arg("g"), py::arg("side"), py::arg("out"), py::arg("threads"));
+  m.def("project_outer", &checked::project_outer, WithoutGil(), py::arg("x"), py::arg("dy"), py::arg("spans"), py::arg("p_in"), py::arg("p_out"),
         py::arg("out"), py::arg("threads"));
-  m.def("sketch_outer", &sketch_outer, py::arg("x"), py::arg("dy"), py::arg("spans"), py::arg("side"), py::arg("weight"),
+  m.def("sketch_outer", &checked::sketch_outer, WithoutGil(), py::arg("x"), py::arg("dy"), py::arg("spans"), py::arg("side"), py::arg("weight"),
         py::arg("m"), py::arg("v"), py::arg("b1"), py::arg("b2"), py::arg("eps"), py::arg("out"), py::arg("threads"));
   m.def("sketch_wide", &sketch_wide, py::arg("g"), py::arg("shape"), py::arg("strides"), py::arg("side"), py::arg("out"),
         py::arg("threads"));
-  m.def("fill_panels", &fill_panels, py::arg("side"), py::arg("panels"), py::arg("threads"));
-  m.def(
-      "panel_numbers",
-      [](int64_t k, int64_t features) {
-        product("k x features", sum("k", at_least("k", k, 1), 64), sum("features", at_least("features", features, 1), 256));
-        return kernels->panel_numbers(k, features);
-      },
-      py::arg("k"), py::arg("features"));
-  m.def("with_panels", &with_panels, py::arg("side"), py::arg("panels"));
-  m.def("ghost_dot", &ghost_dot, py::arg("xa"), py::arg("dya"), py::arg("spans_a"), py::arg("xb"), py::arg("dyb"),
+  m.def("fill_panels", &checked::fill_panels, WithoutGil(), py::arg("side"), py::arg("panels"), py::arg("threads"));
+  m.def("panel_numbers", &checked::panel_numbers, py::arg("k"), py::arg("features"));
+  m.def("with_panels", &checked::with_panels, py::arg("side"), py::arg("panels"));
+  m.def("ghost_dot", &checked::ghost_dot, WithoutGil(), py::arg("xa"), py::arg("dya"), py::arg("spans_a"), py::arg("xb"), py::arg("dyb"),
         py::arg("spans_b"), py::arg("out"), py::arg("threads"));
-  m.def("ghost_norm", &ghost_norm, py::arg("x"), py::arg("dy"), py::arg("spans"), py::arg("out"), py::arg("threads"));
-  m.def("rank", &rank, py::arg("values"), py::arg("out"), py::arg("wide"), py::arg("threads"));
-  m.def("vote", &vote, py::arg("values"), py::arg("k"), py::arg("votes"), py::arg("threads"));
-  m.def("rank_and_vote", &rank_and_vote, py::arg("values"), py::arg("k"), py::arg("ranks"), py::arg("votes"), py::arg("threads"));
+  m.def("ghost_norm", &checked::ghost_norm, WithoutGil(), py::arg("x"), py::arg("dy"), py::arg("spans"), py::arg("out"), py::arg("threads"));
+  m.def("rank", &checked::rank, WithoutGil(), py::arg("values"), py::arg("out"), py::arg("wide"), py::arg("threads"));
+  m.def("vote", &checked::vote, WithoutGil(), py::arg("values"), py::arg("k"), py::arg("votes"), py::arg("threads"));
+  m.def("rank_and_vote", &checked::rank_and_vote, WithoutGil(), py::arg("values"), py::arg("k"), py::arg("ranks"), py::arg("votes"), py::arg("threads"));
 
   m.attr("block_rows") = kBlockRows;
   py::class_<Stored>(m, "StoredRows", py::module_local(), "Where the exact rows of a store's shards and layers are.")
@@ -428,7 +224,7 @@ PYBIND11_MODULE(influence_fast_cpu, m) {
   py::class_<RowPart>(m, "RowPart", py::module_local(), "Some numbers of a layer within a row of the 8-bit copy.")
       .def(py::init(&make_part), py::kw_only(), py::arg("offset"), py::arg("dim"), py::arg("index"), py::arg("layer"),
            py::arg("begin"));
-  m.def("quantise", &quantise, py::kw_only(), py::arg("rows"), py::arg("codes"), py::arg("stride"), py::arg("scale"),
+  m.def("quantise", &checked::quantise, WithoutGil(), py::kw_only(), py::arg("rows"), py::arg("codes"), py::arg("stride"), py::arg("scale"),
         py::arg("error"), py::arg("norm"), py::arg("threads"));
   m.def("exact_search", &search, py::kw_only(), py::arg("segments"), py::arg("parts"), py::arg("stored"), py::arg("queries"),
         py::arg("weights"), py::arg("cosine"), py::arg("allowed"), py::arg("k"), py::arg("scores"), py::arg("rows"),

@@ -119,6 +119,60 @@ void sketch_outer_py(const Tokens& x, const Tokens& dy, Address spans, const Sid
   sketch_outer(p, stream);
 }
 
+void outer_py(const Tokens& x, const Tokens& dy, Address spans, Address out, int device, uint64_t stream) {
+  const Batch batch = checked_batch(x, dy, spans);
+  product("samples x o x i", x.samples, product("o x i", dy.features, x.features));
+  within("samples x tiles", product("samples x tiles", x.samples, outer_blocks(x.features, dy.features)), 1, kMaxGrid);
+  const OuterParams p{x, dy, batch, pointer<float>("out", out)};
+  const DeviceGuard guard(device);
+  outer(p, stream);
+}
+
+ScoreScratch checked_scratch(int64_t samples, int64_t features_in, int64_t features_out, int64_t queries) {
+  at_least("queries", queries, 1);
+  product("queries x o x i", queries, product("o x i", at_least("features_out", features_out, 1), at_least("features_in", features_in, 1)));
+  product("samples x queries", at_least("samples", samples, 1), queries);
+  const ScoreScratch scratch = score_outer_scratch(samples, features_in, features_out, queries);
+  product("splits x samples x queries", scratch.splits, product("samples x queries", scratch.samples, queries));
+  within("tiles of samples and queries", scratch.blocks, 1, kMaxGrid);
+  within("samples x tiles", product("samples x tiles", scratch.samples, outer_blocks(features_in, scratch.rows)), 1, kMaxGrid);
+  return scratch;
+}
+
+void score_outer_py(const Tokens& x, const Tokens& dy, Address spans, Address q, int64_t queries, Address out,
+                    Address gradients, Address parts, int device, uint64_t stream) {
+  const Batch batch = checked_batch(x, dy, spans);
+  const ScoreScratch scratch = checked_scratch(x.samples, x.features, dy.features, queries);
+  const ScoreOuterParams p{x, dy, batch, pointer<const float>("q", q), queries, pointer<float>("out", out),
+                           pointer<float>("gradients", gradients), pointer<float>("parts", parts, scratch.parts == 0)};
+  const DeviceGuard guard(device);
+  score_outer(p, stream);
+}
+
+void ghost_py(const Tokens& xa, const Tokens& dya, Address spans_a, const Tokens& xb, const Tokens& dyb, Address spans_b,
+              bool paired, Address out, Address parts, int device, uint64_t stream) {
+  GhostParams p{};
+  p.xa = xa, p.dya = dya, p.xb = xb, p.dyb = dyb, p.paired = paired;
+  p.a = checked_batch(xa, dya, spans_a);
+  p.b = checked_batch(xb, dyb, spans_b);
+  same("xb: features", xb.features, xa.features);
+  same("dyb: features", dyb.features, dya.features);
+  same_dtype("xb: dtype", xb.dtype, xa.dtype);
+  if (paired) {
+    same("xb: samples", xb.samples, xa.samples);
+    same("xb: tokens", xb.tokens, xa.tokens);
+    if (xb.data != xa.data || dyb.data != dya.data || spans_b != spans_a) refuse("xb, dyb", "xa and dya where paired", "others");
+  }
+  p.splits = ghost_splits(xa.dtype, xa.tokens, xb.tokens, paired);
+  p.pairs = paired ? xa.samples : product("samples", xa.samples, xb.samples);
+  product("splits x samples", p.splits, p.pairs);
+  within("pairs of tiles", ghost_blocks(p), 1, kMaxGrid);
+  p.out = pointer<float>("out", out);
+  p.parts = parts_or(p.out, parts, p.splits);
+  const DeviceGuard guard(device);
+  ghost(p, stream);
+}
+
 void random_matrix_py(const Side& side, int64_t row, int64_t rows, int64_t column, int64_t columns,
                       std::string_view dtype, Address out, int device, uint64_t stream) {
   if (sum("rows", at_least("row", row, 0), at_least("rows", rows, 1)) > side.k)
@@ -183,6 +237,27 @@ PYBIND11_MODULE(MODULE, m) {
       },
       py::arg("kind"), py::arg("features"), py::arg("k"));
   m.def("sketch_outer_strips", &sketch_outer_strips, py::arg("features_in"), py::arg("features_out"));
+  m.def(
+      "ghost_splits",
+      [](std::string_view dtype, int64_t tokens_a, int64_t tokens_b, bool paired) {
+        return ghost_splits(dtype_of(dtype), at_least("tokens_a", tokens_a, 1), at_least("tokens_b", tokens_b, 1), paired);
+      },
+      py::arg("dtype"), py::arg("tokens_a"), py::arg("tokens_b"), py::arg("paired"));
+  m.def(
+      "score_outer_scratch",
+      [](int64_t samples, int64_t features_in, int64_t features_out, int64_t queries) {
+        const ScoreScratch scratch = checked_scratch(samples, features_in, features_out, queries);
+        return py::make_tuple(scratch.gradients, scratch.parts);
+      },
+      py::arg("samples"), py::arg("features_in"), py::arg("features_out"), py::arg("queries"),
+      "Floats of scratch: gradients, parts.");
+  m.def("outer", &outer_py, py::kw_only(), py::arg("x"), py::arg("dy"), py::arg("spans"), py::arg("out"),
+        py::arg("device"), py::arg("stream"));
+  m.def("score_outer", &score_outer_py, py::kw_only(), py::arg("x"), py::arg("dy"), py::arg("spans"), py::arg("q"),
+        py::arg("queries"), py::arg("out"), py::arg("gradients"), py::arg("parts"), py::arg("device"), py::arg("stream"));
+  m.def("ghost", &ghost_py, py::kw_only(), py::arg("xa"), py::arg("dya"), py::arg("spans_a"), py::arg("xb"),
+        py::arg("dyb"), py::arg("spans_b"), py::arg("paired"), py::arg("out"), py::arg("parts"), py::arg("device"),
+        py::arg("stream"));
   m.def("project_outer", &project_outer_py, py::kw_only(), py::arg("layers"), py::arg("spans"), py::arg("row_warps"),
         py::arg("splits"), py::arg("device"), py::arg("stream"));
   m.def("sketch", &sketch_py, py::kw_only(), py::arg("g"), py::arg("side"), py::arg("out"), py::arg("parts"),
@@ -206,5 +281,10 @@ PYBIND11_MODULE(MODULE, m) {
         py::arg("k"), py::arg("votes"), py::arg("device"), py::arg("stream"));
 #ifdef INFLUENCE_FAST_SIMT
   m.def("seed", &simt::seed, py::arg("value"), "Draw another order of threads and blocks from here on.");
+  m.def(
+      "barriers",
+      [] { return std::vector<std::string>(simt::machine.barriers.begin(), simt::machine.barriers.end()); },
+      "The barriers that were waited at, \"kernel file:line\".");
+  m.def("leave_out", [](std::string barrier) { simt::machine.left_out = std::move(barrier); }, py::arg("barrier"));
 #endif
 }

@@ -46,6 +46,38 @@ struct SketchOuterParams {
   int64_t strips;
 };
 
+struct OuterParams {
+  Tokens x, dy;
+  Batch batch;
+  float* out;  // (N, o, i)
+};
+
+struct ScoreOuterParams {
+  Tokens x, dy;
+  Batch batch;
+  const float* q;  // (queries, o, i)
+  int64_t queries;
+  float* out;                // (N, queries)
+  float *gradients, *parts;  // ScoreScratch floats of each
+};
+
+// How the weight and the batch of score_outer are cut, and the floats of scratch that it takes.
+struct ScoreScratch {
+  int64_t rows, samples, splits;  // rows of the weight and samples at a time; blocks that share a strip
+  int64_t gradients, parts, blocks;
+};
+
+struct GhostParams {
+  Tokens xa, dya, xb, dyb;
+  Batch a, b;
+  bool paired;    // sample n with sample n alone: b is a
+  float* out;     // (Na, Nb), or (N) of pairs
+  float* parts;   // (splits, Na, Nb), or out itself where there is one split
+  int64_t splits;
+  int64_t pairs;         // Na Nb, or N
+  int shift_a, shift_b;  // rows of a sample in a tile of short samples, as powers of two: ghost() fills them in
+};
+
 struct RandomMatrixParams {
   Side side;
   int64_t row, rows, column, columns;
@@ -89,8 +121,15 @@ int project_outer_row_warps(int64_t tokens, int64_t k_in, int64_t k_out);
 int64_t project_outer_splits(int64_t tokens, int64_t k_in, int64_t k_out);
 int64_t sketch_splits(Kind kind, int64_t features, int64_t k);
 int64_t sketch_outer_strips(int64_t features_in, int64_t features_out);
+int64_t outer_blocks(int64_t features_in, int64_t features_out);
+ScoreScratch score_outer_scratch(int64_t samples, int64_t features_in, int64_t features_out, int64_t queries);
+int64_t ghost_splits(Dtype dtype, int64_t tokens_a, int64_t tokens_b, bool paired);
+int64_t ghost_blocks(const GhostParams& p);
 
+void outer(const OuterParams& p, uint64_t stream);
 void project_outer(const ProjectOuterParams& p, uint64_t stream);
+void score_outer(const ScoreOuterParams& p, uint64_t stream);
+void ghost(GhostParams p, uint64_t stream);
 void sketch_dense(const SketchParams& p, uint64_t stream);
 void sketch_sjlt(const SketchParams& p, uint64_t stream);
 void sketch_outer(const SketchOuterParams& p, uint64_t stream);

@@ -57,6 +57,13 @@ struct SharedArena {
 static __device__ __forceinline__ uint16_t half_bits(float value) { return __half_as_ushort(__float2half_rn(value)); }
 static __device__ __forceinline__ float half_value(uint16_t bits) { return __half2float(__ushort_as_half(bits)); }
 
+// Both rounded to the nearest bfloat16, the first in the low half; NaN stays NaN, beyond 3.39e38 is infinity.
+static __device__ __forceinline__ uint32_t bf16_pair(float low, float high) {
+  uint32_t pair;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;\n" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+}
+
 static __device__ __forceinline__ uint32_t warp_shuffle(uint32_t value, int source) {
   return __shfl_sync(0xFFFFFFFFu, value, source);
 }
@@ -96,6 +103,15 @@ static __device__ __forceinline__ void load_matrices_transposed(uint32_t (&out)[
                : "memory");
 }
 
+// The same, not transposed: lane 4 r + c holds numbers 2 c and 2 c + 1 of each matrix's row r.
+template <typename T>
+static __device__ __forceinline__ void load_matrices(uint32_t (&out)[4], const Shared<T>& shared, int i) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];\n"
+               : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
+               : "r"(shared_address(shared, i))
+               : "memory");
+}
+
 // 16 bytes to shared memory behind the thread's back; zeros where `valid` is false. Through L1 (.ca): neighbouring
 // tiles of one block read the same inputs again.
 template <typename T>
@@ -108,6 +124,10 @@ static __device__ __forceinline__ void copy_async(const Shared<T>& shared, int i
 template <typename V, typename T>
 static __device__ __forceinline__ V load_vector(const T* from) {
   return *reinterpret_cast<const V*>(from);
+}
+template <typename V, typename T>
+static __device__ __forceinline__ void store_vector(T* to, const V& value) {
+  *reinterpret_cast<V*>(to) = value;
 }
 static __device__ __forceinline__ void prefetch(const void* from) {  // to L2
   asm volatile("prefetch.global.L2 [%0];\n" ::"l"(from));

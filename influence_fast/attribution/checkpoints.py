@@ -10,6 +10,7 @@ from torch import Tensor
 from influence_fast.attribution.gradient_source import Gradients, GradientSource
 from influence_fast.attribution.influence import influence
 from influence_fast.attribution.influence_matrix import MEMORY, Matrix
+from influence_fast.attribution.method_inputs import MethodInputs
 from influence_fast.errors import InputError
 from influence_fast.gradients.differences import recorded_identity
 
@@ -127,6 +128,17 @@ def less(
                 )
         matrices.append(WholeCosine(own, asked, layers, memory))
     return Checkpoints(matrices, weights)
+
+
+def make_over_checkpoints(inputs: MethodInputs, adam: bool) -> Checkpoints:
+    """:func:`less` where ``adam``, :func:`tracin` otherwise, over the checkpoints of the recorded training."""
+    checkpoints = inputs.given.checkpoints
+    stores = [inputs.at_checkpoint(one, adam) for one in checkpoints]
+    rates = [one.learning_rate for one in checkpoints]
+    inputs.facts["checkpoints"] = [{"step": one.step, "learning_rate": one.learning_rate} for one in checkpoints]
+    train, queries = ([pair[side] for pair in stores] for side in (0, 1))
+    layers = None if inputs.options.layers is None else list(inputs.options.layers)
+    return (less if adam else tracin)(train, queries, rates, layers, memory=inputs.options.memory)
 
 
 class WholeCosine:

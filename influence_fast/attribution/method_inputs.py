@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from influence_fast.attribution.gradient_source import Gradients
 from influence_fast.attribution.influence_matrix import InMemory, InnerProductOptions, Matrix
 from influence_fast.attribution.model_passes import ModelPasses
+from influence_fast.attribution.recorded_checkpoint import RecordedCheckpoint
 from influence_fast.attribution.registry import get_method
 from influence_fast.data import label_noise
 from influence_fast.data.samples import Samples
@@ -24,6 +25,8 @@ from influence_fast.gradients.store_writer import recorded
 
 # Weights are fitted no better to more.
 _FITTED_QUERIES = 2000
+# How the folder of a store of the queries at a checkpoint begins.
+_ASKED_AT = "queries-"
 T = TypeVar("T")
 
 
@@ -60,6 +63,7 @@ class AuditInputs:
         task: ``classification`` or ``causal-lm``.
         passes: the model's passes, each made once.
         progress: whether to show it.
+        checkpoints: of the recorded training, in the order of their steps.
     """
 
     model: nn.Module
@@ -70,6 +74,7 @@ class AuditInputs:
     task: str
     passes: ModelPasses
     progress: bool = True
+    checkpoints: Sequence[RecordedCheckpoint] = ()
 
 
 @dataclass(frozen=True)
@@ -162,7 +167,8 @@ class MethodInputs:
 
     def for_samples(self, samples: Samples, train: GradientStore, folder: Path) -> MethodInputs:
         """The same queries for other training samples. What follows from the queries alone is kept."""
-        kept = {name: value for name, value in self._kept.items() if name == "mislabelled queries"}
+        of_queries = ("mislabelled queries", f"store {_ASKED_AT}")
+        kept = {name: value for name, value in self._kept.items() if name.startswith(of_queries)}
         audit = replace(self.given, samples=samples, folder=folder)
         return replace(self, train=train, audit=audit, facts={}, _kept=kept)
 
@@ -181,6 +187,31 @@ class MethodInputs:
             return write_store(path, job, progress=given.progress)
 
         return self.once(f"store {name}", make)
+
+    def at_checkpoint(self, one: RecordedCheckpoint, adam: bool) -> tuple[GradientStore, GradientStore]:
+        """Stores of the training samples and of the queries by the model of a checkpoint.
+
+        Args:
+            adam: whether the training samples' are Adam's updates.
+        """
+        given = self.given
+        model: list[nn.Module] = []
+
+        def store(name: str, part: Samples, adam: bool) -> GradientStore:
+            path = given.folder / "stores" / name
+
+            def make() -> GradientStore:
+                # Loaded once for both, and not at all where both are there.
+                network = model[0] if model else one.load()
+                model[:] = [network]
+                settings = replace(given.settings, adam=one.moments(network) if adam else None)
+                job = prepare_job(network, part.rows, settings, part.ids, recorded(path, "batch_tokens"))
+                return write_store(path, job, progress=given.progress)
+
+            return self.once(f"store {name}", make)
+
+        train = store(f"{'adam' if adam else 'train'}-{one.step}", given.samples, adam)
+        return train, store(f"{_ASKED_AT}{one.step}", given.trusted, False)
 
     def mislabelled_queries(self) -> MislabelledQueries:
         """Queries to tell right labels from wrong ones by: at most 2,000, half of them given a wrong label by a seed."""

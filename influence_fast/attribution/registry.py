@@ -30,6 +30,8 @@ NEEDS: Mapping[str, str] = {
     "predictions": "the model's class probabilities",
     "hidden states": "the model's hidden states",
     "base states": "hidden states of the model before fine-tuning",
+    "checkpoints": "a training that InfluenceCallback recorded, with its checkpoints (--training)",
+    "moments": "the optimizer.pt of each of these checkpoints, with Adam's moments",
 }
 
 # Folds of the pool's probe, so also the fewest samples of a class that it takes.
@@ -115,6 +117,18 @@ _METHODS: dict[str, Method] = {
             "cosine of hidden states, by block",
             _Maker("representations", "make_similarity"),
             ("model", "hidden states"),
+        ),
+        Method(
+            "tracin",
+            "inner product summed over a training's checkpoints, by learning rate (TracInCP)",
+            _Maker("checkpoints", "make_over_checkpoints", (False,)),
+            ("checkpoints",),
+        ),
+        Method(
+            "less",
+            "cosine of Adam's update with a query's gradient, over a training's checkpoints (LESS)",
+            _Maker("checkpoints", "make_over_checkpoints", (True,)),
+            ("checkpoints", "moments"),
         ),
         Method("we", "TracIn on the words that both share", _Maker("shared_words", "make_words"), ("model",)),
         Method(

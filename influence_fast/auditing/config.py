@@ -13,6 +13,7 @@ from torch import nn
 from influence_fast._json import check_types
 from influence_fast._memory import parse_memory
 from influence_fast.attribution.aggregation_names import METHODS as AGGREGATIONS
+from influence_fast.attribution.recorded_checkpoint import RecordedCheckpoint
 from influence_fast.attribution.registry import method_names
 from influence_fast.data.batching import Loss
 from influence_fast.data.samples import Samples
@@ -194,6 +195,7 @@ class AuditPlan:
         held_out: what stands for queries where none were given, in a sentence; empty otherwise.
         query_groups: the group of each query, where a column says it.
         training: what training told of the training samples, where it was recorded.
+        checkpoints: those of that training, where a method goes over them.
     """
 
     config: AuditConfig
@@ -209,6 +211,7 @@ class AuditPlan:
     held_out: str = ""
     query_groups: list[str] | None = None
     training: RecordedTraining | None = None
+    checkpoints: Sequence[RecordedCheckpoint] = ()
 
 
 def _listed(value: Any) -> Any:

@@ -29,22 +29,30 @@ class TooLarge(InputError):
         self.bytes = size
 
 
-def stored_bytes(plan: AuditPlan, projection: Projection | None = None) -> int:
-    """Bytes of all stores of an audit: training samples, queries, and what its methods and the self-check build beside."""
-    dims = numbers(plan.model, plan.layers, projection or plan.build.projection)
-    width = DTYPES[plan.build.dtype].itemsize
-    # A squared length a layer, three columns, scales of int8.
-    row = sum(dims.values()) * width + len(dims) * (12 if plan.build.dtype == "int8" else 8) + 16
+def stored_rows(plan: AuditPlan) -> int:
+    """Rows of all stores of an audit: training samples, queries, and what its methods and the self-check build beside."""
     n, m = len(plan.samples), len(plan.trusted)
+    copied = 0 if plan.config.self_check is None else min(n, SELF_CHECK_ROWS)
     methods = [get_method(name) for name in plan.config.methods or ()]
-    rows = n + m
+    rows = n + m + 2 * copied
     if any(method.fitted_to_queries for method in methods):
         rows += min(m, _MISLABELLED)
     if any(method.name.startswith("contrast") for method in methods):
         rows += n + m
-    if plan.config.self_check is not None:
-        rows += 2 * min(n, SELF_CHECK_ROWS)
-    return rows * row
+    over = sum("checkpoints" in method.needs for method in methods)
+    if over:
+        # The queries are the same for all of them.
+        rows += len(plan.checkpoints) * (m + over * (n + copied))
+    return rows
+
+
+def stored_bytes(plan: AuditPlan, projection: Projection | None = None) -> int:
+    """Bytes of all stores of an audit."""
+    dims = numbers(plan.model, plan.layers, projection or plan.build.projection)
+    width = DTYPES[plan.build.dtype].itemsize
+    # A squared length a layer, three columns, scales of int8.
+    row = sum(dims.values()) * width + len(dims) * (12 if plan.build.dtype == "int8" else 8) + 16
+    return stored_rows(plan) * row
 
 
 def free_disk(out: str | Path | None) -> int:

@@ -29,6 +29,7 @@ from influence_fast.auditing.disk import check_disk
 from influence_fast.auditing.findings.evidence import gather
 from influence_fast.auditing.findings.judge import find, judge_labels
 from influence_fast.auditing.held_out import hold_out
+from influence_fast.auditing.recorded_checkpoints import checkpoints_of
 from influence_fast.auditing.report.page import write_report
 from influence_fast.auditing.report.table import findings_lines, scores_csv
 from influence_fast.auditing.result import AuditResult
@@ -142,13 +143,32 @@ def plan_audit(
         config, methods=methods, auto_projection=False, build=replace(config.build, projection=build.projection)
     )
     _check(config, network, task, loss, samples, trusted)
+    over = checkpoints_of(config, training, layers, methods)
     ranking = _plan(config, methods, groups_of(network, layers), classification=task == "classification")
     for path in config.checkpoints or []:
         lacking = set(layers) - set(named_layers(load_model(path, config.task, config.allow_new_weights)[0]))
         if lacking:
             raise InputError(f"checkpoints: {path} lacks layer {min(lacking)!r} of the model")
+    if config.checkpoints and "checkpoints" in get_method(ranking.main.method).needs:
+        raise InputError(
+            f"checkpoints: the self-check ranks by {ranking.main.method} at each, which goes over checkpoints itself; "
+            "rank by another method, or leave them out"
+        )
     return AuditPlan(
-        config, network, samples, trusted, task, layers, ranking, build, tokenizer, found, held_out, groups, training
+        config,
+        network,
+        samples,
+        trusted,
+        task,
+        layers,
+        ranking,
+        build,
+        tokenizer,
+        found,
+        held_out,
+        groups,
+        training,
+        over,
     )
 
 
@@ -173,6 +193,7 @@ def run_plan(audit: AuditPlan, out: str | Path | None, progress: bool = True) ->
         inputs = method_inputs(
             network, samples, trusted, stores["train"], stores["queries"], folder, build, methods, progress
         )
+        inputs = replace(inputs, audit=replace(inputs.given, checkpoints=audit.checkpoints))
         # Without predictions no query counts as correct.
         if "correct" not in stores["queries"].columns:
             plan = _without_predictions(plan, config)

@@ -78,7 +78,9 @@ def demo(out: Path, samples: int, seed: int, as_json: bool) -> None:
 @click.option("--evidence", default=2000, help="How many of the most harmful rows get evidence.")
 @click.option("--query-group", help="Column of the queries with their group, to find rows that hurt one group alone.")
 @click.option(
-    "--training", type=click.Path(), help="Folder that InfluenceCallback recorded in, to rank by training dynamics too."
+    "--training",
+    type=click.Path(),
+    help="Folder that InfluenceCallback recorded in: to rank by training dynamics too, and for tracin and less.",
 )
 @click.option("--dry-run", is_flag=True, help="Say what the audit would take in time and disk; write nothing.")
 @click.option("--config", type=click.Path(path_type=Path), help="Replay this config.json; other options are ignored.")
@@ -121,12 +123,12 @@ def _somebody_is_there() -> bool:
 
 def _show_plan(plan: Any, out: Path, as_json: bool) -> None:
     """What an audit would take, from a few of its batches."""
-    from influence_fast.auditing.disk import as_text, free_disk, stored_bytes
+    from influence_fast.auditing.disk import as_text, free_disk, stored_bytes, stored_rows
     from influence_fast.gradients.estimate import estimate_of
 
     found = estimate_of(plan.model, plan.samples.rows, plan.build, ids=plan.samples.ids)
     size, free = stored_bytes(plan), free_disk(out)
-    seconds = found.seconds * (1 + len(plan.trusted) / len(plan.samples))
+    seconds = found.seconds * stored_rows(plan) / len(plan.samples)
     document = {
         "samples": len(plan.samples),
         "queries": len(plan.trusted),

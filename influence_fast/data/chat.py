@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -174,33 +175,62 @@ class ChatEncoder:
 
     def _span(self, whole: str, messages: list[Message], turn: int, tools: Any) -> tuple[int, int]:
         """Where a turn stands in the text of the whole conversation."""
-        content = messages[turn]["content"].strip()
-        asked = self._render(messages[:turn], tools, ask=True) if turn else ""
-        told = self._render(messages[: turn + 1], tools)
-        begin, end = (_common(whole, prefix) for prefix in (asked, told))
-        before = len(self._render(messages[:turn], tools)) if turn else 0
-        # What asks for an answer may hold more than stands in the history (an opened thought), never less than the history.
-        if begin >= before and content in whole[begin:end] and begin < end:
-            return begin, end
+        # Without a message before it nothing says where the text of the template ends and the turn begins.
+        if turn:
+            before = len(self._render(messages[:turn], tools))
+            begin = _common(whole, self._render(messages[:turn], tools, ask=True))
+            told = self._render(messages[: turn + 1], tools)
+            end = _common(whole, told)
+            # The last place of each, as a word may stand in the template's own text, or in a token's name, too.
+            text = self._without_special(told)
+            found = [
+                text.rfind(part, begin) + len(part) for part in map(self._without_special, _spoken(messages[turn]))
+            ]
+            last = max(found, default=end)
+            # What asks for an answer may hold more than the history (an opened thought), never less.
+            if before <= begin < last <= end and min(found, default=end) > begin:
+                return begin, self._whole_token(whole, last, end)
         return self._span_of_content(whole, messages, turn, tools)
 
+    def _whole_token(self, whole: str, last: int, end: int) -> int:
+        """``end``, or an end of the special token that it lies within: that token ends the turn unless another has."""
+        for token in self._special:
+            at = whole.find(token, max(0, end - len(token) + 1), end + len(token) - 1)
+            if 0 <= at < end:
+                return at if any(one in whole[last:at] for one in self._special) else at + len(token)
+        return end
+
     def _span_of_content(self, whole: str, messages: list[Message], turn: int, tools: Any) -> tuple[int, int]:
-        """The content alone with the token that ends it: for templates that write a turn in another way once more follow."""
+        """What the turn says and the token that ends it: for templates that write turns otherwise once more follow."""
         mark = "\u2063influence\u2063"
-        other = self._render([*messages[:turn], {**messages[turn], "content": mark}, *messages[turn + 1 :]], tools)
+        marked = {name: value for name, value in messages[turn].items() if name != "tool_calls"} | {"content": mark}
+        other = self._render([*messages[:turn], marked, *messages[turn + 1 :]], tools)
         begin = other.find(mark)
         after = other[begin + len(mark) :]
-        if begin < 0 or other.count(mark) != 1 or whole[:begin] != other[:begin] or not whole.endswith(after):
+        end = len(whole) - len(after)
+        if begin < 0 or other.count(mark) != 1 or whole[:begin] != other[:begin] or whole[end:] != after or end < begin:
             raise RowError(
                 f"has a turn {turn} that cannot be found in the text of the chat template; mark what the assistant writes "
                 "with {% generation %} in a template of your own (--chat-template FILE)"
             )
-        end = len(whole) - len(after)
-        closing = next((token for token in self._special() if token and whole.startswith(token, end)), "")
-        return begin, end + len(closing)
+        unwritten = [name for name in _called(messages[turn]) if name not in whole[begin:end]]
+        if unwritten:
+            raise RowError(
+                f"has a turn {turn} that calls the tool {unwritten[0]!r}, which the chat template leaves out"
+            )
+        closing = next((token for token in self._special if whole.startswith(token, end)), "")
+        # A blank before a word is of the same token in most vocabularies.
+        return len(whole[:begin].rstrip(" ")), end + len(closing)
 
+    def _without_special(self, text: str) -> str:
+        """The text with every special token blanked, at the same places."""
+        for token in self._special:
+            text = text.replace(token, "\0" * len(token))
+        return text
+
+    @cached_property
     def _special(self) -> list[str]:
-        return sorted(map(str, self.tokenizer.get_added_vocab()), key=len, reverse=True)
+        return sorted(filter(None, map(str, self.tokenizer.get_added_vocab())), key=len, reverse=True)
 
     def _tokens(self, text: str, spans: Sequence[tuple[int, int]]) -> tuple[list[int], list[bool]]:
         if getattr(self.tokenizer, "is_fast", False):
@@ -215,6 +245,20 @@ class ChatEncoder:
             part = self.tokenizer(text[begin:end], add_special_tokens=False, verbose=False)["input_ids"]
             ids, mask = ids + part, mask + [number % 2 == 1] * len(part)
         return ids, mask
+
+
+def _spoken(message: Message) -> list[str]:
+    """What a turn is recognised by: its answer, without a thought, which templates rewrite, and the tools it calls."""
+    return [part for part in (message["content"].rpartition("</think>")[2].strip(), *_called(message)) if part]
+
+
+def _called(message: Message) -> list[str]:
+    """Names of the tools that a message calls."""
+    calls = message.get("tool_calls")
+    given = (
+        [call.get("function", call) for call in calls if isinstance(call, Mapping)] if isinstance(calls, list) else []
+    )
+    return [str(call["name"]) for call in given if isinstance(call, Mapping) and call.get("name")]
 
 
 def _common(one: str, other: str) -> int:

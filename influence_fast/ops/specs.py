@@ -45,7 +45,7 @@ _MATRIX_ENTRIES = 1 << 22
 _SORTED = "a row is sorted by torch's radix sort, which the reference uses"
 
 
-@operation("triton", "cpu", cuda="a batched product of cuBLAS, which the reference is, runs at the matmul ceiling")
+@operation("cuda", "triton", "cpu")
 def outer(x: Tensor, dy: Tensor, lengths: Tensor | None = None, *, backend: str = "auto") -> Tensor:
     """Per-sample gradients of a linear layer: ``(N, T, i), (N, T, o) -> (N, o, i)``.
 
@@ -197,7 +197,7 @@ def _sketch_outer(
     return out
 
 
-@operation("triton", "cpu", cuda="Triton has it")
+@operation("cuda", "triton", "cpu")
 def score_outer(x: Tensor, dy: Tensor, q: Tensor, lengths: Tensor | None = None, *, backend: str = "auto") -> Tensor:
     """Inner products of per-sample gradients with ``m`` given matrices: ``q (m, o, i) -> (N, m) = <G_n, q_j>``.
 
@@ -221,7 +221,7 @@ def _score_outer(x: Tensor, dy: Tensor, q: Tensor, lengths: Tensor | None, backe
     return run("score_outer", backend, x.device, x.dtype, x, dy, plain("q", q).to(accumulator(x.dtype)), spans)
 
 
-@operation("triton", "cpu", cuda="Triton has it")
+@operation("cuda", "triton", "cpu")
 def ghost_dot(
     xa: Tensor,
     dya: Tensor,
@@ -292,7 +292,7 @@ def dot_outer(
     return ghost_dot(xa, dya, xb, dyb, lengths_a, lengths_b, backend=backend)
 
 
-@operation("triton", "cpu", cuda="Triton has it")
+@operation("cuda", "triton", "cpu")
 def ghost_norm(x: Tensor, dy: Tensor, lengths: Tensor | None = None, *, backend: str = "auto") -> Tensor:
     """Frobenius norms ``|G_n|`` of unprojected gradients: ``-> (N,)``, no gradient formed.
 

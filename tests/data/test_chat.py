@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
-
 import pytest
 import transformers as hf
-from tokenizers import Tokenizer, decoders, pre_tokenizers
-from tokenizers import models as tokenizer_models
+from chats import byte_tokenizer, targets
 
 import influence_fast as inf
 from influence_fast.data.chat import ChatEncoder, messages_of
@@ -37,24 +34,16 @@ TALK = [
 
 @pytest.fixture(scope="module")
 def tokenizer() -> hf.PreTrainedTokenizerFast:
-    """A token a byte, and the marks of turns as tokens of their own."""
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    inner = Tokenizer(tokenizer_models.BPE({letter: i for i, letter in enumerate(letters)}, []))
-    inner.pre_tokenizer, inner.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    made = hf.PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<|im_end|>")
-    made.add_special_tokens({"additional_special_tokens": ["<|im_start|>"]})
-    return made
+    return byte_tokenizer(["<|im_start|>"], eos_token="<|im_end|>")
 
 
-def targets(tokenizer: hf.PreTrainedTokenizerFast, template: str, talk: list = TALK, **how: int) -> tuple[str, str]:
-    found = list(zip(*ChatEncoder(tokenizer, template)(talk, **how), strict=True))
-    runs = [[token for token, _ in run] for told, run in itertools.groupby(found, key=lambda pair: pair[1]) if told]
-    return tokenizer.decode([token for token, _ in found]), "|".join(map(tokenizer.decode, runs))
+def of_talk(tokenizer: hf.PreTrainedTokenizerFast, template: str, talk: list = TALK, **how: int) -> tuple[str, str]:
+    return targets(tokenizer, template, talk, **how)
 
 
 @pytest.mark.parametrize("template", [PLAIN, MARKED])
 def test_the_loss_is_on_the_assistants_turns(tokenizer: hf.PreTrainedTokenizerFast, template: str) -> None:
-    text, told = targets(tokenizer, template)
+    text, told = of_talk(tokenizer, template)
     assert text == tokenizer.apply_chat_template(TALK, chat_template=PLAIN, tokenize=False)
     assert told == "hi<|im_end|>\n|yes, hi<|im_end|>\n"
 
@@ -70,7 +59,7 @@ def test_a_template_of_the_tokenizer_is_used(tokenizer: hf.PreTrainedTokenizerFa
 
 
 def test_turns_that_change_once_more_follow(tokenizer: hf.PreTrainedTokenizerFast) -> None:
-    text, told = targets(tokenizer, THINKING)
+    text, told = of_talk(tokenizer, THINKING)
     assert "assistant\nhi<" in text
     assert told == "hi<|im_end|>|<think></think>yes, hi<|im_end|>\n"
 
@@ -78,8 +67,8 @@ def test_turns_that_change_once_more_follow(tokenizer: hf.PreTrainedTokenizerFas
 def test_some_turns_are_context(tokenizer: hf.PreTrainedTokenizerFast) -> None:
     quiet = [*TALK[:2], {**TALK[2], "weight": 0}, *TALK[3:]]
     for template in (PLAIN, MARKED):
-        assert targets(tokenizer, template, quiet)[1] == "yes, hi<|im_end|>\n"
-    assert targets(tokenizer, PLAIN, begin=3)[1] == "yes, hi<|im_end|>\n"
+        assert of_talk(tokenizer, template, quiet)[1] == "yes, hi<|im_end|>\n"
+    assert of_talk(tokenizer, PLAIN, begin=3)[1] == "yes, hi<|im_end|>\n"
 
 
 def test_a_slow_tokenizer_finds_the_same(

@@ -27,16 +27,11 @@ from typing import Any, NamedTuple
 
 import click
 
+from tests.ranks import HEAVY
+
 _server = multiprocessing.get_context("forkserver")
 _server.set_forkserver_preload(
-    [
-        "torch",
-        "transformers",
-        "datasets",
-        "influence_fast.auditing.run",
-        "influence_fast.search.influence_index",
-        "tests.models",
-    ]
+    [*HEAVY, "influence_fast.auditing.run", "influence_fast.search.influence_index", "tests.models"]
 )
 _EVENTS = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "os.link", "os.symlink")
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
@@ -154,10 +149,43 @@ def build(folder: Path) -> None:
     _store(folder / "out", 1, 10)
 
 
+def factors(folder: Path) -> None:
+    _store(folder / "out", 1, 10, projection="rademacher:4x4", factors=1)
+
+
+def adam(folder: Path) -> None:
+    import torch
+
+    import influence_fast as inf
+    from influence_fast.gradients.layers import named_matrices
+    from tests import models
+
+    draw = torch.Generator().manual_seed(4)
+    moments = {
+        name: inf.ops.AdamState(
+            torch.randn(module.weight.shape, generator=draw), torch.rand(module.weight.shape, generator=draw)
+        )
+        for name, module in named_matrices(models.make("bert")).items()
+    }
+    _store(folder / "out", 1, 10, adam=moments)
+
+
 def index(folder: Path) -> None:
     import influence_fast as inf
 
     inf.InfluenceIndex.build(inf.GradientStore.open(folder / "train"), "Flat", "dot", path=folder / "out")
+
+
+def curvature(folder: Path) -> None:
+    from influence_fast.cli import main
+
+    _call(main, ["index", folder / "train", "--out", folder / "out", "--methods", "datainf,trak"])
+
+
+def curvature_update(folder: Path) -> None:
+    from influence_fast.cli import main
+
+    _call(main, ["index", folder / "train", "--out", folder / "index", "--update", "--methods", "trak"])
 
 
 def score(folder: Path) -> None:
@@ -193,8 +221,12 @@ def _call(main: Any, arguments: list[Any]) -> None:
 COMMANDS: dict[str, tuple[Callable[[Path], None], Callable[[Path], None]]] = {
     "build": (_prepare_nothing, build),
     "build over damage": (_prepare_damage, build),
+    "build --factors": (_prepare_nothing, factors),
+    "build --adam": (_prepare_nothing, adam),
     "index": (_prepare_stores, index),
     "index over another": (_prepare_index, index),
+    "index --methods": (_prepare_index, curvature),
+    "index --update --methods": (_prepare_alive, curvature_update),
     "score": (_prepare_stores, score),
     "upgrade": (_prepare_old, upgrade),
     "audit": (_prepare_nothing, audit),
@@ -383,15 +415,34 @@ def contents(folder: Path) -> dict[str, bytes]:
     return found
 
 
-def table(outcomes: list[Outcome]) -> str:
+_KINDS = ("same bytes", "other bytes", "left over", "refused", "half seen")
+
+
+def counts(outcomes: list[Outcome]) -> dict[str, Counter[str]]:
+    """What came of the kills of each command, and how often."""
+    found: dict[str, Counter[str]] = {}
+    for outcome in outcomes:
+        found.setdefault(outcome.command, Counter())[outcome.what] += 1
+    return found
+
+
+def table(found: dict[str, Counter[str]]) -> str:
     """Counts by command, as Markdown."""
-    kinds = ("same bytes", "other bytes", "left over", "refused", "half seen")
-    lines = [f"| command | kills | {' | '.join(kinds)} |", "| --- |" + " ---: |" * (len(kinds) + 1)]
-    for command in dict.fromkeys(outcome.command for outcome in outcomes):
-        counts = Counter(outcome.what for outcome in outcomes if outcome.command == command)
-        cells = [str(counts.total()), *(str(counts[kind]) for kind in kinds)]
+    lines = [f"| command | kills | {' | '.join(_KINDS)} |", "| --- |" + " ---: |" * (len(_KINDS) + 1)]
+    for command, of in sorted(found.items(), key=lambda item: list(COMMANDS).index(item[0])):
+        cells = [str(of.total()), *(str(of[kind]) for kind in _KINDS)]
         lines.append(f"| {command} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _counts_in(text: str) -> dict[str, Counter[str]]:
+    """Counts of a table, of commands that there still are."""
+    rows = ([cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|"))
+    return {
+        command: Counter(dict(zip(_KINDS, map(int, cells), strict=True)))
+        for command, _, *cells in rows
+        if command in COMMANDS
+    }
 
 
 @click.command()
@@ -411,18 +462,20 @@ def main(only: tuple[str, ...], every: int, write: Path | None) -> None:
                     click.echo(f"{name} killed at operation {outcome.at}{torn}: {outcome.what} {outcome.detail}")
             click.echo(f"{name}: {time.monotonic() - begin:.0f} s", err=True)
             if write is not None:
-                _write(write, table(outcomes))
-    click.echo(table(outcomes))
+                _write(write, counts(outcomes))
+    click.echo(table(counts(outcomes)))
     sys.exit(any(outcome.what != "same bytes" for outcome in outcomes))
 
 
-def _write(path: Path, text: str) -> None:
+def _write(path: Path, found: dict[str, Counter[str]]) -> None:
+    """Put counts into a page; those of other commands stay."""
     page = path.read_text(encoding="utf-8") if path.exists() else "# Reliability\n"
     if _BEGIN not in page:
         about = "Killed at every file operation, and run again (`python -m tests.reliability.kills`)"
         page += f"\n## Kills\n\n{about}:\n\n{_BEGIN}\n{_END}\n"
-    found = re.sub(f"{_BEGIN}.*?{_END}", lambda _: f"{_BEGIN}\n{text}\n{_END}", page, flags=re.S)
-    path.write_text(found, encoding="utf-8")
+    before, rest = page.split(_BEGIN, 1)
+    known, after = rest.split(_END, 1)
+    path.write_text(f"{before}{_BEGIN}\n{table({**_counts_in(known), **found})}\n{_END}{after}", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -32,3 +32,14 @@ def test_the_command_makes_no_more_operations_than_it_makes(tmp_path: Path) -> N
     target = kills.Target("upgrade", tmp_path)
     assert target.kill(10_000) is None
     assert kills.contents(tmp_path / "upgrade" / "folder") == target.expected
+
+
+def test_counts_of_a_run_leave_those_of_other_commands(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    for outcomes in (
+        [kills.Outcome("score", 1, False, "same bytes"), kills.Outcome("build", 0, True, "refused")],
+        [kills.Outcome("build", at, False, "same bytes") for at in range(3)],
+    ):
+        kills._write(page, kills.counts(outcomes))
+    rows = [line for line in page.read_text(encoding="utf-8").splitlines() if line.startswith("| ")][2:]
+    assert rows == ["| build | 3 | 3 | 0 | 0 | 0 | 0 |", "| score | 1 | 1 | 0 | 0 | 0 | 0 |"]

@@ -5,9 +5,11 @@
 // which block, is drawn from a seed, so that code which leans on an order fails in some runs. On top of that the
 // machine reports, as a C++ exception that names the kernel:
 //   - shared memory used out of bounds, or more of it than the launch asked for, and misaligned vectors anywhere;
-//   - two threads that touch one shared word, at least one of them writing, with no barrier between them;
+//   - two threads that touch the same place in shared memory, at least one of them writing, with no barrier between them:
+//     which kernel, block, place and threads;
 //   - __syncthreads or a warp operation that not all threads reach, or that they reach at different places.
 // Shared memory starts as 0xFF bytes, a NaN in every float format; asynchronous copies land when they are waited for.
+// A barrier can be left out from outside, so that a test sees what the machine says to a kernel that lacks it.
 // Not seen: races in global memory between blocks, and what a real card does with memory beyond a tensor.
 #pragma once
 
@@ -21,6 +23,7 @@
 #include <cstring>
 #include <functional>
 #include <memory>
+#include <set>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
@@ -69,6 +72,7 @@ struct Thread {
   unsigned id = 0;
   State state = State::ready;
   bool started = false;
+  const char* file = nullptr;  // of the barrier that it waits at
   int site = 0;
   uint64_t warp_epoch = 0;
   std::vector<std::vector<Copy>> copies;
@@ -84,10 +88,11 @@ struct Warp {
   void* lanes[kWarp];
 };
 
-// Who touched two bytes of shared memory last.
+// Who touched two bytes of shared memory last. Epochs count the barriers of the block and of a warp.
 struct Shadow {
-  uint64_t write_epoch = 0, write_warp_epoch = 0, read_epoch = 0, read_warp_epoch = 0;
-  int writer = -1, reader = -1, reading_warp = -1;
+  uint64_t write_epoch = 0, write_warp_epoch = 0, read_epoch = 0, read_warp_epoch = 0, other_warp_epoch = 0;
+  int writer = -1, reader = -1, other = -1;  // the last to read, and the last before it that is another thread
+  int foreign = -1;                          // a reader of another warp than the last one's
 };
 
 struct Machine {
@@ -105,6 +110,8 @@ struct Machine {
   jmp_buf scheduler;
   std::function<void()> body;
   std::string error;
+  std::set<std::string> barriers;  // "kernel file:line" of those that were waited at
+  std::string left_out;            // one of them that threads pass by
 
   uint32_t draw(uint32_t below) {
     random ^= random << 13, random ^= random >> 7, random ^= random << 17;
@@ -171,6 +178,11 @@ inline void make_fibers(unsigned count) {
   }
 }
 
+inline std::string barrier_name(const char* file, int line) {
+  const char* name = std::strrchr(file, '/');
+  return machine.kernel + " " + (name ? name + 1 : file) + ":" + std::to_string(line);
+}
+
 // Runs the threads of one block to their end.
 inline void run_block() {
   Machine& m = machine;
@@ -191,8 +203,10 @@ inline void run_block() {
         fault(at_barrier ? "__syncthreads was not reached by all threads"
                          : "a warp operation was not reached by all lanes");
       }
+      const Thread& first = m.threads[0];
+      m.barriers.insert(barrier_name(first.file, first.site));
       for (Thread& t : m.threads) {
-        if (t.site != m.threads[0].site) fault("threads wait at different __syncthreads");
+        if (t.site != first.site || t.file != first.file) fault("threads wait at different __syncthreads");
         t.state = State::ready;
         m.ready.push_back(t.id);
       }
@@ -245,7 +259,9 @@ inline void run(const char* name, dim3 grid, unsigned block, size_t shared, std:
   }
 }
 
-inline void block_barrier(int site) {
+inline void block_barrier(const char* file, int site) {
+  if (!machine.left_out.empty() && barrier_name(file, site) == machine.left_out) return;
+  machine.current->file = file;
   machine.current->site = site;
   wait(State::at_block_barrier);
 }
@@ -284,18 +300,32 @@ inline size_t check_shared(const void* address, size_t bytes, size_t alignment) 
   return offset;
 }
 
+[[noreturn]] inline void race(const char* mine, size_t granule, int other, const char* others) {
+  fault(std::string("race: ") + mine + " byte " + std::to_string(granule * kGranule) + " of shared memory, which thread " +
+        std::to_string(other) + " " + others + " with no barrier in between");
+}
+
+// Whether `other`, which came to a place in this epoch of the block, may have done so at the same time as `me`.
+inline bool meets(const Thread& me, int other, uint64_t warp_epoch) {
+  const int id = static_cast<int>(me.id);
+  return other >= 0 && other != id && (other / kWarp != id / kWarp || warp_epoch == me.warp_epoch);
+}
+
 inline void note_read(const void* address, size_t bytes) {
   const Thread& me = *machine.current;
   const size_t offset = check_shared(address, bytes, bytes);
-  const int id = static_cast<int>(me.id), warp = id / kWarp;
+  const int id = static_cast<int>(me.id);
   for (size_t g = offset / kGranule; g < (offset + bytes + kGranule - 1) / kGranule; ++g) {
     Shadow& s = machine.shadow[g];
-    if (s.write_epoch == machine.epoch && s.writer != id &&
-        (s.writer / kWarp != warp || s.write_warp_epoch == me.warp_epoch))
-      fault("race: reads shared memory that thread " + std::to_string(s.writer) + " writes");
-    if (s.read_epoch != machine.epoch) s.reader = id, s.reading_warp = warp;
-    if (s.reader != id) s.reader = -1;
-    if (s.reading_warp != warp) s.reading_warp = -1;
+    if (s.write_epoch == machine.epoch && meets(me, s.writer, s.write_warp_epoch)) race("reads", g, s.writer, "writes");
+    if (s.read_epoch != machine.epoch) {
+      s.reader = s.other = s.foreign = -1;
+    } else if (s.reader != id) {
+      if (s.reader / kWarp != id / kWarp) s.foreign = s.reader;
+      s.other = s.reader;
+      s.other_warp_epoch = s.read_warp_epoch;
+    }
+    s.reader = id;
     s.read_epoch = machine.epoch;
     s.read_warp_epoch = me.warp_epoch;
   }
@@ -304,16 +334,16 @@ inline void note_read(const void* address, size_t bytes) {
 inline void note_write(const void* address, size_t bytes) {
   const Thread& me = *machine.current;
   const size_t offset = check_shared(address, bytes, bytes);
-  const int id = static_cast<int>(me.id), warp = id / kWarp;
   for (size_t g = offset / kGranule; g < (offset + bytes + kGranule - 1) / kGranule; ++g) {
     Shadow& s = machine.shadow[g];
-    if (s.write_epoch == machine.epoch && s.writer != id &&
-        (s.writer / kWarp != warp || s.write_warp_epoch == me.warp_epoch))
-      fault("race: writes shared memory that thread " + std::to_string(s.writer) + " writes");
-    if (s.read_epoch == machine.epoch && s.reader != id &&
-        (s.reading_warp != warp || s.read_warp_epoch == me.warp_epoch))
-      fault("race: writes shared memory that other threads read");
-    s.writer = id;
+    if (s.write_epoch == machine.epoch && meets(me, s.writer, s.write_warp_epoch)) race("writes", g, s.writer, "writes");
+    if (s.read_epoch == machine.epoch) {
+      if (meets(me, s.reader, s.read_warp_epoch)) race("writes", g, s.reader, "reads");
+      if (meets(me, s.other, s.other_warp_epoch)) race("writes", g, s.other, "reads");
+      // Readers of two warps: the writer is of another than one of them.
+      if (s.foreign >= 0) race("writes", g, s.foreign, "reads");
+    }
+    s.writer = static_cast<int>(me.id);
     s.write_epoch = machine.epoch;
     s.write_warp_epoch = me.warp_epoch;
   }
@@ -325,7 +355,7 @@ inline void note_write(const void* address, size_t bytes) {
 #define blockIdx (simt::machine.block_index)
 #define blockDim (simt::machine.block_size)
 #define gridDim (simt::machine.grid)
-#define __syncthreads() simt::block_barrier(__LINE__)
+#define __syncthreads() simt::block_barrier(__FILE__, __LINE__)
 #define __syncwarp() simt::warp_barrier(__LINE__)
 
 // Shared memory: the same face as on the device, every access checked.
@@ -387,13 +417,6 @@ inline uint16_t half_bits(float value) {
   return static_cast<uint16_t>(sign | (u >= 0x47800000u ? 0x7C00u : (u - 0x38000000u) >> 13));
 }
 
-inline float half_value(uint16_t bits) {
-  const int exponent = bits >> 10 & 31, fraction = bits & 0x3FF;
-  float magnitude = std::ldexp(static_cast<float>(exponent ? fraction + 1024 : fraction), std::max(exponent, 1) - 25);
-  if (exponent == 31) magnitude = fraction ? NAN : INFINITY;
-  return bits & 0x8000u ? -magnitude : magnitude;
-}
-
 inline uint32_t __float_as_uint(float value) {
   uint32_t bits;
   std::memcpy(&bits, &value, 4);
@@ -403,6 +426,20 @@ inline float __uint_as_float(uint32_t bits) {
   float value;
   std::memcpy(&value, &bits, 4);
   return value;
+}
+inline float half_value(uint16_t bits) {
+  const uint32_t magnitude = (bits & 0x7FFFu) << 13;  // exponents are 112 apart
+  const float scaled = __uint_as_float(magnitude) * 0x1p112f;
+  const float value = (bits & 0x7C00u) == 0x7C00u ? __uint_as_float(magnitude | 0x7F800000u) : scaled;
+  return bits & 0x8000u ? -value : value;
+}
+
+inline uint32_t bf16_pair(float low, float high) {
+  const auto rounded = [](float value) {
+    const uint32_t bits = __float_as_uint(value);
+    return std::isnan(value) ? 0x7FFFu : (bits + 0x7FFFu + (bits >> 16 & 1)) >> 16;
+  };
+  return rounded(low) | rounded(high) << 16;
 }
 inline uint32_t __funnelshift_r(uint32_t low, uint32_t high, uint32_t shift) {
   return static_cast<uint32_t>(((static_cast<uint64_t>(high) << 32) | low) >> (shift & 31));
@@ -444,11 +481,12 @@ void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], int site
     const uint32_t *a, *b;
   } lane{d, a, b};
   simt::warp_operation(site, &lane, [](void* const* lanes) {
-    float left[16][16], right[16][8];
+    using Row = float __attribute__((vector_size(32)));
+    float left[16][16];
+    Row right[16];
     const auto unpack = [](uint32_t pair, int high) {
       const uint16_t bits = static_cast<uint16_t>(pair >> (16 * high));
-      return T::half ? half_value(bits)
-                                                             : __uint_as_float(static_cast<uint32_t>(bits) << 16);
+      return T::half ? half_value(bits) : __uint_as_float(static_cast<uint32_t>(bits) << 16);
     };
     for (int i = 0; i < simt::kWarp; ++i) {
       const Lane& l = *static_cast<Lane*>(lanes[i]);
@@ -458,21 +496,20 @@ void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], int site
         for (int r = 0; r < 2; ++r) right[pair + h + r * 8][group] = unpack(l.b[r], h);
       }
     }
-    for (int i = 0; i < simt::kWarp; ++i) {
-      const Lane& l = *static_cast<Lane*>(lanes[i]);
-      for (int r = 0; r < 4; ++r) {
-        const int row = i / 4 + r / 2 * 8, column = i % 4 * 2 + r % 2;
-        float sum = 0;
-        for (int k = 0; k < 16; ++k) sum += left[row][k] * right[k][column];
-        l.d[r] += sum;
-      }
+    for (int row = 0; row < 16; ++row) {
+      Row sum = {};
+      for (int k = 0; k < 16; ++k) sum += left[row][k] * right[k];
+      for (int quarter = 0; quarter < 4; ++quarter)
+        for (int r = 0; r < 2; ++r)
+          static_cast<Lane*>(lanes[row % 8 * 4 + quarter])->d[row / 8 * 2 + r] += sum[quarter * 2 + r];
     }
   });
 }
 
-// Four 8 x 8 matrices of 16-bit numbers; lane 8 m + r points at row r of matrix m; each comes out transposed.
-template <typename T>
-void load_matrices_transposed(uint32_t (&out)[4], const Shared<T>& shared, int64_t i, int site = __builtin_LINE()) {
+// Four 8 x 8 matrices of 16-bit numbers; lane 8 m + r points at row r of matrix m; lane 4 r + c gets numbers 2 c and
+// 2 c + 1 of row r of each, or of column r.
+template <bool Transposed, typename T>
+void load_matrices_as(uint32_t (&out)[4], const Shared<T>& shared, int64_t i, int site) {
   static_assert(sizeof(T) == 2);
   struct Lane {
     uint16_t row[8];
@@ -484,11 +521,22 @@ void load_matrices_transposed(uint32_t (&out)[4], const Shared<T>& shared, int64
   simt::warp_operation(site, &lane, [](void* const* lanes) {
     for (int l = 0; l < simt::kWarp; ++l)
       for (int m = 0; m < 4; ++m) {
-        const uint16_t low = static_cast<Lane*>(lanes[8 * m + l % 4 * 2])->row[l / 4];
-        const uint16_t high = static_cast<Lane*>(lanes[8 * m + l % 4 * 2 + 1])->row[l / 4];
-        static_cast<Lane*>(lanes[l])->out[m] = low | static_cast<uint32_t>(high) << 16;
+        const int row = l / 4, column = l % 4 * 2;
+        const auto number = [&](int r, int c) {
+          const int line = Transposed ? c : r, place = Transposed ? r : c;
+          return static_cast<uint32_t>(static_cast<Lane*>(lanes[8 * m + line])->row[place]);
+        };
+        static_cast<Lane*>(lanes[l])->out[m] = number(row, column) | number(row, column + 1) << 16;
       }
   });
+}
+template <typename T>
+void load_matrices(uint32_t (&out)[4], const Shared<T>& shared, int64_t i, int site = __builtin_LINE()) {
+  load_matrices_as<false>(out, shared, i, site);
+}
+template <typename T>
+void load_matrices_transposed(uint32_t (&out)[4], const Shared<T>& shared, int64_t i, int site = __builtin_LINE()) {
+  load_matrices_as<true>(out, shared, i, site);
 }
 
 // 16 bytes to shared memory behind the thread's back; zeros where `valid` is false.
@@ -507,6 +555,11 @@ V load_vector(const T* from) {
   V value;
   std::memcpy(&value, from, sizeof(V));
   return value;
+}
+template <typename V, typename T>
+void store_vector(T* to, const V& value) {
+  if (reinterpret_cast<uintptr_t>(to) % sizeof(V)) simt::fault("misaligned access to global memory");
+  std::memcpy(to, &value, sizeof(V));
 }
 inline void prefetch(const void*) {}
 inline void copy_async_commit() { simt::machine.current->copies.emplace_back(); }

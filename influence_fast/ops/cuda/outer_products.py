@@ -15,19 +15,29 @@ from influence_fast.ops.cuda import native
 from influence_fast.ops.cuda.sketches import ENTRIES, sketch
 
 
+def outer(x: Tensor, dy: Tensor, spans: Tensor | None) -> Tensor:
+    out = native.empty(x, x.shape[0], dy.shape[2], x.shape[2])
+    if not x.numel() or not dy.numel():
+        return out.zero_()
+    x, dy = unit_stride(x), unit_stride(dy)
+    spans = None if spans is None else spans.contiguous()
+    native.library.outer(
+        x=native.tokens(x),
+        dy=native.tokens(dy),
+        spans=native.optional_address(spans),
+        out=address("out", out),
+        **native.where(x),
+    )
+    return out
+
+
 def project_outer(
     x: Tensor, dy: Tensor, p_in: Side | Tensor | None, p_out: Side | Tensor | None, spans: Tensor | None
 ) -> Tensor:
     if _fused(p_in) and _fused(p_out) and x.numel() and dy.numel():
         return project_outer_grouped([(x, dy, p_in, p_out)], spans)[0]
-    right, left = _projected(x, p_in, spans), _projected(dy, p_out, spans)
-    if spans is None or x.shape[0] < 2 or x.stride(0):
-        return left.mT @ right
-    # Packed: N views of the same tokens.
-    out = right.new_empty(x.shape[0], left.shape[-1], right.shape[-1])
-    for sample, (begin, end) in enumerate(spans.tolist()):
-        torch.matmul(left[sample, begin:end].T, right[sample, begin:end], out=out[sample])
-    return out
+    # Whatever becomes of tokens that do not count, the product does not read it.
+    return outer(_projected(x, p_in), _projected(dy, p_out), spans)
 
 
 def project_outer_grouped(layers: Sequence[tuple[Tensor, Tensor, Side, Side]], spans: Tensor | None) -> list[Tensor]:
@@ -90,7 +100,7 @@ def sketch_outer(
         step = max(1, ENTRIES // max(1, o * i))
         for begin in range(0, n, step):
             rows = slice(begin, begin + step)
-            g = reference.outer(x[rows], dy[rows], None if spans is None else spans[rows])
+            g = outer(x[rows], dy[rows], None if spans is None else spans[rows])
             g = g if scale is None else g * scale.to(g.dtype)
             out[rows] = sketch((g if adam is None else adam.update(g)).flatten(1), side)
         return out
@@ -116,6 +126,29 @@ def sketch_outer(
     return out
 
 
+def score_outer(x: Tensor, dy: Tensor, q: Tensor, spans: Tensor | None) -> Tensor:
+    n, o, i, m = x.shape[0], dy.shape[2], x.shape[2], q.shape[0]
+    out = native.empty(x, n, m)
+    if not out.numel() or not x.numel() or not dy.numel():
+        return out.zero_()
+    x, dy, q = unit_stride(x), unit_stride(dy), q.to(torch.float32).contiguous()
+    spans = None if spans is None else spans.contiguous()
+    gradients, parts = native.library.score_outer_scratch(n, i, o, m)
+    scratch = native.empty(x, gradients + parts)
+    native.library.score_outer(
+        x=native.tokens(x),
+        dy=native.tokens(dy),
+        spans=native.optional_address(spans),
+        q=address("q", q),
+        queries=m,
+        out=address("out", out),
+        gradients=address("workspace", scratch),
+        parts=address("workspace", scratch[gradients:]),
+        **native.where(x),
+    )
+    return out
+
+
 def _fused(side: Side | Tensor | None) -> TypeGuard[Side]:
     """Whether the kernel of project_outer takes this side; the others are multiplied one after the other."""
     return (
@@ -128,10 +161,10 @@ def _fused(side: Side | Tensor | None) -> TypeGuard[Side]:
     )
 
 
-def _projected(x: Tensor, side: Side | Tensor | None, spans: Tensor | None) -> Tensor:
-    """``x P^T`` in float32, tokens that do not count as zeros; packed tokens are projected once."""
-    if side is None or isinstance(side, Tensor):
-        return reference.project(reference.live(x, spans), side)
+def _projected(x: Tensor, side: Side | Tensor | None) -> Tensor:
+    """``x P^T`` in float32; packed tokens are projected once."""
     if x.shape[0] > 1 and x.stride(0) == 0:
-        return _projected(x[:1], side, None).expand(x.shape[0], -1, -1)
-    return reference.live(sketch(x.flatten(0, 1), side).unflatten(0, x.shape[:2]), spans)
+        return _projected(x[:1], side).expand(x.shape[0], -1, -1)
+    if side is None or isinstance(side, Tensor):
+        return reference.project(x.float(), side)
+    return sketch(x.flatten(0, 1), side).unflatten(0, x.shape[:2])
