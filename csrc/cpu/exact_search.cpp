@@ -23,6 +23,8 @@ namespace influence_fast {
 namespace {
 
 constexpr int64_t kBlocksAtOnce = 4;
+// Blocks of the longest rows, which are sorted and scanned before the others are looked at.
+constexpr int64_t kFirstBlocks = 2048;
 constexpr float kNone = -std::numeric_limits<float>::infinity();
 
 template <typename Body>
@@ -332,82 +334,107 @@ SearchStats exact_search(const SearchKernels& kernels, const Segment* segments, 
                         longest == nullptr ? -kNone : longest[begin / kBlockRows]});
     }
   }
-  std::stable_sort(blocks.begin(), blocks.end(), [](const Block& a, const Block& b) { return a.longest > b.longest; });
+  const auto longer = [](const Block& a, const Block& b) { return a.longest > b.longest; };
+  const int64_t block_count = static_cast<int64_t>(blocks.size());
+  const bool bounded = std::any_of(segments, segments + segment_count, [](const Segment& s) { return s.longest != nullptr; });
 
   std::vector<std::atomic<float>> limits(queries.count);
   // A query of zeros scores 0 everywhere: its best rows are the first ones, and nothing needs to be scanned.
   for (int64_t q = 0; q < queries.count; ++q) limits[q].store(unit[q] > 0 ? kNone : -kNone);
   const int workers = std::max(1, threads);
   std::vector<std::vector<Found>> found(workers);
-  std::atomic<int64_t> next{0}, scanned{0};
-  const int64_t block_count = static_cast<int64_t>(blocks.size());
-  parallel(threads, workers, [&](int64_t worker) {
-    std::vector<Found>& mine = found[worker];
+  for (auto& mine : found) {
     mine.resize(queries.count);
     for (Found& f : mine) f.full = 2 * static_cast<size_t>(k);
-    std::vector<float> room(2 * kBlockRows * kWideTile), limit(kWideTile);
-    float *score = room.data(), *slack = score + kBlockRows * kWideTile;
-    std::vector<uint64_t> hits(kBlockRows);
-    std::vector<float> inverse(kBlockRows);
-    int64_t read = 0;
-    for (int64_t at; (at = next.fetch_add(kBlocksAtOnce)) < block_count;) {
-      for (int64_t b = at; b < std::min(at + kBlocksAtOnce, block_count); ++b) {
-        const Block& block = blocks[b];
-        const Segment& segment = segments[block.segment];
-        const int32_t* order = segment.order + block.begin;
-        if (allowed != nullptr && std::none_of(order, order + block.rows, [&](int32_t position) {
-              return allowed[segment.first + position] != 0;
-            }))
-          continue;
-        CodeBlock view{segment.codes + block.begin * segment.stride,
-                             segment.stride,
-                             block.rows,
-                             segment.scale + block.begin,
-                             segment.error + block.begin,
-                             segment.norm + block.begin,
-                             segment.rows,
-                             segment.factor == nullptr ? nullptr : segment.factor + block.begin};
-        if (queries.cosine) {
-          kernels.inverse_lengths(parts, part_count, view, queries.weights, inverse.data());
-          view.factor = inverse.data();
-        }
-        for (const auto& tile : tiles) {
-          bool open = false;
-          for (int q = 0; q < tile->view.width; ++q) {
-            limit[q] = q < tile->used ? limits[tile->first + q].load(std::memory_order_relaxed)
-                                      : std::numeric_limits<float>::infinity();
-            // Nothing is below an infinite limit, that of a query of zeros.
-            open |= limit[q] < -kNone && !(tile->whole[q] * block.longest < limit[q]);
+  }
+  // Whether some query may still find a row of a block that has this longest one.
+  const auto is_open = [&](const Tile& tile, float longest) {
+    for (int q = 0; q < tile.used; ++q) {
+      const float limit = limits[tile.first + q].load(std::memory_order_relaxed);
+      // Nothing is below an infinite limit, that of a query of zeros.
+      if (limit < -kNone && !(tile.whole[q] * longest < limit)) return true;
+    }
+    return false;
+  };
+  std::atomic<int64_t> next{0}, scanned{0};
+  const auto scan = [&](int64_t end) {
+    parallel(threads, workers, [&](int64_t worker) {
+      std::vector<Found>& mine = found[worker];
+      std::vector<float> room(2 * kBlockRows * kWideTile), limit(kWideTile);
+      float *score = room.data(), *slack = score + kBlockRows * kWideTile;
+      std::vector<uint64_t> hits(kBlockRows);
+      std::vector<float> inverse(kBlockRows);
+      int64_t read = 0;
+      for (int64_t at; (at = next.fetch_add(kBlocksAtOnce)) < end;) {
+        for (int64_t b = at; b < std::min(at + kBlocksAtOnce, end); ++b) {
+          const Block& block = blocks[b];
+          const Segment& segment = segments[block.segment];
+          const int32_t* order = segment.order + block.begin;
+          if (allowed != nullptr && std::none_of(order, order + block.rows, [&](int32_t position) {
+                return allowed[segment.first + position] != 0;
+              }))
+            continue;
+          CodeBlock view{segment.codes + block.begin * segment.stride,
+                         segment.stride,
+                         block.rows,
+                         segment.scale + block.begin,
+                         segment.error + block.begin,
+                         segment.norm + block.begin,
+                         segment.rows,
+                         segment.factor == nullptr ? nullptr : segment.factor + block.begin};
+          if (queries.cosine) {
+            kernels.inverse_lengths(parts, part_count, view, queries.weights, inverse.data());
+            view.factor = inverse.data();
           }
-          if (!open) continue;
-          kernels.block(parts, part_count, view, tile->view, limit.data(), score, slack, hits.data());
-          read += block.rows;
-          const bool few = tile->view.width <= kFewQueries;
-          for (int64_t r = 0; r < block.rows; ++r) {
-            for (uint64_t bits = hits[r]; bits != 0; bits &= bits - 1) {
-              const int q = __builtin_ctzll(bits);
-              if (q >= tile->used) break;
-              const int64_t row = segment.first + order[r];
-              if (allowed != nullptr && allowed[row] == 0) continue;
-              const int64_t place = few ? q * kBlockRows + r : r * tile->view.width + q;
-              Candidate candidate{score[place], slack[place], row};
-              // What float32 cannot hold is decided by the exact score.
-              if (!std::isfinite(candidate.score) || !std::isfinite(candidate.slack))
-                candidate = {0.0f, std::numeric_limits<float>::infinity(), row};
-              if (candidate.high() < limit[q]) continue;
-              Found& f = mine[tile->first + q];
-              f.rows.push_back(candidate);
-              if (f.rows.size() >= f.full) {
-                limit[q] = f.reduce(k, limits[tile->first + q].load(std::memory_order_relaxed));
-                raise(limits[tile->first + q], limit[q]);
+          for (const auto& tile : tiles) {
+            if (!is_open(*tile, block.longest)) continue;
+            for (int q = 0; q < tile->view.width; ++q)
+              limit[q] = q < tile->used ? limits[tile->first + q].load(std::memory_order_relaxed)
+                                        : std::numeric_limits<float>::infinity();
+            kernels.block(parts, part_count, view, tile->view, limit.data(), score, slack, hits.data());
+            read += block.rows;
+            const bool few = tile->view.width <= kFewQueries;
+            for (int64_t r = 0; r < block.rows; ++r) {
+              for (uint64_t bits = hits[r]; bits != 0; bits &= bits - 1) {
+                const int q = __builtin_ctzll(bits);
+                if (q >= tile->used) break;
+                const int64_t row = segment.first + order[r];
+                if (allowed != nullptr && allowed[row] == 0) continue;
+                const int64_t place = few ? q * kBlockRows + r : r * tile->view.width + q;
+                Candidate candidate{score[place], slack[place], row};
+                // What float32 cannot hold is decided by the exact score.
+                if (!std::isfinite(candidate.score) || !std::isfinite(candidate.slack))
+                  candidate = {0.0f, std::numeric_limits<float>::infinity(), row};
+                if (candidate.high() < limit[q]) continue;
+                Found& f = mine[tile->first + q];
+                f.rows.push_back(candidate);
+                if (f.rows.size() >= f.full) {
+                  limit[q] = f.reduce(k, limits[tile->first + q].load(std::memory_order_relaxed));
+                  raise(limits[tile->first + q], limit[q]);
+                }
               }
             }
           }
         }
       }
-    }
-    scanned.fetch_add(read);
-  });
+      scanned.fetch_add(read);
+    });
+  };
+  if (!bounded || block_count <= kFirstBlocks) {
+    if (bounded) std::stable_sort(blocks.begin(), blocks.end(), longer);
+    scan(block_count);
+  } else {
+    const auto first = blocks.begin() + kFirstBlocks;
+    std::nth_element(blocks.begin(), first, blocks.end(), longer);
+    std::sort(blocks.begin(), first, longer);
+    scan(kFirstBlocks);
+    const auto last = std::remove_if(first, blocks.end(), [&](const Block& block) {
+      return std::none_of(tiles.begin(), tiles.end(), [&](const auto& tile) { return is_open(*tile, block.longest); });
+    });
+    std::sort(first, last, longer);
+    next = kFirstBlocks;
+    scan(last - blocks.begin());
+  }
 
   std::atomic<int64_t> bad{-1};
   std::vector<int64_t> scored;

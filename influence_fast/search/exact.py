@@ -53,7 +53,7 @@ _READ_BYTES = 4 << 20
 _PART = 1 << 16
 SEGMENT = "scan-{:05d}.bin"
 _NAMES = ("codes", "scale", "error", "norm", "order", "bound")
-_KEPT_BOUNDS = 4
+_KEPT_NATIVES = 4
 
 
 @dataclass(frozen=True)
@@ -110,6 +110,7 @@ class Rows:
         first = self.stores[0][0]
         self.factors, self.outs = first.factors, {name: out for name, out in first.outs.items() if name in self.dims}
         self.live = self._live()
+        self._native: dict[tuple[str, ...], Any] = {}
 
     def _live(self) -> np.ndarray | None:
         if all(store.live is None for store, _ in self.given):
@@ -189,10 +190,16 @@ class Rows:
         raise IndexError(row)
 
     def native(self, layers: Sequence[str]) -> Any:
-        """What the kernels read rows through."""
+        """What the kernels read rows through; addresses hold while the stores live, so that it is made once."""
+        for store, _ in self.stores:
+            store.check_sizes()
+        if (key := tuple(layers)) not in self._native:
+            self._native[key] = self._addressed(layers)
+        return self._native[key]
+
+    def _addressed(self, layers: Sequence[str]) -> Any:
         firsts, data, scales, first = [], [], [], 0
         for store, rows in self.stores:
-            store.check_sizes()
             edges = store.firsts
             kept = [s for s in range(len(edges) - 1) if edges[s] < rows.stop and edges[s + 1] > rows.start]
             names = [store.addresses(name)[kept] for name in layers]
@@ -247,7 +254,7 @@ class Scan:
         self.parts, self.stride = parts_of(dims, outs, factors)
         self.factored = [part for part in self.parts if part.factors]
         self.segments: list[Segment] = []
-        self._bounds: dict[tuple[str, ...], list[np.ndarray]] = {}
+        self._natives: dict[tuple[str, ...], tuple[list[Any], Any]] = {}
         self._lock = Lock()
 
     @property
@@ -278,7 +285,7 @@ class Scan:
                 self._write(path, arrays)
                 arrays = self._mapped(path, end - begin)
             self.segments.append(Segment(begin, end - begin, arrays, path))
-        self._bounds = {}
+        self._natives = {}
 
     def save(self, folder: IndexFolder) -> list[dict[str, Any]]:
         """Write the segments that are not there yet; what ``index.json`` says of all."""
@@ -340,7 +347,7 @@ class Scan:
         by_layer = dict(zip(layers, queries.split([self.dims[name] for name in layers], 1), strict=True))
         matrices = {part.layer: by_layer[part.layer].unflatten(1, part.sides) for part in factored}
         stored, weight = rows.native(layers), np.array(weights, np.float64)
-        mask = None if allowed is None else allowed.to(torch.uint8).contiguous()
+        mask = None if allowed is None else allowed.contiguous().view(torch.uint8)
         scores, found = (
             torch.empty(len(queries), k, dtype=torch.float64, device="cpu"),
             torch.empty(len(queries), k, dtype=torch.int64, device="cpu"),
@@ -449,20 +456,20 @@ class Scan:
         """What the kernels take for the segments; with it what must outlive the call."""
         if lengths is not None:
             inverted = [(None, self._inverted(segment, lengths)) for segment in self.segments]
-            return self._natives(inverted), inverted
-        if cosine:
-            return self._natives([(None, None)] * len(self.segments)), None
-        key = tuple(layers)
+            return self._made(inverted), inverted
+        # Lengths bound no cosine.
+        key = () if cosine else tuple(layers)
         with self._lock:
-            bounds = self._bounds.pop(key, None)
-            if bounds is None:
-                bounds = [self._bound(segment, layers) for segment in self.segments]
-            self._bounds[key] = bounds
-            while len(self._bounds) > _KEPT_BOUNDS:
-                self._bounds.pop(next(iter(self._bounds)))
-        return self._natives([(bound, None) for bound in bounds]), bounds
+            found = self._natives.pop(key, None)
+            if found is None:
+                given = [(self._bound(segment, layers) if key else None, None) for segment in self.segments]
+                found = self._made(given), given
+            self._natives[key] = found
+            while len(self._natives) > _KEPT_NATIVES:
+                self._natives.pop(next(iter(self._natives)))
+        return found
 
-    def _natives(self, given: Sequence[tuple[np.ndarray | None, np.ndarray | None]]) -> list[Any]:
+    def _made(self, given: Sequence[tuple[np.ndarray | None, np.ndarray | None]]) -> list[Any]:
         """Segments with the longest rows of their blocks, which bound inner products, and what rows are multiplied by."""
         return [
             _native.Segment(

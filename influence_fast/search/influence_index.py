@@ -373,7 +373,7 @@ class InfluenceIndex:
         weights = layer_weights(self.layers, layers)
         values = self._values(queries, list(weights))
         allowed, live = None if only is None else row_mask(len(self), only, lambda: self.ids), self._rows.live
-        most = len(self) if allowed is None else int(allowed.sum())
+        most = len(self) if allowed is None else int(allowed.count_nonzero())
         if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= most:
             left = "" if allowed is None else " that are left"
             raise InputError(f"k: expected an int from 1 to the {most} rows of the index{left}, got {k!r}")

@@ -26,6 +26,7 @@ from influence_fast.diagnostics import kernel_bench as bench
 
 BENCHMARKS = (
     "audit_sst2",
+    "billion_page",
     "calibration",
     "capture",
     "coverage",
