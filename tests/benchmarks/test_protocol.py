@@ -33,6 +33,7 @@ BENCHMARKS = (
     "factors",
     "finetune",
     "generative",
+    "gpu_static",
     "lds",
     "million",
     "naive",
