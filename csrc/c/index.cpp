@@ -40,10 +40,11 @@ struct influence_fast_index {
   int64_t stride = 0, columns = 0;
   std::vector<Piece> pieces;
 
-  Segment segment(const Piece& piece, const float* factor) const {
+  // A cosine of long rows may be as small as any: their length is no bound.
+  Segment segment(const Piece& piece, bool cosine) const {
     return {piece.codes.data(), stride, static_cast<int64_t>(piece.order.size()), static_cast<int64_t>(parts.size()),
             piece.scale.data(), piece.error.data(), piece.norm.data(), piece.order.data(), piece.first,
-            factor == nullptr ? piece.longest.data() : nullptr, factor};
+            cosine ? nullptr : piece.longest.data(), nullptr};
   }
 };
 
@@ -168,19 +169,6 @@ struct Asked {
   }
 };
 
-// What a cosine multiplies the scores of a piece's rows by.
-std::vector<float> inverse_lengths(const influence_fast_index& index, const Piece& piece, const std::vector<double>& weights) {
-  const size_t count = piece.order.size();
-  std::vector<double> squares(count);
-  for (size_t p = 0; p < index.parts.size(); ++p)
-    for (size_t r = 0; r < count; ++r)
-      squares[r] += weights[static_cast<size_t>(index.parts[p].layer)] * piece.norm[p * count + r] *
-                    static_cast<double>(piece.norm[p * count + r]);
-  std::vector<float> out(count);
-  for (size_t r = 0; r < count; ++r) out[r] = squares[r] > 0 ? static_cast<float>(1 / std::sqrt(squares[r])) : 0.0f;
-  return out;
-}
-
 const influence_fast_index& given(const influence_fast_index* index) {
   if (index == nullptr) refuse("index", "an address", "null");
   return *index;
@@ -221,12 +209,8 @@ int influence_fast_index_search(const influence_fast_index* index, const float* 
     if (empty) return;
     // More than there are rows are -1, without room for them on every thread.
     const int64_t kept = std::min(k, in.shard.rows);
-    std::vector<std::vector<float>> factors;
     std::vector<Segment> segments;
-    for (const Piece& piece : in.pieces) {
-      if (cosine != 0) factors.push_back(inverse_lengths(in, piece, asked.weights));
-      segments.push_back(in.segment(piece, cosine != 0 ? factors.back().data() : nullptr));
-    }
+    for (const Piece& piece : in.pieces) segments.push_back(in.segment(piece, cosine != 0));
     // Each thread may keep a few times k candidates of every query.
     const int64_t step = std::max<int64_t>(1, std::min<int64_t>(1024, (1 << 22) / kept));
     std::vector<double> found(static_cast<size_t>(kept * std::min(step, count)));
