@@ -335,6 +335,27 @@ def print_table(document: dict[str, Any]) -> None:
         Console(width=max(150, Console().width)).print(table)
 
 
+def table_of(document: dict[str, Any]) -> list[str]:
+    """The lines of the page."""
+    compilers = ", ".join(f"{name} {version}" for name, version in document["compilers"].items())
+    lines = [f"By {compilers}.", ""]
+    for card in document["cards"]:
+        lines += [rates(card) + ".", "", f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
+        # float16 differs from bfloat16 in the names of instructions alone.
+        mine = [k for k in document["kernels"] if k["arch"] == card["arch"] and k["dtype"] != "float16"]
+        lines += [f"| {' | '.join(cells(kernel))} |" for kernel in mine]
+        lines.append("")
+    shapes = dict[str, list[str]]()
+    for kernel in document["kernels"]:
+        if kernel["work"] is not None:
+            names = shapes.setdefault(kernel["work"]["shape"], [])
+            name = kernel["kernel"].partition("<")[0]
+            if name not in names:
+                names.append(name)
+    lines += ["Shapes of the least times:", ""]
+    return lines + [f"- {shape}: {', '.join(names)}" for shape, names in shapes.items()]
+
+
 def _version(*command: str) -> str:
     text = subprocess.run(command, capture_output=True, text=True).stdout
     found = re.search(r"release ([\d.]+)", text)
@@ -348,12 +369,23 @@ def _version(*command: str) -> str:
 @click.option("--only", type=click.Choice(["nvcc", "triton"]), help="Kernels of one compiler.")
 @click.option("--op", "ops", multiple=True, help="Operations, or files of csrc/cuda; default: all.")
 @protocol.out_option("An earlier result there is replaced.")
+@click.option(
+    "--page", type=click.Path(path_type=Path, exists=True), help="Put the tables of the result into this page."
+)
 @protocol.json_option
-def main(archs: Sequence[str], only: str | None, ops: Sequence[str], out: Path | None, as_json: bool) -> None:
+def main(
+    archs: Sequence[str], only: str | None, ops: Sequence[str], out: Path | None, page: Path | None, as_json: bool
+) -> None:
     cards = [card for card in CARDS if not archs or str(card.arch) in archs]
     makers = {"nvcc": cuda_kernels, "triton": triton_kernels}
-    file = protocol.result_file(out, "gpu_static")
-    protocol.previous(file, "gpu_static")
+    file = protocol.result_file(out or (page and protocol.RESULTS / "gpu_static.json"), "gpu_static")
+    there = protocol.previous(file, "gpu_static")
+    if page is not None:
+        if not there:
+            raise click.UsageError(f"--page: {file} has no result")
+        protocol.write_section(page, "gpu_static", table_of(there))
+        click.echo(f"wrote {page}")
+        return
     versions = {}
     if only != "triton":
         versions["nvcc"] = _version(cubins.tool("nvcc"), "--version")

@@ -221,7 +221,9 @@ def test_a_stopped_job_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def score_together(folder: Path) -> None:
     with processes.joined():
-        matrix = inf.influence(inf.GradientStore.open(folder / "t"), inf.GradientStore.open(folder / "q"), memory=12_000)
+        matrix = inf.influence(
+            inf.GradientStore.open(folder / "t"), inf.GradientStore.open(folder / "q"), memory=12_000
+        )
         found = inf.aggregate_many(matrix, ["mean", "rank", "vote", "median"], together=True)["all"]
         with pytest.raises(inf.InputError, match="checkpoint: expected None"):
             inf.aggregate_many(matrix, ["rank"], checkpoint=folder, together=True)

@@ -8,10 +8,12 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
 from benchmarks import cubins, gpu_static
 from benchmarks.cubins import CARDS, Facts
@@ -122,6 +124,21 @@ def test_the_work_of_every_cuda_kernel_is_known() -> None:
     kernels = {name for source in gpu_static.SOURCES.glob("*.cu") for name in gpu_static.kernels_of(source)}
     assert kernels
     assert kernels <= gpu_static.cuda_launches("float32").keys()
+
+
+def test_the_page_has_every_kernel_of_the_result(tmp_path: Path) -> None:
+    about = {"compiler": "nvcc", "kernel": "rank_keys<bf16>", "op": "rank", "dtype": "bfloat16"}
+    facts, work = Facts(40, 0, 0, Counter({"LDG.E.U16": 3}), 256), gpu_static.Work("m 2 n 3", 3350e3, 0, 0)
+    kernel = gpu_static.record(about, facts, H100, facts.threads, 4096, work)
+    file, page = tmp_path / "found.json", tmp_path / "gpu.md"
+    header = {"benchmark": "gpu_static", "compilers": {"nvcc": "13.0"}, "cards": [asdict(H100)]}
+    file.write_text(json.dumps(header | {"kernels": [kernel]}))
+    page.write_text("before\n<!-- gpu_static -->\n<!-- end of gpu_static -->\nafter\n")
+    result = CliRunner().invoke(gpu_static.main, ["--out", str(file), "--page", str(page)], catch_exceptions=False)
+    assert "wrote" in result.output
+    cells = "rank_keys<bf16> | 40 | 0 | 4.0 KB | 75% | - | 3 x 16 | - | 1.0 us | no load wider than 32 bits"
+    assert f"| {cells} |" in page.read_text()
+    assert "- m 2 n 3: rank_keys" in page.read_text()
 
 
 def run(tmp_path: Path, *arguments: str) -> list[dict[str, Any]]:
