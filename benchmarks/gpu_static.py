@@ -343,7 +343,9 @@ def table_of(document: dict[str, Any]) -> list[str]:
         lines += [rates(card) + ".", "", f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
         # float16 differs from bfloat16 in the names of instructions alone.
         mine = [k for k in document["kernels"] if k["arch"] == card["arch"] and k["dtype"] != "float16"]
-        lines += [f"| {' | '.join(cells(kernel))} |" for kernel in mine]
+        for kernel in mine:
+            title, *rest = cells(kernel)
+            lines.append(f"| `{title}` | {' | '.join(rest)} |")
         lines.append("")
     shapes = dict[str, list[str]]()
     for kernel in document["kernels"]:

@@ -136,7 +136,7 @@ def test_the_page_has_every_kernel_of_the_result(tmp_path: Path) -> None:
     page.write_text("before\n<!-- gpu_static -->\n<!-- end of gpu_static -->\nafter\n")
     result = CliRunner().invoke(gpu_static.main, ["--out", str(file), "--page", str(page)], catch_exceptions=False)
     assert "wrote" in result.output
-    cells = "rank_keys<bf16> | 40 | 0 | 4.0 KB | 75% | - | 3 x 16 | - | 1.0 us | no load wider than 32 bits"
+    cells = "`rank_keys<bf16>` | 40 | 0 | 4.0 KB | 75% | - | 3 x 16 | - | 1.0 us | no load wider than 32 bits"
     assert f"| {cells} |" in page.read_text()
     assert "- m 2 n 3: rank_keys" in page.read_text()
 
