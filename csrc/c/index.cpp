@@ -40,6 +40,7 @@ struct influence_fast_index {
   int64_t stride = 0, columns = 0;
   std::vector<Piece> pieces;
 
+  // A cosine of long rows may be as small as any: their length is no bound.
   Segment segment(const Piece& piece, bool cosine) const {
     return {piece.codes.data(), stride, static_cast<int64_t>(piece.order.size()), static_cast<int64_t>(parts.size()),
             piece.scale.data(), piece.error.data(), piece.norm.data(), piece.order.data(), piece.first,

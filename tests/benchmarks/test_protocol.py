@@ -34,6 +34,7 @@ BENCHMARKS = (
     "factors",
     "finetune",
     "generative",
+    "gpu_static",
     "lds",
     "million",
     "naive",

@@ -57,6 +57,29 @@ def test_against_the_reference(op: str, kind: str, dtype: torch.dtype, generator
         torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
 
 
+@pytest.mark.parametrize("op", ["outer", "score_outer"])
+def test_tiles_of_16_bit_inputs_reach_every_edge(op: str, generator: torch.Generator) -> None:
+    """Integers, whose sums are exact: tiles are larger from 64 inputs and outputs on."""
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randint(-3, 4, shape, generator=generator).to(DEVICE, torch.bfloat16)
+
+    x, dy, lengths = draw(1, 5, 70), draw(1, 5, 64), torch.tensor([3], device=DEVICE)
+    queries = () if op == "outer" else (draw(1, 64, 70),)
+    expected = getattr(ops, op)(x.double(), dy.double(), *(q.double() for q in queries), lengths, backend="reference")
+    assert torch.equal(getattr(ops, op)(x, dy, *queries, lengths, backend="triton").double(), expected)
+
+
+def test_parts_of_a_float32_add_up_to_it(generator: torch.Generator) -> None:
+    """A row of one number is projected to that number, to the last bit, with a sign."""
+    values = torch.randn(9, generator=generator) * torch.logspace(-30, 30, 9)
+    g = torch.zeros(9, 200)
+    g[torch.arange(9), torch.arange(9) * 20] = values
+    side = ops.Side("rademacher", 3, 24, 200)
+    got = ops.sketch(g.to(DEVICE), side, backend="triton").cpu()
+    assert torch.equal(got, ops.random_matrix(side)[:, torch.arange(9) * 20].T * values[:, None])
+
+
 def double(e: Extras) -> Extras:
     return replace(e, xb=e.xb.double(), dyb=e.dyb.double())
 

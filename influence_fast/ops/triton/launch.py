@@ -19,6 +19,8 @@ else:
     MISSING = None if _triton else ""
 
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+# The interpreter multiplies bfloat16 wrongly: parts of float32 stay what they are there.
+NARROW = not _INTERPRETED
 # Entries of a strip of G: 16 MiB of float32, which stays in the L2 cache between being made and being sketched.
 STRIP = 1 << 22
 

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from influence_fast.ops import reference
 from influence_fast.ops.arguments import Side
-from influence_fast.ops.triton.launch import STRIP, Taken, blocks, device_of, power, unit, widened
-from influence_fast.ops.triton.tiles import load_tile, side_tile
+from influence_fast.ops.triton.launch import NARROW, STRIP, Taken, blocks, device_of, power, unit, widened
+from influence_fast.ops.triton.tiles import load_tile, product, sign_tile
 
 # Programs that a sum over features is cut into at most.
 _PARTS = 64
@@ -18,8 +18,8 @@ _PARTS = 64
 
 @triton.jit
 def _project(
-    x, side, out, rows, features, k, stride, ld, per_part, scale, key,
-    RANDOM: tl.constexpr, WIDEN: tl.constexpr, ROWS: tl.constexpr, K: tl.constexpr, FEATURES: tl.constexpr,
+    x, out, rows, features, k, stride, per_part, scale, key,
+    WIDEN: tl.constexpr, NARROW: tl.constexpr, ROWS: tl.constexpr, K: tl.constexpr, FEATURES: tl.constexpr,
 ):  # fmt: skip
     """``out[part] = x P^T`` over the part's features: ``x (rows, features)``, ``out (parts, rows, k)``."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -29,8 +29,7 @@ def _project(
     for step in range(per_part):
         feature = (part * per_part + step).to(tl.int64) * FEATURES
         values = load_tile(x, row, feature + tl.arange(0, FEATURES), (0, rows), features, stride, WIDEN)
-        entries = side_tile(side, feature, output, k, features, ld, key, RANDOM, FEATURES)
-        total += tl.dot(values, entries.to(values.dtype), input_precision="ieee")
+        total += product(values, sign_tile(feature, output, key, FEATURES), True, WIDEN, NARROW)
     place = (part.to(tl.int64) * rows + row[:, None]) * k + output[None, :]
     tl.store(out + place, total * scale, mask=(row[:, None] < rows) & (output[None, :] < k))
 
@@ -101,7 +100,7 @@ def sketch(g: Tensor, side: Side | Tensor) -> Tensor:
     chosen = Taken(side, g)
     with device_of(g):
         _project[(blocks(n, rows), blocks(side.k, k), parts)](
-            g, g, out, n, d, side.k, g.stride(0), 0, per_part, chosen.scale, chosen.key, True, widened(g), rows, k, 128
+            g, out, n, d, side.k, g.stride(0), per_part, chosen.scale, chosen.key, widened(g), NARROW, rows, k, 128
         )
     return out.sum(0)
 

@@ -48,6 +48,32 @@ def side_tile(side, feature, row, k, features, ld, key, RANDOM: tl.constexpr, FE
 
 
 @triton.jit
+def _head(values):
+    """The upper half of each float32: what bfloat16 holds of it, exactly."""
+    return (values.to(tl.uint32, bitcast=True) & 0xFFFF0000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def product(values, entries, RANDOM: tl.constexpr, WIDEN: tl.constexpr, NARROW: tl.constexpr):
+    """``values @ entries``, summed in float32.
+
+    Where entries are +1 and -1, float32 values are taken as three parts of 8 bits that add up to them: products of those are
+    exact in bfloat16, so that tensor cores can make them. Products in float32 take so many registers that some are spilled.
+    """
+    if RANDOM and WIDEN:
+        PART: tl.constexpr = tl.bfloat16 if NARROW else tl.float32
+        signs = entries.to(PART)
+        head = _head(values)
+        middle = _head(values - head)
+        low = values - head - middle
+        total = tl.dot(low.to(PART), signs, input_precision="ieee")
+        total = tl.dot(middle.to(PART), signs, total, input_precision="ieee")
+        return tl.dot(head.to(PART), signs, total, input_precision="ieee")
+    else:
+        return tl.dot(values, entries.to(values.dtype), input_precision="ieee")
+
+
+@triton.jit
 def gradient_tile(
     x, dy, n, begin, end, row, column, i, o, xn, xt, dn, dt,
     WIDEN: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr,
