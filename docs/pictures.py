@@ -94,7 +94,7 @@ def what_influence_means(figure: Any) -> None:
     w = BEST.numpy()
     axes.plot(across, -(w[0] * across + w[2]) / w[1], color=GREY, lw=1.5, ls="--", label="the model's border")
     axes.set(xlim=(-3, 3.4), ylim=(-2.8, 3), xticks=[], yticks=[])
-    legend = axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, 0), ncols=3, fontsize=11)
+    legend = axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, 0), ncols=3, fontsize=13)
     for handle in legend.legend_handles[:4]:
         handle.set_sizes([90])
 
@@ -111,7 +111,8 @@ def what_the_sign_says(figure: Any) -> None:
     axes.axhline(0, color=GREY, lw=0.8)
     axes.axvline(0, color=GREY, lw=0.8)
     axes.set(xlabel="influence of a row on the query", ylabel="change of the query's loss\nby one step on that row")
-    axes.legend(frameon=False, fontsize=11)
+    axes.locator_params(nbins=5)
+    axes.legend(frameon=False, fontsize=14)
 
 
 def what_projection_keeps(figure: Any) -> None:
@@ -148,15 +149,16 @@ def how_aggregations_differ(figure: Any) -> None:
     axes.imshow(matrix, cmap="PuOr", vmin=-top, vmax=top, extent=(-0.5, 7.5, 5.5, -0.5), aspect="auto")
     for (i, j), value in np.ndenumerate(matrix.numpy()):
         ink = "#fefefe" if abs(value) > 0.6 * top else "#111111"
-        axes.text(j, i, f"{round(float(value), 2) + 0:.2f}", ha="center", va="center", color=ink, fontsize=11)
+        axes.text(j, i, f"{round(float(value), 2) + 0:.2f}", ha="center", va="center", color=ink, fontsize=14)
     for i, row in enumerate(places.tolist()):
         for j, place in enumerate(row):
             weight = "bold" if place < 2 else "normal"
-            axes.text(j, 6.4 + i, f"{place + 1}.", ha="center", va="center", fontsize=12, weight=weight)
+            axes.text(j, 6.4 + i, f"{place + 1}.", ha="center", va="center", fontsize=14, weight=weight)
     names = [f"query {i + 1}" for i in range(5)] + ["odd query", *(f"by {name}" for name in scores)]
     axes.set_yticks([*range(6), 6.4, 7.4, 8.4], names)
     axes.set_xticks(range(8), [f"{'wrong' if WRONG[i] else 'right'}\n{j + 1}" for j, i in enumerate(rows.tolist())])
     axes.xaxis.tick_top()
+    axes.tick_params(axis="x", labelsize=13)
     axes.set_ylim(8.9, -0.5)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
@@ -189,7 +191,7 @@ def when_it_fails(figure: Any) -> None:
     _, others = network(kept, seed=1)
     panels = (
         (left, influence(BEST).mean(0), exact, "logistic regression"),
-        (right, found, others - one, "a network, another start"),
+        (right, found, others - one, "a network anew"),
     )
     for axes, told, true, title in panels:
         places = [each.argsort().argsort().double() for each in (told, true)]
@@ -232,7 +234,7 @@ def network(kept: Tensor, seed: int) -> tuple[Tensor, Tensor]:
 PICTURES: dict[str, tuple[Callable[[Any], None], float]] = {
     "influence": (what_influence_means, 4.6),
     "sign": (what_the_sign_says, 3.9),
-    "projection": (what_projection_keeps, 3.6),
+    "projection": (what_projection_keeps, 4.4),
     "aggregation": (how_aggregations_differ, 4.2),
     "cancellation": (when_gradients_cancel, 3.5),
     "fails": (when_it_fails, 3.7),
@@ -248,10 +250,10 @@ def draw(name: str) -> str:
     settings: dict[str, Any] = {
         "svg.hashsalt": name,
         "svg.fonttype": "none",
-        "font.size": 13,
+        "font.size": 15,
         "font.family": "sans-serif",
     }
-    settings |= {"figure.facecolor": "none", "axes.facecolor": "none", "axes.titlesize": 13}
+    settings |= {"figure.facecolor": "none", "axes.facecolor": "none", "axes.titlesize": 15}
     inks = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color", "legend.labelcolor")
     settings |= dict.fromkeys(inks, INK)
     with matplotlib.rc_context(settings):

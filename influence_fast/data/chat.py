@@ -150,7 +150,16 @@ class ChatEncoder:
         if self._marks and turns == spoken:
             return self._by_mask(messages, tools)
         text = self._render(messages, tools)
-        spans = [self._span(text, messages, turn, tools) for turn in turns]
+        fast = getattr(self.tokenizer, "is_fast", False)
+        offsets = {"return_offsets_mapping": True} if fast else {}
+        found = self.tokenizer(text, add_special_tokens=False, verbose=False, **offsets)
+        # Those that stand in the text alone: some vocabularies have thousands.
+        special = sorted({self._added[i] for i in found["input_ids"] if i in self._added}, key=len, reverse=True)
+        spans = [self._span(text, messages, turn, tools, special) for turn in turns]
+        if fast:
+            # A token belongs to the turn that its first character is in.
+            starts = [begin for begin, _ in found["offset_mapping"]]
+            return found["input_ids"], [any(b <= start < e for b, e in spans) for start in starts]
         return self._tokens(text, spans)
 
     def _by_mask(self, messages: list[Message], tools: Any) -> tuple[list[int], list[bool]]:
@@ -173,8 +182,8 @@ class ChatEncoder:
         except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
             raise RowError(f"is refused by the chat template ({str(error).strip().splitlines()[0]})") from None
 
-    def _span(self, whole: str, messages: list[Message], turn: int, tools: Any) -> tuple[int, int]:
-        """Where a turn stands in the text of the whole conversation."""
+    def _span(self, whole: str, messages: list[Message], turn: int, tools: Any, special: list[str]) -> tuple[int, int]:
+        """Where a turn stands in the text of the whole conversation, which has these special tokens."""
         # Without a message before it nothing says where the text of the template ends and the turn begins.
         if turn:
             before = len(self._render(messages[:turn], tools))
@@ -182,25 +191,18 @@ class ChatEncoder:
             told = self._render(messages[: turn + 1], tools)
             end = _common(whole, told)
             # The last place of each, as a word may stand in the template's own text, or in a token's name, too.
-            text = self._without_special(told)
-            found = [
-                text.rfind(part, begin) + len(part) for part in map(self._without_special, _spoken(messages[turn]))
-            ]
+            text = _blanked(told, special)
+            spoken = [_blanked(part, special) for part in _spoken(messages[turn])]
+            found = [text.rfind(part, begin) + len(part) for part in spoken]
             last = max(found, default=end)
             # What asks for an answer may hold more than the history (an opened thought), never less.
             if before <= begin < last <= end and min(found, default=end) > begin:
-                return begin, self._whole_token(whole, last, end)
-        return self._span_of_content(whole, messages, turn, tools)
+                return begin, _whole_token(whole, last, end, special)
+        return self._span_of_content(whole, messages, turn, tools, special)
 
-    def _whole_token(self, whole: str, last: int, end: int) -> int:
-        """``end``, or an end of the special token that it lies within: that token ends the turn unless another has."""
-        for token in self._special:
-            at = whole.find(token, max(0, end - len(token) + 1), end + len(token) - 1)
-            if 0 <= at < end:
-                return at if any(one in whole[last:at] for one in self._special) else at + len(token)
-        return end
-
-    def _span_of_content(self, whole: str, messages: list[Message], turn: int, tools: Any) -> tuple[int, int]:
+    def _span_of_content(
+        self, whole: str, messages: list[Message], turn: int, tools: Any, special: list[str]
+    ) -> tuple[int, int]:
         """What the turn says and the token that ends it: for templates that write turns otherwise once more follow."""
         mark = "\u2063influence\u2063"
         marked = {name: value for name, value in messages[turn].items() if name != "tool_calls"} | {"content": mark}
@@ -218,26 +220,16 @@ class ChatEncoder:
             raise RowError(
                 f"has a turn {turn} that calls the tool {unwritten[0]!r}, which the chat template leaves out"
             )
-        closing = next((token for token in self._special if whole.startswith(token, end)), "")
+        closing = next((token for token in special if whole.startswith(token, end)), "")
         # A blank before a word is of the same token in most vocabularies.
         return len(whole[:begin].rstrip(" ")), end + len(closing)
 
-    def _without_special(self, text: str) -> str:
-        """The text with every special token blanked, at the same places."""
-        for token in self._special:
-            text = text.replace(token, "\0" * len(token))
-        return text
-
     @cached_property
-    def _special(self) -> list[str]:
-        return sorted(filter(None, map(str, self.tokenizer.get_added_vocab())), key=len, reverse=True)
+    def _added(self) -> dict[int, str]:
+        """Tokens that are never split, by number; runs of blanks, which some vocabularies have among them, mark nothing."""
+        return {number: token for token, number in self.tokenizer.get_added_vocab().items() if token.strip()}
 
     def _tokens(self, text: str, spans: Sequence[tuple[int, int]]) -> tuple[list[int], list[bool]]:
-        if getattr(self.tokenizer, "is_fast", False):
-            found = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-            # A token belongs to the turn that its first character is in.
-            starts = [begin for begin, _ in found["offset_mapping"]]
-            return found["input_ids"], [any(b <= start < e for b, e in spans) for start in starts]
         ids: list[int] = []
         mask: list[bool] = []
         edges = [0, *(edge for span in spans for edge in span), len(text)]
@@ -259,6 +251,22 @@ def _called(message: Message) -> list[str]:
         [call.get("function", call) for call in calls if isinstance(call, Mapping)] if isinstance(calls, list) else []
     )
     return [str(call["name"]) for call in given if isinstance(call, Mapping) and call.get("name")]
+
+
+def _blanked(text: str, special: Sequence[str]) -> str:
+    """The text with every special token blanked, at the same places."""
+    for token in special:
+        text = text.replace(token, "\0" * len(token))
+    return text
+
+
+def _whole_token(whole: str, last: int, end: int, special: Sequence[str]) -> int:
+    """``end``, or an end of the special token that it lies within: that token ends the turn unless another has."""
+    for token in special:
+        at = whole.find(token, max(0, end - len(token) + 1), end + len(token) - 1)
+        if 0 <= at < end:
+            return at if any(one in whole[last:at] for one in special) else at + len(token)
+    return end
 
 
 def _common(one: str, other: str) -> int:

@@ -13,7 +13,9 @@ from transformers import TrainerCallback
 from influence_fast.data.tasks import IGNORED, head_of
 from influence_fast.errors import InputError
 from influence_fast.gradients.losses import logits_of, widened
-from influence_fast.training.carried_rows import LABELS, ROWS, carry_rows
+from influence_fast.gradients.model_state import is_adapted
+from influence_fast.training.carried_rows import LABELS, REFERENCE, ROWS, carry_rows
+from influence_fast.training.preferences import check_settings, is_a, of_pairs
 from influence_fast.training.recorded import (
     Checkpoint,
     Epoch,
@@ -45,7 +47,8 @@ class InfluenceCallback(TrainerCallback):
     the logit of the label minus the largest other logit (Pleiss et al. 2020, eq. 1), or the mean of that over its target
     tokens. Both are of the weights before the step that the row is part of, in train mode (dropout is on), and without label
     smoothing, whatever loss is trained. A row that an epoch sees several times keeps the last. Evaluation is not recorded.
-    TRL's SFTTrainer has no logits, so no margins: they are NaN.
+    TRL's SFTTrainer has no logits, so no margins: they are NaN. Of TRL's DPOTrainer a row is a pair: its loss is DPO's
+    (Rafailov et al. 2023, eq. 7), its margin the difference of the rewards of both completions.
 
     Written are one file for each epoch, at its end and with each checkpoint, and the checkpoints' folders with the mean
     learning rate since the one before. A training that resumes goes on with the epoch that was cut short; rows that it has
@@ -53,15 +56,19 @@ class InfluenceCallback(TrainerCallback):
 
     Args:
         folder: where to write; made if missing.
+        reference: the ``ref_model`` of a DPOTrainer that has one, so that its passes are seen too; not needed where an
+            adapter is switched off, or the reference's log-probabilities were computed beforehand.
 
     Raises:
         InputError: when training begins, a folder that holds another training; a stream of rows; packed rows; several
-            processes or GPUs; a compiled model; at the first batch, a task without one label or target tokens a row, or a
-            loss that does not hand the whole batch to the model.
+            processes or GPUs; a compiled model; preference losses other than DPO's own, or a reference that is not seen; at
+            the first batch, a task without one label or target tokens a row, or a loss that does not hand the whole batch to
+            the model.
     """
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, reference: nn.Module | None = None) -> None:
         self.folder = Path(folder)
+        self.reference = reference
         self._handles: list[Any] = []
         self._rates: dict[int, float] = {}
         self._checkpoints: list[Checkpoint] = []
@@ -71,6 +78,11 @@ class InfluenceCallback(TrainerCallback):
         self._begin_step = 0
         self._waiting: list[tuple[int, Tensor, Tensor, Tensor, Tensor | None]] = []
         self._carried: tuple[Tensor, Tensor] | None = None
+        # Of preferences: their strength, the pass over the reference that is under way, and pairs that wait for it.
+        self._beta: float | None = None
+        self._of_reference = False
+        self._precomputed: Tensor | None = None
+        self._pairs: tuple[Tensor, Tensor] | None = None
         self._recorded = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -78,6 +90,9 @@ class InfluenceCallback(TrainerCallback):
         self._remove_hooks()
         model, loader = kwargs["model"], kwargs["train_dataloader"]
         _check(args)
+        self._beta = float(args.beta) if is_a(args, "DPOConfig") else None
+        if self._beta is not None:
+            self._check_preferences(args, model)
         there = recorded_epochs(self.folder)
         step = self._begin_step = int(state.global_step)
         if there and step == 0:
@@ -102,6 +117,20 @@ class InfluenceCallback(TrainerCallback):
             model.register_forward_pre_hook(self._strip, with_kwargs=True),
             model.register_forward_hook(self._see, with_kwargs=True),
         ]
+        if self._beta is not None and self.reference is not None:
+            self._handles += [
+                self.reference.register_forward_pre_hook(self._strip, with_kwargs=True),
+                self.reference.register_forward_hook(self._see, with_kwargs=True),
+            ]
+
+    def _check_preferences(self, args: Any, model: nn.Module) -> None:
+        check_settings("args", args)
+        if self.reference is None and not is_adapted(model) and not getattr(args, "precompute_ref_log_probs", False):
+            raise InputError(
+                "reference: a pair's loss needs the reference's pass, which is not seen; add the callback as "
+                "trainer.add_callback(inf.InfluenceCallback(folder, reference=trainer.ref_model)), or train with "
+                "precompute_ref_log_probs=True"
+            )
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Begin an epoch, or go on with one that was cut short."""
@@ -111,6 +140,11 @@ class InfluenceCallback(TrainerCallback):
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Note the learning rate of a step."""
         step, rate = int(state.global_step), float(kwargs["optimizer"].param_groups[0]["lr"])
+        if self._pairs is not None:
+            raise InputError(
+                "reference: a batch of pairs was trained on and no pass of the reference was seen; give the callback the "
+                "Trainer's (reference=trainer.ref_model)"
+            )
         if not self._recorded:
             raise InputError(
                 "compute_loss: no training batch came to the model with the numbers of its rows; a loss of one's own has to "
@@ -159,9 +193,14 @@ class InfluenceCallback(TrainerCallback):
 
     def _strip(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Take from a batch what the model does not know."""
-        rows, labels = kwargs.pop(ROWS, None), kwargs.pop(LABELS, None)
-        self._carried = None
-        if rows is not None and model.training and torch.is_grad_enabled():
+        rows, labels, reference = (kwargs.pop(name, None) for name in (ROWS, LABELS, REFERENCE))
+        self._carried, self._of_reference = None, False
+        if self._beta is not None:
+            if rows is not None and torch.is_grad_enabled():
+                self._carried, self._precomputed = (rows, rows), reference
+            else:
+                self._of_reference = rows is not None
+        elif rows is not None and model.training and torch.is_grad_enabled():
             if labels is None:
                 raise InputError("train_dataset: the batch has no labels, so its rows have no loss to record")
             self._carried = rows, labels
@@ -169,6 +208,9 @@ class InfluenceCallback(TrainerCallback):
 
     @torch.no_grad()
     def _see(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if self._beta is not None:
+            self._see_pairs(output, self._beta)
+            return
         if self._carried is None:
             return
         (rows, labels), self._carried = self._carried, None
@@ -187,6 +229,32 @@ class InfluenceCallback(TrainerCallback):
         else:
             losses = -fused.float().sum(1) / output.label_mask.sum(1)
             margins, classes = torch.full_like(losses, torch.nan), None
+        self._keep(rows, losses, margins, classes)
+
+    def _see_pairs(self, output: Any, beta: float) -> None:
+        """Keep what the policy says of a batch of pairs until the reference has said it too."""
+        if self._carried is None and not self._of_reference:
+            return
+        each = getattr(output, "log_probs", None)
+        if each is None:
+            raise InputError(
+                "args: this version of TRL gives no log-probabilities (log_probs) by which pairs are recorded"
+            )
+        said = each.detach().float().sum(1)
+        if self._carried is not None:
+            rows, self._carried = self._carried[0], None
+            if len(said) != 2 * len(rows):
+                raise InputError(
+                    f"data_collator: {len(rows)} pairs became a batch of {len(said)} texts; expected two each"
+                )
+            self._pairs, reference = (rows, said), self._precomputed
+        else:
+            reference = said
+        if self._pairs is not None and reference is not None:
+            (rows, policy), self._pairs = self._pairs, None
+            self._keep(rows, *of_pairs(policy, reference, beta), None)
+
+    def _keep(self, rows: Tensor, losses: Tensor, margins: Tensor, classes: Tensor | None) -> None:
         self._waiting.append((int(self._state.global_step), rows, losses, margins, classes))
         self._recorded = True
         if len(self._waiting) >= _WAITING:

@@ -9,8 +9,10 @@ import torch
 
 from influence_fast.errors import InputError
 
-ROWS, LABELS = "influence_fast_rows", "influence_fast_labels"
-"""Entries of a batch: numbers of its rows, and its labels, which some losses take out of it."""
+ROWS, LABELS, REFERENCE = "influence_fast_rows", "influence_fast_labels", "influence_fast_reference"
+"""Entries of a batch: numbers of its rows, its labels, which some losses take out of it, and of pairs the log-probabilities
+of a reference that were computed beforehand, the chosen ones, then the rejected ones."""
+_PRECOMPUTED = ("ref_chosen_logps", "ref_rejected_logps")
 
 
 class NumberedRows:
@@ -44,6 +46,8 @@ class NumberedBatch:
             raise InputError(f"data_collator: expected a batch that is a dict, got {type(batch).__name__}")
         if "labels" in batch:
             batch[LABELS] = batch["labels"]
+        if all(name in batch for name in _PRECOMPUTED):
+            batch[REFERENCE] = torch.cat([batch[name] for name in _PRECOMPUTED])
         batch[ROWS] = torch.tensor([number for number, _ in numbered])
         return batch
 

@@ -15,6 +15,7 @@ from influence_fast.data.tasks import IGNORED, device_of
 from influence_fast.errors import InputError
 from influence_fast.gradients.losses import PreferenceLoss
 from influence_fast.gradients.model_state import as_evaluated, is_adapted
+from influence_fast.training.preferences import check_settings, is_a
 
 # Rows that are collated twice, to see that it gives the same.
 _TWICE = 4
@@ -112,7 +113,7 @@ def from_trainer(trainer: Trainer) -> TrainerInputs:
     dataset, collate = loader.dataset, loader.collate_fn
     if isinstance(dataset, torch.utils.data.IterableDataset) or not hasattr(dataset, "__len__"):
         raise InputError(f"trainer: its train_dataset is a stream ({type(dataset).__name__}); give one with a length")
-    preference = _is_a(trainer, "DPOTrainer")
+    preference = is_a(trainer, "DPOTrainer")
     row_of = _pair if preference else _row
     rows = [row_of(collate([dataset[i]]), i) for i in range(len(dataset))]
     if any(row_of(collate([dataset[i]]), i) != rows[i] for i in range(min(_TWICE, len(rows)))):
@@ -124,10 +125,6 @@ def from_trainer(trainer: Trainer) -> TrainerInputs:
         return TrainerInputs(model, rows, "auto", tokenizer)
     loss = TrainerLoss(trainer)
     return TrainerInputs(model, rows, loss, tokenizer, _gives_one_number(loss, model, collate, dataset))
-
-
-def _is_a(trainer: Any, name: str) -> bool:
-    return any(base.__name__ == name for base in type(trainer).__mro__)
 
 
 def _takes_the_models_own(trainer: Any) -> bool:
@@ -196,23 +193,9 @@ def _pair(batch: Mapping[str, Any], number: int) -> dict[str, Any]:
 def _preference_loss(trainer: Any) -> PreferenceLoss:
     """DPO's loss as this package has it; InputError for settings that make it another."""
     args = trainer.args
-    kinds = getattr(args, "loss_type", ["sigmoid"])
-    if (kinds if isinstance(kinds, list) else [kinds]) != ["sigmoid"]:
-        raise InputError(f"trainer: expected DPO's loss_type 'sigmoid', got {kinds!r}")
-    plain: dict[str, tuple[Any, ...]] = {
-        "label_smoothing": (0, 0.0),
-        "label_smoothing_factor": (0, 0.0),
-        "ld_alpha": (None,),
-        "use_weighting": (False,),
-        "sync_ref_model": (False,),
-        "f_divergence_type": ("reverse_kl",),
-    }
-    for name, usual in plain.items():
-        given = getattr(args, name, usual[0])
-        if getattr(given, "value", given) not in usual:
-            raise InputError(
-                f"trainer: DPO with {name}={given!r} has another loss than DPO's own; expected {usual[0]!r}"
-            )
+    check_settings("trainer", args)
+    if getattr(args, "sync_ref_model", False):
+        raise InputError("trainer: DPO with sync_ref_model=True has a reference that moves; expected False")
     if getattr(trainer, "compute_loss_func", None) is not None:
         raise InputError("trainer: DPO with a compute_loss_func has another loss than DPO's own")
     reference = getattr(trainer, "ref_model", None)

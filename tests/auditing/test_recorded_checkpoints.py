@@ -83,7 +83,7 @@ def test_both_are_their_parts_by_hand(training: tuple[Path, str, list[dict]], tm
 def test_adapters_are_loaded_from_their_checkpoints(tmp_path: Path) -> None:
     model, rows = trained(tmp_path, "causal-lm")
     result = inf.audit(
-        model, rows, rows[:4], methods=["tracin", "less"], training=tmp_path / "recorded", progress=False
+        model, rows, rows[:4], methods=["tracin", "less"], training=tmp_path / "recorded", evidence=0, progress=False
     )
     assert all("lora_" in name for name in result.groups["all"])
     # By the definition, of the last checkpoint alone where the first counts nothing.

@@ -267,6 +267,13 @@ def test_a_template_that_writes_an_opened_thought_into_the_question() -> None:
     assert targets(tokenizer_of(one), opened, talk)[1] == "hm\n</think>\n\nhi<|im_end|>\n"
 
 
+def test_blanks_that_are_tokens_of_their_own_end_no_turn() -> None:
+    one = FAMILIES["gpt-oss"]
+    tokenizer = byte_tokenizer((*one.special, "\n\n", "  "), eos_token="</s>")
+    talk = [HELLO, {**HI, "content": "hi\n\n"}, AGAIN, YES]
+    assert targets(tokenizer, one.template, talk)[1] == one.told("hi\n\n", "yes, hi")
+
+
 def test_marks_of_what_is_generated_say_the_same_as_prefixes() -> None:
     marked = (
         "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' %}{% generation %}"

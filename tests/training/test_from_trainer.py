@@ -152,6 +152,13 @@ def test_trl_preferences(tmp_path):
     loader = made.get_train_dataloader()
     losses = [made.compute_loss(made.model, dict(loader.collate_fn([loader.dataset[i]]))) for i in range(2)]
     torch.testing.assert_close(store.column("loss"), torch.stack(losses).detach(), atol=1e-5, rtol=1e-5)
+    # As training passes by, with the reference's own passes.
+    made.add_callback(inf.InfluenceCallback(tmp_path / "recorded", reference=made.ref_model))
+    made.args.learning_rate, made.args.num_train_epochs, made.args.save_strategy = 0.0, 1, "no"
+    made.train()
+    found = inf.read_training(tmp_path / "recorded")
+    torch.testing.assert_close(found.losses[0], store.column("loss"), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(found.losses[0], -torch.nn.functional.logsigmoid(found.margins[0]))
     made.args.loss_type = ["hinge"]
     with pytest.raises(InputError, match="'sigmoid'"):
         inf.from_trainer(made)
