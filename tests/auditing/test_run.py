@@ -51,7 +51,7 @@ def bad(folder: Path, tmp_path: Path, what: str) -> tuple[list[object], str]:
         "no text": (data([*rows, {**rows[0], "text": None}]), r"row 20 \(.*\) has no text"),
         "broken json": (options(folder, train=_broken(tmp_path)), "cannot read"),
         "layer": ([*options(folder), "--layers", "nope"], "'nope' is neither a kind"),
-        "method": ([*options(folder), "--methods", "dot,tracin"], "methods: expected some of dot, cosine, datainf"),
+        "method": ([*options(folder), "--methods", "dot,nearest"], "methods: expected some of dot, cosine, datainf"),
         "aggregation": ([*options(folder), "--aggregations", "sum"], "aggregations: expected some of mean"),
         "projection": ([*options(folder), "--projection", "fft:3"], "projection: expected|kind: expected"),
         "rank-by": ([*options(folder), "--rank-by", "dot"], "rank_by: expected METHOD:GROUP:AGGREGATION"),

@@ -6,11 +6,18 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from itertools import count
+from multiprocessing.connection import Connection, Listener
 from pathlib import Path
+from threading import Thread
 
 import models
 import pytest
 from audits import sentences, tokenizer, write_rows
+from ranks import run_ranks
 
 import influence_fast as inf
 
@@ -44,22 +51,80 @@ def test_a_node_is_told_what_it_needs(tmp_path: Path) -> None:
     assert "OUT: a folder for results" in lacking.stderr
 
 
-@pytest.mark.slow
-def test_two_processes_build_score_and_search(tmp_path: Path) -> None:
+def run_cli(arguments: list[str], environment: dict[str, str], ranks: int, out: Path) -> None:
+    """The command line in a process that was forked: as a rank that torchrun started, or with what its own shell had."""
+    ours = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    os.environ |= environment | ({name: os.environ[name] for name in ours} if ranks else {})
+    os.dup2(os.open(out / os.environ["RANK"], os.O_WRONLY | os.O_CREAT), 1)
+    from influence_fast.cli import main
+
+    main(arguments)
+
+
+# Both commands, played: they ask the test's own process, which forks one that has everything imported already.
+PLAYED = """#!{python} -IS
+import os, subprocess, sys
+from multiprocessing.connection import Client
+
+arguments, ranks = sys.argv[1:], 0
+if os.path.basename(sys.argv[0]) == "torchrun":
+    options = dict(zip(arguments[0:10:2], arguments[1:10:2]))
+    assert options["--nnodes"] == "1" and options["--master-port"] == "29650", options
+    ranks, (kind, *arguments) = int(options["--nproc-per-node"]), arguments[10:]
+    if kind == "--no-python":
+        place = dict(os.environ, WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT="29650")
+        each = [subprocess.Popen(arguments, env=dict(place, RANK=str(rank))) for rank in range(ranks)]
+        sys.exit(max(one.wait() for one in each))
+    assert [kind, arguments.pop(0)] == ["-m", "influence_fast"]
+with Client({address!r}) as asked:
+    asked.send((arguments, dict(os.environ), ranks))
+    code, printed = asked.recv()
+print(printed, end="")
+sys.exit(code)
+"""
+
+
+@pytest.fixture
+def played(tmp_path: Path) -> Iterator[Path]:
+    """A folder with torchrun and influence-fast."""
+    commands = tmp_path / "bin"
+    commands.mkdir()
+    address = str(tmp_path / "asked")
+    for name in ("torchrun", "influence-fast"):
+        (commands / name).write_text(PLAYED.format(python=sys.executable, address=address))
+        (commands / name).chmod(0o755)
+    (commands / "python").write_text(f'#!/bin/bash\nexec "{sys.executable}" "$@"\n')
+    (commands / "python").chmod(0o755)
+    numbers = count()
+
+    def answer(connection: Connection) -> None:
+        arguments, environment, ranks = connection.recv()
+        out = tmp_path / f"printed {next(numbers)}"
+        out.mkdir()
+        code = run_ranks(run_cli, arguments, environment, ranks, out, log=out / "log", ranks=ranks or 1)
+        printed = [path.read_text() for path in sorted(out.iterdir()) if path.name != "log" or code]
+        connection.send((code, "".join(printed)))
+
+    with Listener(address) as listener, ThreadPoolExecutor(4) as pool:
+
+        def listen() -> None:
+            with suppress(OSError):
+                while True:
+                    pool.submit(answer, listener.accept())
+
+        Thread(target=listen, daemon=True).start()
+        yield commands
+
+
+def test_two_processes_build_score_and_search(tmp_path: Path, played: Path) -> None:
     model = models.make("bert")
     model.save_pretrained(tmp_path / "model")
     tokenizer().save_pretrained(tmp_path / "model")
-    for name, count, seed in (("train", 11, 0), ("queries", 3, 1)):
-        write_rows(tmp_path / f"{name}.jsonl", sentences(count, seed))
-    commands = tmp_path / "bin"
-    commands.mkdir()
-    for name, module in (("torchrun", "torch.distributed.run"), ("influence-fast", "influence_fast"), ("python", "")):
-        run = f'exec "{sys.executable}" {f"-m {module}" if module else ""} "$@"'
-        (commands / name).write_text(f"#!/bin/bash\n{run}\n")
-        (commands / name).chmod(0o755)
+    for name, rows, seed in (("train", 11, 0), ("queries", 3, 1)):
+        write_rows(tmp_path / f"{name}.jsonl", sentences(rows, seed))
     given = {"MODEL": tmp_path / "model", "DATA": tmp_path / "train.jsonl", "QUERIES": tmp_path / "queries.jsonl"}
     given |= {"OUT": tmp_path / "out", "LAYERS": "attention", "PROJECTION": "rademacher:4x4", "K": 5, "METHOD": "trak"}
-    given |= {"PROCESSES": 2, "PORT": 29650, "PATH": f"{commands}:{os.environ['PATH']}", "OMP_NUM_THREADS": 1}
+    given |= {"PROCESSES": 2, "PORT": 29650, "PATH": f"{played}:{os.environ['PATH']}", "OMP_NUM_THREADS": 1}
     environment = {**os.environ, **{name: str(value) for name, value in given.items()}}
     done = subprocess.run(
         ["bash", str(FOLDER / "steps.sh")], env=environment, capture_output=True, text=True, check=False
