@@ -53,6 +53,8 @@ METRICS = ("dot", "cosine")
 # Rows that the comparison in memory takes, and that memory is compared at.
 _IN_MEMORY, _FEW = 300_000, 100_000
 _FILTERED, _SECONDS = 10, 60
+# Bytes a sample that ranks take at least, with a row of influence and some more.
+_RANKED = 300
 
 
 def seconds(call: Callable[[], Any], repeats: int = 5) -> float:
@@ -348,7 +350,7 @@ def main(
                 every[name] |= {"floor_bytes": every[name]["share_read"] * index.nbytes, "floor_ms": 1e3 * least}
                 results.add(million=every)
         with step("rank and vote"):
-            ranked = in_process("rank", store.path, asked.path, "2GiB")
+            ranked = in_process("rank", store.path, asked.path, str(max(2 << 30, _RANKED * rows)))
         results.add(rank_vote={**ranked, "rows": layers * len(asked)})
         with step("mean"):
             results.add(mean=in_process("mean", store.path, asked.path))
@@ -359,7 +361,9 @@ def main(
                 peaks["build"][str(len(of))] = in_process("build", of.path, place / "peak")
                 peaks["search"][str(len(of))] = in_process("search", of.path, place / "peak", str(questions.path))
                 wide = many if len(of) <= 10**6 else asked
-                peaks["aggregate"][str(len(of))] = in_process("rank", of.path, wide.path, "384MiB")
+                peaks["aggregate"][str(len(of))] = in_process(
+                    "rank", of.path, wide.path, str(max(384 << 20, _RANKED * len(of)))
+                )
                 shutil.rmtree(place / "peak", ignore_errors=True)
             results.add(peak=peaks)
         with step("FAISS Flat"):
