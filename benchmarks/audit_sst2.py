@@ -354,8 +354,7 @@ def page_of(document: dict[str, Any]) -> str:
         device = document["machine"]["device"]
         lines += ["", "## Many rows at once", ""]
         lines += [
-            f"Audits with the first seed's model, from files to report, each in a process of its own, on an {device} that "
-            "other work shared.",
+            f"Audits with the first seed's model, from files to report, each in a process of its own, on an {device}.",
             "",
         ]
         lines += [
