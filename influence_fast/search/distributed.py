@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from hashlib import sha256
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -25,6 +25,8 @@ from influence_fast.attribution.gradient_source import Gradients
 from influence_fast.errors import InfluenceError, InputError
 from influence_fast.search.influence_index import METRICS, InfluenceIndex
 from influence_fast.search.kept_curvature import Preconditioned
+
+T = TypeVar("T")
 
 
 def add_curvature_all(
@@ -93,17 +95,10 @@ def search_all(
     total, rank = sum(int(size) for size in sizes), dist.get_rank(group)
     if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= total:
         raise InputError(f"k: expected an int from 1 to the {total} rows of all ranks, got {k!r}")
-    own, failed = min(k, len(index)), None
-    try:
-        scores, rows = index._search_rows(queries, own, harmful, layers, only, method, ready)
-    except InfluenceError as error:
-        failed = error
-    # A rank that raised alone would leave the others waiting.
-    failures = [int(flag) for flag in _gather(torch.tensor([int(failed is not None)]), group)]
-    if failed is not None:
-        raise failed
-    if any(failures):
-        raise InfluenceError(f"search: failed on rank {failures.index(1)}")
+    own = min(k, len(index))
+    scores, rows = _made_by_all(
+        lambda: index._search_rows(queries, own, harmful, layers, only, method, ready), "search", group
+    )
     names = [[index.name_of(row) for row in found] for found in rows.tolist()]
     before = sum(int(size) for size in sizes[:rank])
     padded = torch.full((len(scores), k), float("nan"), dtype=torch.float64)
@@ -127,18 +122,25 @@ def _seen_by_all(index: InfluenceIndex, group: Any) -> str:
     return sha256(b"".join(bytes(part.numpy()) for part in _gather_bytes(index._seen.encode(), group))).hexdigest()
 
 
-def _added(make: Callable[[], Sequence[Tensor]], group: Any) -> list[Tensor]:
-    """The sums of what every rank makes, the same on each; InfluenceError on all where one fails."""
-    failed, made = None, list[Tensor]()
+def _made_by_all(make: Callable[[], T], what: str, group: Any) -> T:
+    """What this rank makes; InfluenceError on all where one fails: others would wait for one that raised alone."""
+    made: list[T] = []
+    failed = None
     try:
-        made = list(make())
+        made.append(make())
     except InfluenceError as error:
         failed = error
     failures = [int(flag) for flag in _gather(torch.tensor([int(failed is not None)]), group)]
     if failed is not None:
         raise failed
     if any(failures):
-        raise InfluenceError(f"curvature: failed on rank {failures.index(1)}")
+        raise InfluenceError(f"{what}: failed on rank {failures.index(1)}")
+    return made[0]
+
+
+def _added(make: Callable[[], Sequence[Tensor]], group: Any) -> list[Tensor]:
+    """The sums of what every rank makes, the same on each."""
+    made = _made_by_all(make, "curvature", group)
     out = []
     for tensor in made:
         moved = tensor.to(_device(group), copy=True).contiguous()
