@@ -23,6 +23,8 @@ if not torch.cuda.is_available():
 from backends import BACKENDS, Backend
 
 import influence_fast
+from influence_fast.auditing import run
+from influence_fast.auditing.findings.evidence import gather
 
 # Whatever is imported stays; looking through it for garbage, again and again, takes a tenth of the suite.
 gc.disable()
@@ -91,6 +93,13 @@ def _undrawn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
     with request.param as chosen:
         yield chosen
+
+
+@pytest.fixture(autouse=True)
+def _without_evidence(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Evidence on single rows takes half of a small audit, and is looked at in the tests of findings and reports."""
+    if request.path.parent.name in ("auditing", "cli", "training"):
+        monkeypatch.setattr(run, "gather", lambda inputs, rows, *rest: gather(inputs, rows[:0], *rest))
 
 
 @pytest.fixture

@@ -4,8 +4,11 @@ Each library's source distribution is downloaded from the index and unpacked int
 what stands there; ``--copy NAME=FOLDER`` takes a copy that is there already, such as a clone of its repository (captum's
 distribution has no tests). What the libraries need is to be installed. Without a GPU the tests' ``cuda`` is the CPU.
 
-``--ours`` leaves stock out; ``--write`` keeps the results in ``benchmarks/results/peer-tests.json``, from which
-``docs/dropin.md`` has its table. Exits with 1 where a test fails on ours that passes on stock.
+``--ours`` leaves stock out, and takes what fails there from the results that are kept; ``--write`` keeps the results in
+``benchmarks/results/peer-tests.json``, from which ``docs/dropin.md`` has its table. Exits with 1 where a test fails on ours
+that passes on stock. ``--needs`` prints what is to be installed for them, without its own requirements::
+
+    pip install --no-deps $(python -m tests.peers --needs)
 """
 
 from __future__ import annotations
@@ -75,6 +78,17 @@ PEERS = {
         ("tests/influence/_core/test_tracin_*.py", "tests/influence/_core/test_dataloader.py"),
     ),
 }
+# Not their own requirements, among them torch of other versions.
+NEEDS = (
+    "assertpy",
+    "docstring_parser",
+    "jaxtyping",
+    "ml_dtypes",
+    "parameterized",
+    "petname",
+    "simple_parsing",
+    "wheel",
+)
 _FACTORIES = ("ones", "zeros", "empty", "eye", "rand", "randn", "randint", "tensor", "arange", "randperm")
 
 
@@ -222,6 +236,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("names", nargs="*", choices=[*PEERS, []], help="libraries; all by default")
     parser.add_argument("--copy", action="append", default=[], metavar="NAME=FOLDER")
     parser.add_argument("--ours", action="store_true", help="leave stock out")
+    parser.add_argument("--needs", action="store_true", help="print what is to be installed for the tests")
     parser.add_argument("--write", action="store_true", help=f"keep the results in {RESULTS.relative_to(ROOT)}")
     for hidden in ("--here", "--out"):
         parser.add_argument(hidden, help=argparse.SUPPRESS)
@@ -231,10 +246,13 @@ def main(arguments: list[str]) -> int:
         result = run_here(chosen.names[0], Path(chosen.here), chosen.stock, rest)
         Path(chosen.out).write_text(json.dumps(result), encoding="utf-8")
         return 0
+    if chosen.needs:
+        print(*NEEDS)
+        return 0
     import torch
 
     copies = dict(text.split("=", 1) for text in chosen.copy)
-    kept = json.loads(RESULTS.read_text(encoding="utf-8")) if chosen.write and RESULTS.exists() else {"peers": {}}
+    kept = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {"peers": {}}
     wrong = []
     for name in chosen.names or PEERS:
         peer = PEERS[name]
@@ -243,6 +261,9 @@ def main(arguments: list[str]) -> int:
             ways = {"ours": False} if chosen.ours else {"stock": True, "ours": False}
             found: dict[str, Any] = {"distribution": peer.distribution, "version": peer.version, "files": peer.files}
             found["marked"] = peer.marked
+            before = kept["peers"].get(name, {})
+            if chosen.ours and "stock" in before and before["version"] == peer.version:
+                found["stock"] = before["stock"]
             found |= {way: run_apart(name, root, stock, rest) for way, stock in ways.items()}
         for way in ways:
             told = found[way]

@@ -11,7 +11,7 @@ from influence_fast.attribution.registry import get_method
 from influence_fast.auditing.config import AuditConfig
 from influence_fast.data.models import load_model
 from influence_fast.errors import InputError
-from influence_fast.gradients.layers import named_matrices, other_parameters
+from influence_fast.gradients.layers import layers_by_name
 from influence_fast.ops import AdamState
 from influence_fast.training.adam import read_adam
 from influence_fast.training.recorded import Checkpoint, RecordedTraining
@@ -49,7 +49,7 @@ def checkpoints_of(
         if moments and (one.optimizer is None or not one.optimizer.exists()):
             raise InputError(f"training: the checkpoint {one.path} has no optimizer.pt, which {moments[0]} needs")
         model = load_model(str(one.path), config.task, config.allow_new_weights)[0]
-        lacking = set(layers) - set(named_matrices(model)) - set(other_parameters(model))
+        lacking = set(layers).difference(layers_by_name(model))
         if lacking:
             raise InputError(f"training: the checkpoint {one.path} lacks layer {min(lacking)!r} of the model")
         if moments:

@@ -16,7 +16,7 @@ from influence_fast.gradients.capture import GradientCapture
 from influence_fast.gradients.captured_layer import CapturedLayer, GradientRecords, Receiver
 from influence_fast.gradients.differences import TOLERANCE
 from influence_fast.gradients.exact_layers import ExactLayers, gradients
-from influence_fast.gradients.layers import Expert, named_matrices, other_parameters, weight_of
+from influence_fast.gradients.layers import Expert, layers_by_name, weight_of
 from influence_fast.gradients.sample_rows import Factors, Operand, SampleRows, TokenIds, UnseenUse, promoted
 
 # Gradients ``(N, numbers)`` of a parameter, or ``(x (N, T, in), dy (N, T, out))`` whose product over T they are.
@@ -66,7 +66,7 @@ class ParameterGradients:
 
     def __init__(self, model: nn.Module, parameters: Sequence[nn.Parameter]) -> None:
         self.model, self.parameters = model, list(parameters)
-        known = {**other_parameters(model), **named_matrices(model)}
+        known = layers_by_name(model)
         names = {id(weight_of(thing)): name for name, thing in known.items() if not isinstance(thing, Expert)}
         self._names = [names.get(id(parameter), "") for parameter in self.parameters]
         """The name of what capture takes by hooks; empty where autograd does."""

@@ -73,10 +73,23 @@ def unwrapped(model: nn.Module) -> nn.Module:
             return model
         else:
             inner = next((part for part in model.modules() if part is not model and hasattr(part, "config")), None)
-        if inner is None or inner is model or len(list(inner.parameters())) != len(list(model.parameters())):
-            # A PEFT model has all its parameters in its base.
+        # A PEFT model has all its parameters in its base.
+        if inner is None or inner is model or _has_beside(model, inner):
             return model
         model = inner
+
+
+def _has_beside(model: nn.Module, part: nn.Module) -> bool:
+    """Whether a model has parameters that its part has not; asked at every batch, so the part is not walked through."""
+    left, seen, found = [model], {id(part)}, []
+    while left:
+        module = left.pop()
+        if id(module) not in seen:
+            seen.add(id(module))
+            found += [parameter for parameter in module._parameters.values() if parameter is not None]
+            left += [child for child in module._modules.values() if child is not None]
+    known = {id(parameter) for parameter in part.parameters()} if found else set()
+    return any(id(parameter) not in known for parameter in found)
 
 
 def config_of(model: nn.Module) -> Any:

@@ -17,7 +17,7 @@ from influence_fast import ops
 from influence_fast.data.tasks import device_of
 from influence_fast.errors import InputError
 from influence_fast.gradients.captured_layer import CapturedLayer, GradientRecords, captured_layer
-from influence_fast.gradients.layers import named_matrices, other_parameters
+from influence_fast.gradients.layers import layers_by_name
 from influence_fast.gradients.model_state import is_sharded
 from influence_fast.gradients.sample_rows import Factors, Operand, TokenIds, oriented
 from influence_fast.ops.arguments import accumulator
@@ -80,7 +80,7 @@ class AdamUpdates(_Capture):
             raise InputError("adam: Adam's moments of a sharded model are not taken; load it whole")
         projection = Projection.parse(settings.pop("projection"))
         super().__init__(model, projection=Projection("identity"), **settings)
-        known = {**named_matrices(model), **other_parameters(model)}
+        known = layers_by_name(model)
         self._finished = [captured_layer(name, known[name], projection) for name in self.layers]
         for layer in self._finished:
             check_state(layer, states)

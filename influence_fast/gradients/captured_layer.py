@@ -15,10 +15,9 @@ from influence_fast.gradients.experts import ExpertFactor, Routed, can_be_follow
 from influence_fast.gradients.layers import (
     Expert,
     Layer,
+    every_layer,
     layer_shape,
     named_layers,
-    named_matrices,
-    other_parameters,
     weight_of,
 )
 from influence_fast.gradients.plain_layers import changes_output, normalised, vector_owners
@@ -162,8 +161,8 @@ class Places:
         followed: frozenset[str],
     ) -> Places:
         """The fastest place that may be right, unless a layer is in ``exact`` or ``followed``."""
-        matrices = named_matrices(model)
-        known = {**matrices, **other_parameters(model)}
+        matrices, others = every_layer(model)
+        known = {**matrices, **others}
         modules, vectors, factors = named_layers(model), vector_owners(model), expert_factors(model)
         places, found = cls(), dict[int, tuple[nn.Parameter, list[CapturedLayer]]]()
         for name in names:

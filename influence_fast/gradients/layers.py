@@ -109,9 +109,58 @@ def named_layers(model: nn.Module) -> dict[str, nn.Module]:
     Left out: the frozen originals that PEFT keeps beside ``modules_to_save``, quantised weights, empty ones, and the output
     matrix of ``nn.MultiheadAttention``, which is used without being called. Names are those before ``torch.compile``.
     """
+    return _linear(_modules(model))
+
+
+def every_layer(model: nn.Module) -> tuple[dict[str, Layer], dict[str, Expert | nn.Parameter]]:
+    """Every weight matrix (layers that are modules, then experts that share a parameter, then routers), and every parameter
+    that is none, in the model's order; a shared one has its first name."""
+    # Walking through a model takes longer than what is done with its modules: once for all.
+    there = _modules(model)
+    modules, experts = _linear(there), _experts(there)
+    known = {id(module.weight) for module in modules.values()}
+    routers = {}
+    for name, module in there:
+        weight = module._parameters.get("weight")
+        if weight is not None and weight.dim() == 2 and id(weight) not in known and is_router(module):
+            routers[_joined(name, "weight")] = weight
+    shared = {name: expert for name, expert in experts.items() if expert.parameter.dim() == 3}
+    matrices: dict[str, Layer] = {**modules, **shared, **routers}
+    taken = {id(weight_of(layer)) for layer in (*matrices.values(), *experts.values())}
+    others: dict[str, Expert | nn.Parameter] = {}
+    for name, module in there:
+        for leaf, parameter in module._parameters.items():
+            if parameter is None or id(parameter) in taken:
+                continue
+            taken.add(id(parameter))
+            path = _joined(name, leaf)
+            if not ("original_module" in path.split(".") or is_quantised(parameter) or _is_empty(parameter)):
+                others[path] = parameter
+    return matrices, others | {name: expert for name, expert in experts.items() if name not in matrices}
+
+
+def layers_by_name(model: nn.Module) -> dict[str, Layer]:
+    """Every layer, weight matrices first."""
+    matrices, others = every_layer(model)
+    return {**matrices, **others}
+
+
+def is_router(module: nn.Module) -> bool:
+    """Whether a module chooses among experts, by its class's name."""
+    return bool(_ROUTER.search(type(module).__name__))
+
+
+def _modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    return [(uncompiled(name), module) for name, module in model.named_modules()]
+
+
+def _joined(name: str, leaf: str) -> str:
+    return f"{name}.{leaf}" if name else leaf
+
+
+def _linear(there: Iterable[tuple[str, nn.Module]]) -> dict[str, nn.Module]:
     found = {}
-    for name, module in model.named_modules():
-        name = uncompiled(name)
+    for name, module in there:
         if type(module).__name__ == "NonDynamicallyQuantizableLinear" or "original_module" in name.split("."):
             continue
         # A weight that is computed from other parameters (weight norm, pruning) is no parameter itself; those are.
@@ -122,10 +171,10 @@ def named_layers(model: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
-def named_experts(model: nn.Module) -> dict[str, Expert]:
+def _experts(there: Iterable[tuple[str, nn.Module]]) -> dict[str, Expert]:
     """Experts that share one parameter, as ``name[number]``: weights ``(E, rows, columns)`` and biases ``(E, out)``."""
     found = {}
-    for name, module in model.named_modules():
+    for name, module in there:
         if not _EXPERTS.search(type(module).__name__) or "original_module" in name.split("."):
             continue
         own = dict(module.named_parameters(recurse=False))
@@ -134,44 +183,10 @@ def named_experts(model: nn.Module) -> dict[str, Expert]:
         for leaf, parameter in own.items():
             bias = parameter.dim() == 2 and leaf.endswith("bias") and parameter.shape[0] in counts
             if bias or parameter.dim() == 3:
-                path = uncompiled(f"{name}.{leaf}" if name else leaf)
+                path = _joined(name, leaf)
                 for number in range(parameter.shape[0]):
                     found[f"{path}[{number}]"] = Expert(module, parameter, leaf, number, turned and not bias)
     return found
-
-
-def is_router(module: nn.Module) -> bool:
-    """Whether a module chooses among experts, by its class's name."""
-    return bool(_ROUTER.search(type(module).__name__))
-
-
-def named_matrices(model: nn.Module) -> dict[str, Layer]:
-    """Every weight matrix: layers that are modules, then experts that share a parameter, then routers."""
-    experts = {name: expert for name, expert in named_experts(model).items() if expert.parameter.dim() == 3}
-    routers = {}
-    for name, module in model.named_modules():
-        weight = module._parameters.get("weight")
-        if weight is not None and weight.dim() == 2 and is_router(module):
-            routers[uncompiled(f"{name}.weight")] = weight
-    modules = named_layers(model)
-    known = {id(module.weight) for module in modules.values()}
-    return {**modules, **experts, **{name: weight for name, weight in routers.items() if id(weight) not in known}}
-
-
-def other_parameters(model: nn.Module) -> dict[str, Expert | nn.Parameter]:
-    """Every parameter that is no weight matrix, by name, in the model's order; a shared one under its first name."""
-    experts = named_experts(model)
-    matrices = named_matrices(model)
-    taken = {id(weight_of(layer)) for layer in matrices.values()} | {
-        id(expert.parameter) for expert in experts.values()
-    }
-    rest: dict[str, Expert | nn.Parameter] = {
-        uncompiled(name): parameter
-        for name, parameter in model.named_parameters()
-        if not (id(parameter) in taken or "original_module" in name.split(".") or is_quantised(parameter))
-        and not _is_empty(parameter)
-    }
-    return rest | {name: expert for name, expert in experts.items() if name not in matrices}
 
 
 def weight_of(layer: Layer) -> Any:
@@ -192,8 +207,7 @@ def parameter_kind(model: nn.Module, name: str) -> str:
 
 def trained_layers(model: nn.Module) -> list[str]:
     """Names of all layers whose parameter has ``requires_grad``, in the model's order."""
-    everything = {**named_matrices(model), **other_parameters(model)}
-    return [name for name, layer in everything.items() if weight_of(layer).requires_grad]
+    return [name for name, layer in layers_by_name(model).items() if weight_of(layer).requires_grad]
 
 
 def is_partly_trained(model: nn.Module) -> bool:
@@ -246,8 +260,7 @@ def select_layers(model: nn.Module, spec: str | Iterable[str] = "all") -> list[s
     Raises:
         InputError: a name, kind or range that fits nothing; the message lists what there is.
     """
-    layers = named_matrices(model)
-    parameters = other_parameters(model)
+    layers, parameters = every_layer(model)
     everything = [*layers, *parameters]
     if not everything:
         raise InputError(f"model: {type(model).__name__} has no parameter")
@@ -270,8 +283,7 @@ def select_layers(model: nn.Module, spec: str | Iterable[str] = "all") -> list[s
 
 def layer_groups(model: nn.Module, layers: Iterable[str]) -> dict[str, list[str]]:
     """``layers`` by group, empty ones left out: embedding, attention q1 .. q4, mlp, head, norm, bias, conv, other, all."""
-    modules = named_matrices(model)
-    parameters = other_parameters(model)
+    modules, parameters = every_layer(model)
     names = _known(model, list(layers), [*modules, *parameters], modules)
     blocks = _block_count(modules)
     groups: dict[str, list[str]] = {

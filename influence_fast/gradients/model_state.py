@@ -23,14 +23,15 @@ _SYNC = ("require_backward_grad_sync", "require_forward_param_sync")
 @contextmanager
 def as_evaluated(model: nn.Module) -> Iterator[None]:
     """Eval mode, no weight gradients, no key-value cache, outputs by name; everything as it was afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
+    modules = list(model.modules())
+    modes = [(module, module.training) for module in modules]
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     configs = [config for config in (config_of(model), getattr(unwrapped(model), "config", None)) if config is not None]
     names = {*_WITHIN, "pad_token_id"}
     kept = [(config, name, getattr(config, name)) for config in configs for name in names if hasattr(config, name)]
     # DistributedDataParallel would wait for gradients of all its parameters, and average those of one row over processes.
     synchronised = [
-        (module, name, getattr(module, name)) for module in model.modules() for name in _SYNC if hasattr(module, name)
+        (module, name, module.__dict__[name]) for module in modules for name in _SYNC if name in module.__dict__
     ]
     model.eval()
     for parameter, _ in flags:

@@ -30,8 +30,7 @@ from influence_fast.gradients.differences import TOLERANCE
 from influence_fast.gradients.exact_layers import gradients
 from influence_fast.gradients.layers import (
     Expert,
-    named_matrices,
-    other_parameters,
+    layers_by_name,
     select_layers,
     trained_layers,
     weight_of,
@@ -137,7 +136,7 @@ def plan_capture(
 
 def covered_share(model: nn.Module, layers: Iterable[str]) -> tuple[int, int, list[str]]:
     """Numbers of trained parameters that ``layers`` cover, of how many, and the names of trained ones that they do not."""
-    known, chosen = {**named_matrices(model), **other_parameters(model)}, set(layers)
+    known, chosen = layers_by_name(model), set(layers)
     weights = {id(weight_of(known[name])) for name in chosen if not isinstance(known[name], Expert)}
     covered, total, missing = 0, 0, []
     for name in trained_layers(model):
@@ -315,7 +314,7 @@ class _Trial:
     def _literal(self) -> dict[int, Gradients]:
         """The gradient of each row's loss alone, by autograd, projected as the capture would."""
         capture = GradientCapture(self.model, self.settings.layers, self.settings.projection, bias=self.settings.bias)
-        known = {**named_matrices(self.model), **other_parameters(self.model)}
+        known = layers_by_name(self.model)
         matrices = ops.Matrices()
         out: dict[int, Gradients] = {row: {} for row in self.chosen}
         for part in _parts(capture):

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from torch import nn
 
-from influence_fast.gradients.layers import Expert, named_matrices, other_parameters
+from influence_fast.gradients.layers import Expert, every_layer
 from influence_fast.gradients.plain_layers import is_matrix, vector_owners
 from influence_fast.gradients.settings import BuildSettings
 
@@ -34,7 +34,7 @@ class Ways:
     @classmethod
     def first(cls, model: nn.Module, layers: Iterable[str]) -> Ways:
         """Hooks for everything that has one; vectors and matrices that have none are looked for where they are used."""
-        matrices, others, owners = named_matrices(model), other_parameters(model), vector_owners(model)
+        (matrices, others), owners = every_layer(model), vector_owners(model)
         parameters = {name: other for name, other in others.items() if isinstance(other, nn.Parameter)}
         bare = {
             name for name in layers if name in parameters and name not in owners and parameters[name].dim() in (1, 2)

@@ -13,7 +13,7 @@ from transformers import Trainer
 
 from influence_fast.errors import InputError, StoreError
 from influence_fast.gradients.captured_layer import captured_layer
-from influence_fast.gradients.layers import named_matrices, other_parameters, select_layers, weight_of
+from influence_fast.gradients.layers import layers_by_name, select_layers, weight_of
 from influence_fast.ops import AdamState, Matrices
 from influence_fast.ops.projections import Projection
 
@@ -45,7 +45,7 @@ def read_adam(
     path = path / _FILE if path.is_dir() else path
     groups, states = _read(path)
     by_parameter = _by_parameter(path, model, groups, states)
-    known = {**named_matrices(model), **other_parameters(model)}
+    known = layers_by_name(model)
     wanted = list(known) if layers is None else select_layers(model, layers)
     found, matrices = {}, Matrices()
     for name in wanted:

@@ -157,7 +157,7 @@ def adam(folder: Path) -> None:
     import torch
 
     import influence_fast as inf
-    from influence_fast.gradients.layers import named_matrices
+    from influence_fast.gradients.layers import every_layer
     from tests import models
 
     draw = torch.Generator().manual_seed(4)
@@ -165,7 +165,7 @@ def adam(folder: Path) -> None:
         name: inf.ops.AdamState(
             torch.randn(module.weight.shape, generator=draw), torch.rand(module.weight.shape, generator=draw)
         )
-        for name, module in named_matrices(models.make("bert")).items()
+        for name, module in every_layer(models.make("bert"))[0].items()
     }
     _store(folder / "out", 1, 10, adam=moments)
 

@@ -11,7 +11,7 @@ from trainers import trainer
 import influence_fast as inf
 from influence_fast.data.models import load_model
 from influence_fast.errors import InputError, StoreError
-from influence_fast.gradients.layers import named_matrices, other_parameters, weight_of
+from influence_fast.gradients.layers import layers_by_name, weight_of
 
 
 def trained(tmp_path, **options):
@@ -28,7 +28,7 @@ def trained(tmp_path, **options):
 def test_moments_are_those_of_the_optimizer(tmp_path, options):
     made, checkpoint = trained(tmp_path, **options)
     found = inf.read_adam(checkpoint, made.model)
-    known = {**named_matrices(made.model), **other_parameters(made.model)}
+    known = layers_by_name(made.model)
     trainable = {id(p) for p in made.model.parameters() if p.requires_grad}
     assert {id(weight_of(known[name])) for name in found} == trainable
     for name, state in found.items():
