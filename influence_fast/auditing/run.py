@@ -45,7 +45,7 @@ from influence_fast.evaluation.rankings import baselines
 from influence_fast.evaluation.rivals import label_rivals
 from influence_fast.gradients.build import build_from
 from influence_fast.gradients.default_projection import default_projection
-from influence_fast.gradients.layers import block_of, layer_groups, named_layers, select_layers
+from influence_fast.gradients.layers import block_of, freeze_others, layer_groups, named_layers, select_layers
 from influence_fast.gradients.layers import default_layers as default_layers
 from influence_fast.gradients.own_loss import find_loss
 from influence_fast.gradients.settings import BuildSettings
@@ -114,6 +114,9 @@ def plan_audit(
     task = task_of(config.task, network, rows, data.label)
     samples = prepare("train", rows, data, task, network, tokenizer)
     training = None if config.training is None else _training(config.training, samples, task)
+    if training is not None and not isinstance(model, nn.Module):
+        # Files do not say what was frozen.
+        freeze_others(network, training.trained)
     names, held_out = samples.ids, ""
     if queries is None:
         samples, trusted, held_out = hold_out(network, samples, task, config.seed, config.build.batch_tokens)
@@ -143,7 +146,7 @@ def plan_audit(
         config, methods=methods, auto_projection=False, build=replace(config.build, projection=build.projection)
     )
     _check(config, network, task, loss, samples, trusted)
-    over = checkpoints_of(config, training, layers, methods)
+    over = checkpoints_of(config, training, network, layers, methods)
     ranking = _plan(config, methods, groups_of(network, layers), classification=task == "classification")
     for path in config.checkpoints or []:
         lacking = set(layers) - set(named_layers(load_model(path, config.task, config.allow_new_weights)[0]))
