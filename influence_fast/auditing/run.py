@@ -17,6 +17,7 @@ from typing import Any
 from torch import nn
 
 from influence_fast._files import atomic_write, locked, remove_leftovers
+from influence_fast._memory import give_back
 from influence_fast.attribution.aggregation import aggregated
 from influence_fast.attribution.influence_matrix import METHODS as INNER_PRODUCTS
 from influence_fast.attribution.influence_matrix import InfluenceMatrix
@@ -56,7 +57,7 @@ from influence_fast.training.recorded import RecordedTraining, read_training
 _log = logging.getLogger("influence_fast")
 _MOST_BLOCKS = 48
 # Hidden states of the training set that an audit holds unless asked to: 200,000 samples of a MiniLM, 50,000 of a BERT-base.
-_POOL_BYTES = 4 << 30
+_POOL_BYTES = 2 << 30
 
 
 def audit(
@@ -370,8 +371,7 @@ def _default_methods(model: nn.Module, task: str, samples: Samples) -> list[str]
     if task != "classification" or not hasattr(config, "output_hidden_states"):
         return methods
     width, blocks = (getattr(config, name, 1) for name in ("hidden_size", "num_hidden_layers"))
-    # Held twice: by block, and side by side for the probe.
-    if 2 * 4 * len(samples.rows) * width * (blocks + 1) > _POOL_BYTES:
+    if 4 * len(samples.rows) * width * (blocks + 1) > _POOL_BYTES:
         return methods
     rarest = min(Counter(row["labels"] for row in samples.rows).values())
     return [*methods, "pool"] if rarest >= PROBE_FOLDS else methods
@@ -421,9 +421,8 @@ def _score(
     probe = inputs.kept("probe")
     if inputs.samples.noise is not None and probe is not None:
         with _timed(times, "rivals"):
-            states = inputs.passes.hidden_states(inputs.samples, "mean", base=True)
-            labels, last = inputs.labels()[0], list(states)[-1]
-            agreement = neighbours({last: states[last]}, labels, neighbour_count(len(labels)))[last][0]
+            labels, last = inputs.labels()[0], {"last": inputs.passes.last_states(inputs.samples, base=True)}
+            agreement = neighbours(last, labels, neighbour_count(len(labels)))["last"][0]
             found = label_rivals(labels, agreement, probe.train)
         rivals = {RankingKey(name): scores for name, scores in found.items()}
         # Baselines first.
@@ -479,6 +478,8 @@ def _timed(times: dict[str, float], name: str) -> Iterator[None]:
     begin = time.perf_counter()
     yield
     times[name] = time.perf_counter() - begin
+    # What one step freed is not there for the next one alone.
+    give_back()
 
 
 def _named(value: Any) -> str:
