@@ -49,8 +49,13 @@ def messages_of(value: Any) -> list[Message]:
     """A conversation with ``role`` and ``content``, whatever dialect it is written in.
 
     Raises:
-        RowError: no list of messages; content that is no text, such as images.
+        RowError: no list of messages, nor the text of a JSON list; content that is no text, such as images.
     """
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        try:
+            value = json.loads(value)
+        except ValueError as error:
+            raise RowError(f"has a conversation that is no JSON ({error})") from None
     if not isinstance(value, Sequence) or isinstance(value, str) or not value:
         raise RowError("has no conversation, a list of messages")
     return [_message(place, message) for place, message in enumerate(value)]
