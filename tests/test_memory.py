@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import platform
+import time
+
 import psutil
 import pytest
 import torch
 
-from influence_fast._memory import free_memory, parse_memory, peak_memory
+from influence_fast._memory import GiveBack, free_memory, give_back, parse_memory, peak_memory
 from influence_fast.errors import InputError
 
 
@@ -36,3 +39,32 @@ def test_the_peak_grows_with_what_is_held() -> None:
     torch.ones(64 << 18)  # 64 MiB
     assert peak_memory() >= before
     assert peak_memory() > 64 << 20
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library has its own ways")
+def test_what_was_freed_between_what_stays_is_given_back() -> None:
+    def held() -> int:
+        return psutil.Process().memory_info().rss
+
+    # Below the size that the C library gives back by itself, with something small behind each.
+    large, small = [], []
+    for _ in range(1000):
+        large.append(bytearray(100_000))
+        small.append(bytearray(1_000))
+    full = held()
+    large.clear()
+    kept = held()
+    give_back()
+    assert held() < full - 80_000_000
+    assert kept > held() + 40_000_000
+    assert len(small) == 1000
+
+
+def test_it_is_given_back_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls, now = [], [0.0]
+    monkeypatch.setattr("influence_fast._memory.give_back", lambda: calls.append(now[0]))
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    often = GiveBack(4.0)
+    for now[0] in (0.0, 3.9, 4.0, 5.0, 7.9, 8.5):
+        often()
+    assert calls == [4.0, 8.5]

@@ -31,13 +31,18 @@ def make_pool(inputs: MethodInputs) -> InMemory:
     mislabelled = inputs.mislabelled_queries()
     labels, own = (torch.tensor(part) for part in inputs.labels())
     trusted = own[mislabelled.rows]
-    states = [inputs.passes.hidden_states(part, "mean", base=True) for part in (inputs.samples, inputs.trusted)]
-    last = [next(reversed(part.values())) for part in states]
-    every = [torch.cat(list(part.values()), 1) for part in states]
-    train, queries = (inputs.passes.class_log_probabilities(part) for part in (inputs.samples, inputs.trusted))
-    classes, rows = train.shape[1], mislabelled.rows
-    probe, k = inputs.once(PROBE, lambda: _probe(every, labels, rows, classes)), neighbour_count(len(labels))
-    votes = inputs.once(VOTES, lambda: _votes(last, labels, rows, k, classes))
+    both, passes = (inputs.samples, inputs.trusted), inputs.passes
+    train, queries = (passes.class_log_probabilities(part) for part in both)
+    classes, rows, k = train.shape[1], mislabelled.rows, neighbour_count(len(labels))
+
+    # Nothing but the passes keeps the states: those of all blocks are the most that an audit has in memory.
+    def probed() -> CrossFitted:
+        return _probe([passes.all_states(part, base=True) for part in both], labels, rows, classes)
+
+    def voted() -> tuple[Tensor, Tensor, int]:
+        return _votes([passes.last_states(part, base=True) for part in both], labels, rows, k, classes)
+
+    probe, votes = inputs.once(PROBE, probed), inputs.once(VOTES, voted)
     estimates = {
         "model": (train, queries[rows]),
         "neighbours": (log_shares(votes[0]), log_shares(votes[1])),
@@ -72,7 +77,7 @@ def _votes(last: Sequence[Tensor], labels: Tensor, rows: Tensor, k: int, classes
 
 
 def _probe(every: Sequence[Tensor], labels: Tensor, rows: Tensor, classes: int) -> CrossFitted:
-    return cross_fitted(every[0].float().numpy(), labels, every[1][rows].float().numpy(), classes)
+    return cross_fitted(every[0].flatten(1).numpy(), labels, every[1][rows].flatten(1).numpy(), classes)
 
 
 def neighbour_estimate(

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from influence_fast._memory import GiveBack
 from influence_fast.data.batching import Rows as CheckedRows
 from influence_fast.data.batching import batches, checked_rows, extent, mask_of, token_budget
 from influence_fast.data.tasks import device_of
@@ -64,17 +65,25 @@ class ModelPasses:
         self._selections[id(part)] = whole, torch.tensor(rows)
 
     def hidden_states(self, samples: Any, pooling: str = "mean", base: bool = False) -> dict[str, Tensor]:
-        """:func:`~influence_fast.hidden_states`; with ``base`` of the model before fine-tuning."""
+        """:func:`~influence_fast.hidden_states`; with ``base`` of the model before fine-tuning. Each call makes a copy."""
+        return _by_name(self.all_states(samples, pooling, base))
+
+    def last_states(self, samples: Any, pooling: str = "mean", base: bool = False) -> Tensor:
+        """The last block's of :meth:`hidden_states`, ``(n, width)``."""
+        return self.all_states(samples, pooling, base)[:, -1].contiguous()
+
+    def all_states(self, samples: Any, pooling: str = "mean", base: bool = False) -> Tensor:
+        """Those of all blocks, behind the embedding first: ``(n, blocks + 1, width)``, which is not to be changed."""
         if id(samples) in self._selections:
             whole, rows = self._selections[id(samples)]
-            return {name: states[rows] for name, states in self.hidden_states(whole, pooling, base).items()}
+            return self.all_states(whole, pooling, base)[rows]
         adapted = base and is_adapted(self._model)
         key = f"{'base ' if adapted else ''}states {pooling}"
 
-        def run() -> dict[str, Tensor]:
+        def run() -> Tensor:
             if adapted:
                 with before_fine_tuning(self._model):
-                    return hidden_states(self._model, self._rows(samples), pooling, **self._settings)
+                    return _forward(self._model, self._rows(samples), pooling, False, **self._settings).states
             both = "predictions" in self._needs and (id(samples), "predictions") not in self._found
             found = _forward(self._model, self._rows(samples), pooling, both, **self._settings)
             if both:
@@ -90,7 +99,7 @@ class ModelPasses:
             return self.class_log_probabilities(whole)[rows]
         states = "hidden states" in self._needs or ("base states" in self._needs and not is_adapted(self._model))
         if states and (id(samples), "predictions") not in self._found:
-            self.hidden_states(samples)
+            self.all_states(samples)
         return self._once(
             samples,
             "predictions",
@@ -137,7 +146,12 @@ def hidden_states(
     """
     if pooling not in POOLING:
         raise InputError(f"pooling: expected one of {', '.join(POOLING)}, got {pooling!r}")
-    return _forward(model, dataset, pooling, False, batch_tokens, progress).states
+    return _by_name(_forward(model, dataset, pooling, False, batch_tokens, progress).states)
+
+
+def _by_name(states: Tensor) -> dict[str, Tensor]:
+    names = ["embedding", *(f"block {block}" for block in range(states.shape[1] - 1))]
+    return {name: states[:, place].contiguous() for place, name in enumerate(names)}
 
 
 def class_log_probabilities(
@@ -153,9 +167,9 @@ def class_log_probabilities(
 
 @dataclass(frozen=True)
 class _Forward:
-    """What one pass without gradients gave."""
+    """What one pass without gradients gave: ``(n, blocks + 1, width)``, and ``(n, classes)``."""
 
-    states: dict[str, Tensor]
+    states: Tensor
     log_probabilities: Tensor
 
 
@@ -169,7 +183,7 @@ def _forward(
 ) -> _Forward:
     """Pooled hidden states, where ``pooling`` says how, and class log-probabilities, in data-set order."""
     order: list[int] = []
-    states: list[list[Tensor]] = []
+    states = torch.empty(0)
     classes: list[Tensor] = []
     what = " and ".join(["hidden states"] * (pooling is not None) + ["predictions"] * predictions)
     rows, kind = checked_rows(model, dataset)
@@ -182,14 +196,16 @@ def _forward(
             found = getattr(output, "hidden_states", None)
             if found is None:
                 raise InputError(f"model: {type(model).__name__} returns no hidden states")
-            states.append([_pooled(state, mask_of(batch), pooling).float().cpu() for state in found])
+            if not len(states):
+                # Made once: a list of batches put together would be held twice.
+                states = torch.empty(len(rows), len(found), found[0].shape[-1])
+            for place, state in enumerate(found):
+                states[chosen, place] = _pooled(state, mask_of(batch), pooling).float().cpu()
         if predictions:
             logits = losses.logits_of(model, output)
             classes.append(logits.float().log_softmax(1).cpu())
-    place = torch.tensor(order).argsort()
-    names = ["embedding", *(f"block {block}" for block in range(len(states[0]) - 1))] if states else []
-    pooled = {name: torch.cat(parts)[place] for name, *parts in zip(names, *states, strict=True)}
-    return _Forward(pooled, torch.cat(classes)[place] if classes else torch.empty(0))
+    log_probabilities = torch.cat(classes)[torch.tensor(order).argsort()] if classes else torch.empty(0)
+    return _Forward(states, log_probabilities)
 
 
 @dataclass(frozen=True)
@@ -311,6 +327,7 @@ def _batches(
     tokens = token_budget(batch_tokens, model)
     if rows.kind != "custom":
         settle_batches(model, rows, losses.named(rows.kind), tokens)
+    give_back = GiveBack()
     with (
         as_evaluated(model),
         tqdm(total=len(rows), desc=what, unit="sample", delay=2, disable=None if progress else True) as bar,
@@ -318,6 +335,7 @@ def _batches(
         for chosen in batches(rows, range(len(rows)), tokens):
             yield chosen, {name: tensor.to(device_of(model)) for name, tensor in rows.batch(chosen, model).items()}
             bar.update(len(chosen))
+            give_back()
 
 
 @contextmanager

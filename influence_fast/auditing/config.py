@@ -102,6 +102,8 @@ class AuditConfig:
             raise InputError("methods: expected at least one")
         if self.checkpoints and self.self_check is None:
             raise InputError("checkpoints: the self-check compares them; give self_check too")
+        if not 0 < self.fraction <= 1:
+            raise InputError(f"fraction: expected a share above 0 and up to 1, got {self.fraction!r}")
         if self.evidence < 0:
             raise InputError(f"evidence: expected a number of rows, 0 or more, got {self.evidence}")
         parse_memory(self.max_disk)

@@ -11,14 +11,18 @@ from influence_fast.attribution.registry import get_method
 from influence_fast.auditing.config import AuditConfig
 from influence_fast.data.models import load_model
 from influence_fast.errors import InputError
-from influence_fast.gradients.layers import layers_by_name
+from influence_fast.gradients.layers import freeze_others, layers_by_name, uncompiled
 from influence_fast.ops import AdamState
 from influence_fast.training.adam import read_adam
 from influence_fast.training.recorded import Checkpoint, RecordedTraining
 
 
 def checkpoints_of(
-    config: AuditConfig, training: RecordedTraining | None, layers: Sequence[str], methods: Sequence[str]
+    config: AuditConfig,
+    training: RecordedTraining | None,
+    network: nn.Module,
+    layers: Sequence[str],
+    methods: Sequence[str],
 ) -> list[RecordedCheckpoint]:
     """The checkpoints that ``methods`` need; none where they need none.
 
@@ -48,20 +52,34 @@ def checkpoints_of(
             )
         if moments and (one.optimizer is None or not one.optimizer.exists()):
             raise InputError(f"training: the checkpoint {one.path} has no optimizer.pt, which {moments[0]} needs")
-        model = load_model(str(one.path), config.task, config.allow_new_weights)[0]
+        model = _loaded(one, config, network)
         lacking = set(layers).difference(layers_by_name(model))
         if lacking:
             raise InputError(f"training: the checkpoint {one.path} lacks layer {min(lacking)!r} of the model")
         if moments:
-            read_adam(one.path, model, layers)
-    return [_recorded(one, config, list(layers)) for one in training.checkpoints]
+            _moments(one, model, layers)
+    return [_recorded(one, config, network, list(layers)) for one in training.checkpoints]
 
 
-def _recorded(one: Checkpoint, config: AuditConfig, layers: list[str]) -> RecordedCheckpoint:
+def _loaded(one: Checkpoint, config: AuditConfig, network: nn.Module) -> nn.Module:
+    """The model of a checkpoint; of parameters that were not recorded as trained or not, ``network`` says it."""
+    model = load_model(str(one.path), config.task, config.allow_new_weights)[0]
+    own = [uncompiled(name) for name, parameter in network.named_parameters() if parameter.requires_grad]
+    freeze_others(model, own if one.trained is None else one.trained)
+    return model
+
+
+def _moments(one: Checkpoint, model: nn.Module, layers: Sequence[str]) -> dict[str, AdamState]:
+    # A model that was trained inside another has other names.
+    known = set(one.trained or ()) <= {uncompiled(name) for name, _ in model.named_parameters()}
+    return read_adam(one.path, model, layers, one.trained if known else None)
+
+
+def _recorded(one: Checkpoint, config: AuditConfig, network: nn.Module, layers: list[str]) -> RecordedCheckpoint:
     def load() -> nn.Module:
-        return load_model(str(one.path), config.task, config.allow_new_weights)[0]
+        return _loaded(one, config, network)
 
     def moments(model: nn.Module) -> dict[str, AdamState]:
-        return read_adam(one.path, model, layers)
+        return _moments(one, model, layers)
 
     return RecordedCheckpoint(one.step, one.learning_rate, load, moments)

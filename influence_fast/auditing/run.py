@@ -17,6 +17,7 @@ from typing import Any
 from torch import nn
 
 from influence_fast._files import atomic_write, locked, remove_leftovers
+from influence_fast._memory import give_back
 from influence_fast.attribution.aggregation import aggregated
 from influence_fast.attribution.influence_matrix import METHODS as INNER_PRODUCTS
 from influence_fast.attribution.influence_matrix import InfluenceMatrix
@@ -45,7 +46,7 @@ from influence_fast.evaluation.rankings import baselines
 from influence_fast.evaluation.rivals import label_rivals
 from influence_fast.gradients.build import build_from
 from influence_fast.gradients.default_projection import default_projection
-from influence_fast.gradients.layers import block_of, layer_groups, named_layers, select_layers
+from influence_fast.gradients.layers import block_of, freeze_others, layer_groups, named_layers, select_layers
 from influence_fast.gradients.layers import default_layers as default_layers
 from influence_fast.gradients.own_loss import find_loss
 from influence_fast.gradients.settings import BuildSettings
@@ -56,7 +57,7 @@ from influence_fast.training.recorded import RecordedTraining, read_training
 _log = logging.getLogger("influence_fast")
 _MOST_BLOCKS = 48
 # Hidden states of the training set that an audit holds unless asked to: 200,000 samples of a MiniLM, 50,000 of a BERT-base.
-_POOL_BYTES = 4 << 30
+_POOL_BYTES = 2 << 30
 
 
 def audit(
@@ -114,6 +115,9 @@ def plan_audit(
     task = task_of(config.task, network, rows, data.label)
     samples = prepare("train", rows, data, task, network, tokenizer)
     training = None if config.training is None else _training(config.training, samples, task)
+    if training is not None and not isinstance(model, nn.Module):
+        # Files do not say what was frozen.
+        freeze_others(network, training.trained)
     names, held_out = samples.ids, ""
     if queries is None:
         samples, trusted, held_out = hold_out(network, samples, task, config.seed, config.build.batch_tokens)
@@ -143,7 +147,7 @@ def plan_audit(
         config, methods=methods, auto_projection=False, build=replace(config.build, projection=build.projection)
     )
     _check(config, network, task, loss, samples, trusted)
-    over = checkpoints_of(config, training, layers, methods)
+    over = checkpoints_of(config, training, network, layers, methods)
     ranking = _plan(config, methods, groups_of(network, layers), classification=task == "classification")
     for path in config.checkpoints or []:
         lacking = set(layers) - set(named_layers(load_model(path, config.task, config.allow_new_weights)[0]))
@@ -367,8 +371,7 @@ def _default_methods(model: nn.Module, task: str, samples: Samples) -> list[str]
     if task != "classification" or not hasattr(config, "output_hidden_states"):
         return methods
     width, blocks = (getattr(config, name, 1) for name in ("hidden_size", "num_hidden_layers"))
-    # Held twice: by block, and side by side for the probe.
-    if 2 * 4 * len(samples.rows) * width * (blocks + 1) > _POOL_BYTES:
+    if 4 * len(samples.rows) * width * (blocks + 1) > _POOL_BYTES:
         return methods
     rarest = min(Counter(row["labels"] for row in samples.rows).values())
     return [*methods, "pool"] if rarest >= PROBE_FOLDS else methods
@@ -418,9 +421,8 @@ def _score(
     probe = inputs.kept("probe")
     if inputs.samples.noise is not None and probe is not None:
         with _timed(times, "rivals"):
-            states = inputs.passes.hidden_states(inputs.samples, "mean", base=True)
-            labels, last = inputs.labels()[0], list(states)[-1]
-            agreement = neighbours({last: states[last]}, labels, neighbour_count(len(labels)))[last][0]
+            labels, last = inputs.labels()[0], {"last": inputs.passes.last_states(inputs.samples, base=True)}
+            agreement = neighbours(last, labels, neighbour_count(len(labels)))["last"][0]
             found = label_rivals(labels, agreement, probe.train)
         rivals = {RankingKey(name): scores for name, scores in found.items()}
         # Baselines first.
@@ -476,6 +478,8 @@ def _timed(times: dict[str, float], name: str) -> Iterator[None]:
     begin = time.perf_counter()
     yield
     times[name] = time.perf_counter() - begin
+    # What one step freed is not there for the next one alone.
+    give_back()
 
 
 def _named(value: Any) -> str:

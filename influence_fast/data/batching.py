@@ -104,7 +104,11 @@ class Rows:
         if len(self.ids) != len(dataset):
             raise InputError(f"ids: expected one for each of the {len(dataset)} rows, got {len(self.ids)}")
         if ids is not None and len(set(ids)) != len(ids):
-            raise InputError("ids: expected no two rows to share one")
+            seen: dict[int | str, int] = {}
+            twice = next(row for row, name in enumerate(ids) if seen.setdefault(name, row) != row)
+            raise InputError(
+                f"ids: expected no two rows to share one, and rows {seen[ids[twice]]} and {twice} are both {ids[twice]!r}"
+            )
         first = dataset[0]
         if "input_ids" not in first or ("labels" not in first and not set(SPAN) <= set(first)):
             needed = "labels" if "input_ids" in first else "input_ids"

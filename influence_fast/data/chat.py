@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -49,8 +49,13 @@ def messages_of(value: Any) -> list[Message]:
     """A conversation with ``role`` and ``content``, whatever dialect it is written in.
 
     Raises:
-        RowError: no list of messages; content that is no text, such as images.
+        RowError: no list of messages, nor the text of a JSON list; content that is no text, such as images.
     """
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        try:
+            value = json.loads(value)
+        except ValueError as error:
+            raise RowError(f"has a conversation that is no JSON ({error})") from None
     if not isinstance(value, Sequence) or isinstance(value, str) or not value:
         raise RowError("has no conversation, a list of messages")
     return [_message(place, message) for place, message in enumerate(value)]
@@ -147,8 +152,19 @@ class ChatEncoder:
         turns = [place for place in spoken if place >= begin and messages[place].get("weight", 1)]
         if not turns:
             raise RowError("has no turn of the assistant, so nothing to learn from")
-        if self._marks and turns == spoken:
-            return self._by_mask(messages, tools)
+        problem: RowError | None = None
+        for form in _forms(messages):
+            try:
+                return (
+                    self._by_mask(form, tools) if self._marks and turns == spoken else self._found(form, turns, tools)
+                )
+            except RowError as error:
+                problem = problem or error
+        assert problem is not None
+        raise problem
+
+    def _found(self, messages: list[Message], turns: Sequence[int], tools: Any) -> tuple[list[int], list[bool]]:
+        """By where each turn stands in the text."""
         text = self._render(messages, tools)
         fast = getattr(self.tokenizer, "is_fast", False)
         offsets = {"return_offsets_mapping": True} if fast else {}
@@ -175,9 +191,22 @@ class ChatEncoder:
 
     def _apply(self, messages: list[Message], tools: Any, **options: Any) -> Any:
         import jinja2
+        from transformers.utils import chat_template_utils
 
+        # Some templates tell a call by a content of none, which later versions of apply_chat_template leave out.
+        render = getattr(chat_template_utils, "render_jinja_template", None)
         given = {"chat_template": self.template} if self.template is not None else {}
         try:
+            if (
+                render is not None
+                and any(message["content"] is None for message in messages)
+                and not options["tokenize"]
+            ):
+                marks, ask = self.tokenizer.special_tokens_map, options["add_generation_prompt"]
+                template = self.tokenizer.get_chat_template(self.template, tools or None)
+                return render([messages], tools or None, chat_template=template, add_generation_prompt=ask, **marks)[0][
+                    0
+                ]
             return self.tokenizer.apply_chat_template(messages, tools=tools or None, **given, **options)
         except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
             raise RowError(f"is refused by the chat template ({str(error).strip().splitlines()[0]})") from None
@@ -241,7 +270,56 @@ class ChatEncoder:
 
 def _spoken(message: Message) -> list[str]:
     """What a turn is recognised by: its answer, without a thought, which templates rewrite, and the tools it calls."""
-    return [part for part in (message["content"].rpartition("</think>")[2].strip(), *_called(message)) if part]
+    content = message["content"] or ""
+    return [part for part in (content.rpartition("</think>")[2].strip(), *_called(message)) if part]
+
+
+def _forms(messages: list[Message]) -> Iterator[list[Message]]:
+    """A conversation as it is, then in the other forms that templates want of calls of tools.
+
+    Arguments are an object to some and the text of one to others (DeepSeek, OpenAI); a call without words beside it has an
+    empty content to some, and to others none (DeepSeek).
+    """
+    yield messages
+    if not any(map(_called, messages)):
+        return
+    forms = [[_with_arguments(message, of) for message in messages] for of in (_as_text, _as_object)]
+    seen = [messages]
+    for form in [*forms, *([_without_content(one) for one in form] for form in (messages, *forms))]:
+        if form not in seen:
+            seen.append(form)
+            yield form
+
+
+def _with_arguments(message: Message, change: Callable[[Any], Any]) -> Message:
+    """The same with the arguments of every call changed."""
+    if not _called(message):
+        return message
+
+    def changed(call: Any) -> Any:
+        if not isinstance(call, Mapping):
+            return call
+        if "function" in call:
+            return {**call, "function": changed(call["function"])}
+        return {**call, "arguments": change(call["arguments"])} if "arguments" in call else call
+
+    return {**message, "tool_calls": [changed(call) for call in message["tool_calls"]]}
+
+
+def _without_content(message: Message) -> Message:
+    return {**message, "content": None} if _called(message) and not message["content"] else message
+
+
+def _as_text(arguments: Any) -> Any:
+    return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+
+
+def _as_object(arguments: Any) -> Any:
+    try:
+        found = json.loads(arguments)
+    except (TypeError, ValueError):
+        return arguments
+    return found if isinstance(found, dict) else arguments
 
 
 def _called(message: Message) -> list[str]:

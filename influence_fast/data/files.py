@@ -82,7 +82,8 @@ def read_file(argument: str, path: Path) -> NumberedRows:
         yield from readers.get(kind, _json_lines)(argument, path)
     except UnicodeDecodeError as error:
         raise InputError(
-            f"{argument}: cannot read {str(path)!r}: it is not UTF-8 (byte {error.object[error.start]:#04x})"
+            f"{argument}: cannot read {str(path)!r}: it is not UTF-8 (byte {error.object[error.start]:#04x}); "
+            "save it as UTF-8"
         ) from None
     except (OSError, EOFError) as error:
         raise InputError(f"{argument}: cannot read {str(path)!r} ({error})") from None
@@ -171,10 +172,28 @@ def _lines(text: TextIO) -> Iterator[tuple[int, str]]:
 
 def _json_lines(argument: str, path: Path) -> NumberedRows:
     with opened(path) as text:
+        first = True
         for number, line in _lines(text):
             if not line.strip():
                 continue
+            if first and _begins_list(line):
+                raise InputError(
+                    f"{argument}: {str(path)!r} holds one JSON list, and not an object a line; rename it so that it ends in "
+                    ".json"
+                )
+            first = False
             yield number, _object(line)
+
+
+def _begins_list(line: str) -> bool:
+    """Whether a line is a list of objects, or its beginning."""
+    if not line.lstrip().startswith("["):
+        return False
+    try:
+        found = json.loads(line)
+    except (ValueError, RecursionError):
+        return True
+    return bool(found) and all(isinstance(row, dict) for row in found)
 
 
 def _object(text: str) -> Row | BadLine:
@@ -191,7 +210,9 @@ def _json(argument: str, path: Path) -> NumberedRows:
         whole = text.read()
     try:
         found = json.loads(whole, parse_float=WrittenNumber)
-    except (ValueError, RecursionError):
+    except (ValueError, RecursionError) as error:
+        if _begins_list(whole):
+            raise InputError(f"{argument}: cannot read {str(path)!r}: it is no JSON ({error})") from None
         yield from _json_lines(argument, path)
         return
     if isinstance(found, dict):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -52,6 +53,7 @@ _TEXTS = (
 )
 _LABELS = ("labels", "class", "category", "target", "sentiment", "intent", "score", "stars", "rating")
 _WORDS = ("tokens", "words")
+_NUMBER = re.compile(r"[+-]?\d+(\.\d*)?")
 _TAGS = ("ner_tags", "tags", "labels", "pos_tags", "chunk_tags")
 
 
@@ -95,7 +97,7 @@ def recognise(argument: str, columns: Sequence[str], first: Mapping[str, Any], g
     label = there.named(given.label) if given.label != LABEL or LABEL in there.names else None
     if task in ("classification", "multi-label", "regression"):
         # A text and a label of their own are missed by name, so that a mistyped option is seen.
-        return Form(LABELLED, text or there.one_of(_TEXTS, "text"), label or there.one_of(_LABELS, "label"))
+        return Form(LABELLED, text or there.one_of(_TEXTS, "text"), label or there.one_of((LABEL, *_LABELS), "label"))
     if task == "token-classification":
         tags = label if label and given.label != LABEL else there.one_of((*_TAGS, LABEL), "label")
         return Form(TAGGED, text if given.text != TEXT and text else there.one_of(_WORDS, "text"), tags)
@@ -134,7 +136,8 @@ def _generative(there: _Columns, text: tuple[str, ...] | None, task: str) -> For
 
 
 def _is_conversation(value: Any) -> bool:
-    return value is None or (isinstance(value, Sequence) and not isinstance(value, str))
+    # In a cell of a table it is the text of a JSON list.
+    return value is None or (value.lstrip().startswith("[") if isinstance(value, str) else isinstance(value, Sequence))
 
 
 @dataclass(frozen=True)
@@ -154,12 +157,23 @@ class _Columns:
         return chosen
 
     def one_of(self, choices: Sequence[str | tuple[str, ...]], what: str) -> tuple[str, ...]:
-        for choice in choices:
-            wanted = (choice,) if isinstance(choice, str) else choice
-            if all(name in self.names for name in wanted):
-                return wanted
+        folded = [name.strip().casefold() for name in self.names]
+        alike = {key: name for key, name in zip(folded, self.names, strict=True) if folded.count(key) == 1}
+        # As the file writes them, or else with capitals or blanks around them.
+        for names in ({name: name for name in self.names}, alike):
+            for choice in choices:
+                wanted = (choice,) if isinstance(choice, str) else choice
+                if all(name in names for name in wanted):
+                    return tuple(names[name] for name in wanted)
+        # A number or nothing is rarely a column's name, and nearly always a row's value.
+        header = (
+            ""
+            if all(key and not _NUMBER.fullmatch(key) for key in folded)
+            else "; the first line of a table names them"
+        )
         raise InputError(
-            f"{self.argument}: has no column {what!r}; there are {', '.join(self.names)} (--{what}-column says which it is)"
+            f"{self.argument}: has no column {what!r}; there are {', '.join(self.names)} (--{what}-column says which it is"
+            f"{header})"
         )
 
     def pair(

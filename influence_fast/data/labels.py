@@ -15,7 +15,9 @@ from influence_fast.data.tasks import config_of
 from influence_fast.errors import InputError
 
 _GENERIC = re.compile(r"LABEL_\d+")
-_WHOLE = re.compile(r"[+-]?\d+")
+# Frames with a gap hold whole numbers as ``1.0``, and write them so.
+_WHOLE = re.compile(r"[+-]?\d+(\.0*)?")
+_NUMBER = re.compile(r"[+-]?\d*\.?\d+")
 
 
 def is_missing(value: Any) -> bool:
@@ -65,9 +67,11 @@ class Classes:
             return known[text]
         # Where classes are called by numbers, a number in text is a name.
         if _WHOLE.fullmatch(text) and not any(map(_WHOLE.fullmatch, self.names or [])):
-            return int(text)
+            return int(text.partition(".")[0])
         if self.names:
             raise RowError(f"has {column} {text!r}, the model knows {', '.join(self.names)}")
+        if _NUMBER.fullmatch(text):
+            raise RowError(f"has {column} {text!r}, expected the number of a class, or its name")
         raise RowError(
             f"has {column} {text!r}, the model knows {', '.join(known) or 'class numbers alone'}; name its classes in the "
             "order of their numbers (--label-names NAME,NAME,...)"

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from influence_fast import _distributed as processes
+from influence_fast._memory import GiveBack
 from influence_fast.data.batching import Loss, Rows, batches, checked_rows, token_budget
 from influence_fast.data.tasks import device_of
 from influence_fast.errors import InfluenceError, InputError, StoreError
@@ -61,6 +62,7 @@ def write_store(path: str | PathLike[str], job: Job, resume: bool = True, progre
         job.capture,
     ):
         writing: Future[None] | None = None
+        give_back = GiveBack()
         missing = writer.missing
         bar.update(len(job.rows) - sum(len(writer.span(number)) for number in missing))
         # The bar is rank 0's: the others are as far, give or take a shard.
@@ -72,6 +74,7 @@ def write_store(path: str | PathLike[str], job: Job, resume: bool = True, progre
             # The next shard is computed while this one is hashed and written; never more than two are in memory.
             writing = background.submit(writer.write, number, shard.gradients, shard.columns)
             del shard
+            give_back()
         job.keep_step([[writer.span(number) for number in missing[r::world]] for r in range(world)])
         if writing is not None:
             writing.result()

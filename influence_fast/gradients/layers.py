@@ -10,7 +10,7 @@ other parameter (norms, biases, convolutions, recurrent cells, bare ones) is a l
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -222,6 +222,14 @@ def default_layers(model: nn.Module) -> str | list[str]:
     if trained and not all(parameter.requires_grad for parameter in model.parameters()):
         return trained
     return _adapters(model) or "attention,mlp,head"
+
+
+def freeze_others(model: nn.Module, trained: Collection[str] | None) -> None:
+    """Leave ``requires_grad`` to the parameters of these names; nothing is done where one is not there, or none is known."""
+    named = {uncompiled(name): parameter for name, parameter in model.named_parameters()}
+    if trained and set(trained) <= set(named):
+        for name in set(named) - set(trained):
+            named[name].requires_grad_(False)
 
 
 def _adapters(model: nn.Module) -> list[str]:

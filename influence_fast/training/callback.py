@@ -12,6 +12,7 @@ from transformers import TrainerCallback
 
 from influence_fast.data.tasks import IGNORED, head_of
 from influence_fast.errors import InputError
+from influence_fast.gradients.layers import uncompiled
 from influence_fast.gradients.losses import logits_of, widened
 from influence_fast.gradients.model_state import is_adapted
 from influence_fast.training.carried_rows import LABELS, REFERENCE, ROWS, carry_rows
@@ -168,7 +169,11 @@ class InfluenceCallback(TrainerCallback):
             return
         optimizer = path / "optimizer.pt"
         found = Checkpoint(
-            path.absolute(), step, sum(rates) / len(rates), optimizer.absolute() if optimizer.exists() else None
+            path.absolute(),
+            step,
+            sum(rates) / len(rates),
+            optimizer.absolute() if optimizer.exists() else None,
+            trained_names(kwargs["model"], kwargs["optimizer"]),
         )
         self._checkpoints = [one for one in self._checkpoints if one.step != step] + [found]
         write_checkpoints(self.folder, self._checkpoints)
@@ -270,6 +275,13 @@ class InfluenceCallback(TrainerCallback):
             if classes is not None:
                 self._epoch.labels[rows] = classes.long().cpu()
         self._waiting = []
+
+
+def trained_names(model: nn.Module, optimizer: Any) -> tuple[str, ...] | None:
+    """Names of the parameters that an optimizer has, in its order; None where it has one that is not the model's."""
+    names = {id(parameter): uncompiled(name) for name, parameter in model.named_parameters()}
+    given = [names.get(id(parameter)) for group in optimizer.param_groups for parameter in group["params"]]
+    return None if None in given else tuple(map(str, given))
 
 
 def by_row(kind: str | None, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -35,12 +35,14 @@ class Checkpoint:
         step: optimizer steps before it.
         learning_rate: the mean over the steps since the checkpoint before.
         optimizer: where its ``optimizer.pt`` lies; None where none was saved.
+        trained: names of the parameters in it, in its order; None where they were not recorded.
     """
 
     path: Path
     step: int
     learning_rate: float
     optimizer: Path | None = None
+    trained: tuple[str, ...] | None = None
 
 
 @dataclass
@@ -121,6 +123,11 @@ class RecordedTraining:
             for name, score in found.items()
             if not bool(score.isnan().all())
         }
+
+    @property
+    def trained(self) -> tuple[str, ...] | None:
+        """Names of the parameters that were trained, of the last checkpoint; None where none was recorded."""
+        return self.checkpoints[-1].trained if self.checkpoints else None
 
     def some(self, rows: list[int]) -> RecordedTraining:
         """These rows alone."""
@@ -216,6 +223,7 @@ def write_checkpoints(folder: Path, checkpoints: list[Checkpoint]) -> None:
             "step": one.step,
             "learning_rate": one.learning_rate,
             "optimizer": None if one.optimizer is None else str(one.optimizer),
+            "trained": one.trained,
         }
         for one in checkpoints
     ]
@@ -243,9 +251,16 @@ def read_checkpoints(folder: Path) -> list[Checkpoint]:
 
 def _checkpoint(entry: Mapping[str, Any]) -> Checkpoint:
     check_types(entry, {"path": str, "step": int, "learning_rate": float, "optimizer": str | None})
-    optimizer = entry["optimizer"]
+    # Earlier versions did not write it.
+    trained = entry.get("trained")
+    check_types({"trained": trained}, {"trained": list[str] | None})
+    optimizer = None if entry["optimizer"] is None else Path(entry["optimizer"])
     return Checkpoint(
-        Path(entry["path"]), entry["step"], entry["learning_rate"], None if optimizer is None else Path(optimizer)
+        Path(entry["path"]),
+        entry["step"],
+        entry["learning_rate"],
+        optimizer,
+        None if trained is None else tuple(trained),
     )
 
 

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import models
+import numpy as np
 import pytest
 import torch
 
 import influence_fast as inf
+from influence_fast.attribution import label_quality
+from influence_fast.attribution.model_passes import ModelPasses
 
 
 def estimate(truth: torch.Tensor, strength: float, seed: int) -> torch.Tensor:
@@ -71,3 +77,28 @@ def test_a_pool_is_the_most_probable_one() -> None:
     assert scores.shape == (60,)
     assert scores.dtype == torch.float64
     assert (scores < 0).all()
+
+
+def test_hidden_states_of_a_pool_are_held_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are the most that an audit of many rows has in memory: the probe reads what the pass wrote."""
+    read: list[np.ndarray] = []
+    passes: set[ModelPasses] = set()
+    fit, states = label_quality.cross_fitted, ModelPasses.all_states
+
+    def fitted(x: np.ndarray, *given: Any) -> Any:
+        read.append(x)
+        return fit(x, *given)
+
+    def seen(self: ModelPasses, *given: Any, **how: Any) -> torch.Tensor:
+        passes.add(self)
+        return states(self, *given, **how)
+
+    monkeypatch.setattr(label_quality, "cross_fitted", fitted)
+    monkeypatch.setattr(ModelPasses, "all_states", seen)
+    rows = models.rows("classification", 24)
+    inf.audit(models.make("bert", lora=True), rows, rows[:9], methods=["pool"], layers="head", progress=False)
+    (own,) = passes
+    kept = [value for (_, what), value in own._found.items() if what == "base states mean"]
+    assert [len(value) for value in kept] == [24, 9]
+    assert np.shares_memory(read[0], kept[0].numpy())
+    assert all(value.is_contiguous() for value in kept)

@@ -58,7 +58,11 @@ def test_what_is_kept_is_what_the_functions_give() -> None:
         base = inf.hidden_states(model, rows, progress=False)
     torch.testing.assert_close(passes.hidden_states(rows, base=True), base)
     assert not torch.allclose(base["block 3"], states["block 3"])
-    assert passes.hidden_states(rows) is states
+    # Held once, whichever way they are asked for.
+    whole = passes.all_states(rows)
+    assert whole is passes.all_states(rows)
+    assert whole.shape[1] == len(states)
+    assert torch.equal(passes.last_states(rows), states["block 3"])
 
 
 def test_rows_with_other_labels_share_what_inputs_decide(monkeypatch: pytest.MonkeyPatch) -> None:

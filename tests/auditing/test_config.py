@@ -56,6 +56,7 @@ def test_a_document_of_version_0_1_comes_back() -> None:
         ({"truncate": "no"}, r"truncate: expected true or false, got 'no'"),
         ({"methods": "dot"}, r"methods: expected a list of texts or null, got 'dot'"),
         ({"fraction": "0.2"}, r"fraction: expected a number, got '0.2'"),
+        ({"fraction": 2.0}, r"fraction: expected a share above 0 and up to 1, got 2.0"),
         ({"seed": True}, r"seed: expected a whole number, got True"),
         ({"layers": 3}, r"layers: expected a list of texts or a text or null, got 3"),
         ({"projection": 3}, r"projection: expected identity, KIND:OUTxIN .*got 3"),

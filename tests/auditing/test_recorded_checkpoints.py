@@ -100,6 +100,44 @@ def test_adapters_are_loaded_from_their_checkpoints(tmp_path: Path) -> None:
     torch.testing.assert_close(found / found.norm(), wanted / wanted.norm(), rtol=1e-3, atol=1e-5)
 
 
+def test_of_a_model_with_frozen_weights_the_trained_layers_are_scored(tmp_path: Path) -> None:
+    made, rows = models.make("bert"), models.rows("classification", 8)
+    for name, parameter in made.named_parameters():
+        parameter.requires_grad = name.startswith("classifier") or ".1.attention.self." in name
+    given = arguments(tmp_path, save_strategy="epoch", num_train_epochs=1, learning_rate=0.01)
+    recorded = [inf.InfluenceCallback(tmp_path / "recorded")]
+    trainer = Trainer(without_dropout(made), given, models.collate, rows, callbacks=recorded)
+    trainer.train()
+    trainer.save_model(str(tmp_path / "model"))
+    layers = inf.select_layers(made, "trained")
+    how = {"methods": ["less"], "aggregations": ["mean"], "evidence": 0, "progress": False}
+    # From files, which do not say what was frozen, and in memory.
+    results = [
+        inf.audit(model, rows, rows[:3], training=tmp_path / "recorded", **how)
+        for model in (str(tmp_path / "model"), made)
+    ]
+    expected = torch.zeros(3, 8, dtype=torch.float64)
+    for one in inf.read_training(tmp_path / "recorded").checkpoints:
+        assert set(one.trained or ()) == {name for name, p in made.named_parameters() if p.requires_grad}
+        network = AutoModelForSequenceClassification.from_pretrained(one.path)
+        own, theirs = (models.oracle(network, part, layers) for part in (rows, rows[:3]))
+        states = inf.read_adam(one.path, network, layers, one.trained)
+        steps = []
+        for name in layers:
+            (b1, b2), state = states[name].betas, states[name]
+            m, v, g = state.m.double(), state.v.double(), own[name].reshape(8, *state.m.shape)
+            steps.append(((b1 * m + (1 - b1) * g) / (b2 * v + (1 - b2) * g**2 + state.eps).sqrt()).flatten(1))
+        sides = torch.cat([theirs[name].flatten(1) for name in layers], 1), torch.cat(steps, 1)
+        asked, updates = (torch.nn.functional.normalize(side, dim=1) for side in sides)
+        expected += one.learning_rate * asked @ updates.T
+    for result in results:
+        assert result.groups["all"] == layers
+        found = result.rankings[inf.RankingKey("less", "all", "mean")]
+        torch.testing.assert_close(found, expected.mean(0), rtol=1e-3, atol=1e-6)
+    with pytest.raises(inf.InputError, match=r"layers: .* has no moments of '.*layer.0.attention.self.query'"):
+        inf.audit(str(tmp_path / "model"), rows, rows[:3], training=tmp_path / "recorded", layers="attention[0]", **how)
+
+
 def test_what_is_missing_is_said(training: tuple[Path, str, list[dict]], tmp_path: Path) -> None:
     folder, model, rows = training
 

@@ -93,7 +93,7 @@ def test_bad_rows_are_left_out_and_listed(folder: Path, tmp_path: Path) -> None:
     assert "row 3 (train.jsonl, line 4) has no label" in err
     code, out, err = run("audit", *given, "--skip-bad")
     assert code == 0, err
-    assert "1 rows were left out: row 3 (train.jsonl, line 4) has no label" in " ".join(out.split())
+    assert "1 row was left out: row 3 (train.jsonl, line 4) has no label" in " ".join(out.split())
     assert "row 3 (train.jsonl, line 4) has no label" in (tmp_path / "a" / "skipped.txt").read_text()
     assert "3" not in {row["id"] for row in read_csv(tmp_path / "a" / "scores.csv")}
 

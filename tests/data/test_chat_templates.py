@@ -249,6 +249,52 @@ def test_earlier_thoughts_that_the_template_leaves_out_are_not_looked_for() -> N
     assert thoughtful(reasons) == "hi<|im_end|>|<think>\nhm\n</think>\n\nyes, hi<|im_end|>\n"
 
 
+# A call has no content, and its arguments are text; an answer to what a tool says has no mark of its own before it.
+DEEPSEEK_TOOLS = (
+    "{% set ns = namespace(told=false) %}{{ bos_token }}{% for m in messages %}"
+    "{% if m.role == 'user' %}{{ '<User>' + m.content }}{% endif %}"
+    "{% if m.role == 'assistant' and m.content is none %}{{ '<Assistant><calls>' }}{% for call in m.tool_calls %}"
+    "{{ '<call>' + call.type + '<sep>' + call.function.name + '\n```json\n' + call.function.arguments + '\n```</call>' }}"
+    "{% endfor %}{{ '</calls>' + eos_token }}{% endif %}"
+    "{% if m.role == 'assistant' and m.content is not none %}{% if ns.told %}{% set ns.told = false %}"
+    "{{ '</outputs>' + m.content + eos_token }}{% else %}{{ '<Assistant>' + m.content + eos_token }}{% endif %}{% endif %}"
+    "{% if m.role == 'tool' %}{% set ns.told = true %}{{ '<output>' + m.content }}{% endif %}{% endfor %}"
+    "{% if ns.told %}{{ '</outputs>' }}{% elif add_generation_prompt %}{{ '<Assistant>' }}{% endif %}"
+)
+DEEPSEEK_MARKS = (
+    "<User>",
+    "<Assistant>",
+    "<calls>",
+    "</calls>",
+    "<call>",
+    "</call>",
+    "<sep>",
+    "<output>",
+    "</outputs>",
+)
+
+
+@pytest.mark.parametrize("content", [None, ""])
+@pytest.mark.parametrize("given", [{"city": "K\u00f6ln", "days": 2}, '{"city": "K\u00f6ln", "days": 2}'])
+def test_calls_have_the_form_that_the_template_takes(given: Any, content: Any) -> None:
+    call = {"type": "function", "function": {"name": "weather", "arguments": given}}
+    tools = [{"type": "function", "function": {"name": "weather"}}]
+    asks = {"role": "assistant", "content": content, "tool_calls": [call]}
+    talk = [HELLO, asks, {"role": "tool", "content": "3 weather"}, YES, AGAIN, HI]
+    tokenizer = tokenizer_of(Family(DEEPSEEK_TOOLS, DEEPSEEK_MARKS, "</s>"))
+    text, told = targets(tokenizer, DEEPSEEK_TOOLS, talk, tools)
+    json_text = '{"city": "K\u00f6ln", "days": 2}'
+    called = f"<calls><call>function<sep>weather\n```json\n{json_text}\n```</call></calls></s>"
+    assert told == f"{called}|yes, hi</s>|hi</s>"
+    assert text == f"<s><User>hello<Assistant>{called}<output>3 weather</outputs>yes, hi</s><User>hi?<Assistant>hi</s>"
+    # The other way round: entries of an object.
+    items = chatml(
+        answer="m.content + (m.tool_calls[0].function.arguments.items() | list)[0][1] if m.tool_calls else m.content"
+    )
+    with_name = items.replace("m.content + (", "m.tool_calls[0].function.name + (")
+    assert targets(tokenizer_of(FAMILIES["chatml"]), with_name, talk)[1].startswith("weatherK\u00f6ln<|im_end|>")
+
+
 def test_calls_of_tools_are_learned_and_their_answers_are_not() -> None:
     talk = [HELLO, {**HI, "content": None, "tool_calls": [CALL]}, {"role": "tool", "content": "3"}, YES]
     called = '<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call><|im_end|>'

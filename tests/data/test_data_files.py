@@ -90,10 +90,13 @@ def test_lines_that_cannot_be_read_are_named(tmp_path: Path) -> None:
         ("a.txt", b"x", "expected a file ending in .jsonl"),
         ("a.csv", b'a,b\n"x,1\ny,"z, w"\n', "line 2"),
         ("a.csv", b"a,a\n1,2\n", "more than one column 'a'"),
-        ("a.csv", "a\nü\n".encode("latin-1"), "not UTF-8"),
+        ("a.csv", "a\nü\n".encode("latin-1"), r"not UTF-8 \(byte 0xfc\); save it as UTF-8"),
         ("a.parquet", b"PAR1 but not really", "cannot read"),
         ("a.jsonl.gz", b"no gzip at all", "cannot read"),
         ("a.json", b"3", "holds a int"),
+        ("a.json", b'[{"a": 1},\n]', r"a.json': it is no JSON \("),
+        ("a.jsonl", b'[{"a": 1}]', "holds one JSON list, and not an object a line; rename it so that it ends in .json"),
+        ("a.jsonl", b'\n[\n {"a": 1}\n]', "holds one JSON list"),
     ],
 )
 def test_files_that_are_none_are_refused(tmp_path: Path, name: str, text: bytes, message: str) -> None:

@@ -20,7 +20,7 @@ def model(names: list[str] | None = None, count: int = 3) -> torch.nn.Module:
     return module
 
 
-@pytest.mark.parametrize("value", [2, np.int64(2), torch.tensor(2), 2.0, "2", " 2 ", "LABEL_2"])
+@pytest.mark.parametrize("value", [2, np.int64(2), torch.tensor(2), 2.0, "2", " 2 ", "2.0", "LABEL_2"])
 def test_numbers_in_any_dress(value: object) -> None:
     assert classes_of("train", model(), None, None).number("label", value) == 2
 
@@ -34,6 +34,7 @@ def test_numbers_in_any_dress(value: object) -> None:
         (3, "has label 3, expected an int from 0 to 2"),
         (True, "has label True, expected an int"),
         (0.5, "has label 0.5, expected an int"),
+        ("0.5", "has label '0.5', expected the number of a class, or its name"),
         ("good", "label 'good', the model knows LABEL_0, LABEL_1, LABEL_2; name its classes .*--label-names"),
     ],
 )

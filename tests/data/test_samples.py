@@ -77,6 +77,12 @@ FORMS = {
         "w0 w2 w1 w0 w3 w1",
         "_ _ _ _ w3 w1",
     ),
+    "messages as text": (
+        {"messages": '[{"role": "user", "content": "w2"}, {"role": "assistant", "content": "w3"}]'},
+        "chat: 'messages'",
+        "w0 w2 w1 w0 w3 w1",
+        "_ _ _ _ w3 w1",
+    ),
     "sharegpt": (
         {"conversations": [{"from": "human", "value": "w2"}, {"from": "gpt", "value": "w3"}]},
         "chat: 'conversations'",
@@ -268,6 +274,25 @@ def test_columns_that_are_not_there() -> None:
             made([{"text": "w2", "label": 1}], classifier(), **settings)
     with pytest.raises(inf.InputError, match=r"has no column 'text'; there are foo \(--text-column says which it is\)"):
         made([{"foo": "w2"}])
+    # A file without a header.
+    with pytest.raises(
+        inf.InputError, match=r"has no column 'text'; there are w2 w3, 1 .*the first line of a table names"
+    ):
+        made([{"w2 w3": "w4", "1": "0"}], classifier())
+
+
+def test_capitals_and_blanks_of_columns_are_overlooked_where_one_fits() -> None:
+    samples = made([{" Text ": "w2", "LABEL": 1}, {" Text ": "w3", "LABEL": 0}], classifier())
+    assert samples.form == "text and label: ' Text ', targets in 'LABEL'"
+    assert samples.labels == [1, 0]
+    with pytest.raises(inf.InputError, match="has no column 'text'; there are Text, TEXT, label"):
+        made([{"Text": "w2", "TEXT": "w3", "label": 1}], classifier())
+
+
+def test_a_conversation_that_is_broken_text_is_named() -> None:
+    talk = FORMS["messages as text"][0]
+    with pytest.raises(inf.InputError, match=r"row 1 has a conversation that is no JSON \("):
+        made([talk, {"messages": talk["messages"][:-1]}])
 
 
 def test_rows_of_a_tokenizer_with_tensors(folder: Path) -> None:

@@ -55,6 +55,38 @@ def test_an_adapter_that_was_loaded_for_inference_finds_its_own(tmp_path):
     assert all(torch.equal(found[name].v, expected[name].v) for name in found)
 
 
+def test_what_was_frozen_is_found_by_name_by_flag_or_by_shape(tmp_path):
+    made = trainer(tmp_path, count=4, num_train_epochs=1, save_strategy="epoch")
+    made.add_callback(inf.InfluenceCallback(tmp_path / "recorded"))
+    for name, parameter in made.model.named_parameters():
+        parameter.requires_grad = name.startswith("classifier")
+    made.train()
+    checkpoint = tmp_path / "out" / "checkpoint-2"
+    expected = inf.read_adam(checkpoint, made.model)
+    assert set(expected) == {"classifier", "classifier.bias"}
+    (one,) = inf.read_training(tmp_path / "recorded").checkpoints
+    assert one.trained == ("classifier.weight", "classifier.bias")
+    # Loaded anew, all require a gradient, and no other parameters have the shapes of a head.
+    loaded = type(made.model).from_pretrained(checkpoint)
+    for found in (inf.read_adam(checkpoint, loaded), inf.read_adam(checkpoint, loaded, trained=one.trained)):
+        assert set(found) == set(expected)
+        assert all(torch.equal(found[name].m, expected[name].m) for name in found)
+    with pytest.raises(InputError, match=r"no moments of '.*query', which the optimizer did not train; leave it out"):
+        inf.read_adam(checkpoint, loaded, "attention")
+    with pytest.raises(InputError, match="trained: this BertForSequenceClassification has no parameter 'head'"):
+        inf.read_adam(checkpoint, loaded, trained=["head"])
+    # Of two blocks alike, shapes do not say which was trained.
+    document = torch.load(checkpoint / "optimizer.pt", weights_only=True)
+    of_block = loaded.bert.encoder.layer[0].attention.self.query.weight
+    state = {**document["state"][0], "exp_avg": of_block.detach(), "exp_avg_sq": of_block.detach().square()}
+    document["param_groups"] = [{**document["param_groups"][0], "params": [0]}]
+    torch.save({"state": {0: state}, "param_groups": document["param_groups"]}, checkpoint / "optimizer.pt")
+    with pytest.raises(InputError, match=r"has 1 trained parameters, .*requires_grad_\(False\)\), or their names"):
+        inf.read_adam(checkpoint, loaded)
+    found = inf.read_adam(checkpoint, loaded, trained=["bert.encoder.layer.1.attention.self.query.weight"])
+    assert list(found) == ["bert.encoder.layer.1.attention.self.query"]
+
+
 def test_what_is_no_state_of_adam_is_refused(tmp_path):
     made, checkpoint = trained(tmp_path)
     file = checkpoint / "optimizer.pt"

@@ -32,7 +32,7 @@ def gather(inputs: MethodInputs, rows: Tensor, groups: Sequence[str] | None, tok
     if inputs.task == "classification":
         states: Any
         if inputs.kept(VOTES) is not None:
-            states = next(reversed(inputs.passes.hidden_states(inputs.samples, "mean", base=True).values()))
+            states = inputs.passes.last_states(inputs.samples, base=True)
         else:
             words = word_features(inputs.samples.rows)
             states = None if words is None else words[0]

@@ -61,12 +61,14 @@ def findings(result: AuditResult, evaluation: list[dict[str, Any]]) -> list[str]
     if "skipped" in facts:
         problems = facts["skipped"]
         more = f"; and {len(problems) - 5} more (skipped.txt)" if len(problems) > 5 else ""
-        out.append(f"{len(problems)} rows were left out: {'; '.join(problems[:5])}{more}.")
+        left = "1 row was" if len(problems) == 1 else f"{len(problems)} rows were"
+        out.append(f"{left} left out: {'; '.join(problems[:5])}{more}.")
     if "queries_correct" in facts:
         right, queries = facts["queries_correct"], facts["queries"]
         out.append(f"The model predicts {right} of {queries} queries correctly ({right / queries:.1%}).")
         if right < 50:
-            out.append(f"{right} correct queries are few: the -c rankings rest on them alone and will be unstable.")
+            few = "1 correct query is little" if right == 1 else f"{right} correct queries are few"
+            out.append(f"{few}: the -c rankings rest on that alone and will be unstable.")
     if evaluation:
         out += _measured(result, evaluation)
     else:
