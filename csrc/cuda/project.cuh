@@ -141,25 +141,23 @@ DEVICE Targets targets(uint32_t f, uint32_t byte, const Side& side) {
 
 // acc += rows[0 .. live) of data times panel of the matrix, over feature blocks first, first + step, ... below last.
 // Fragment layout of acc[m][j][c]: row 16 m + lane / 4 + c / 2 * 8, column 8 j + lane % 4 * 2 + c % 2.
-template <typename T, bool Sjlt>
-DEVICE void project(Accumulator& acc, const T* rows, int64_t stride, int live, int64_t features, bool aligned,
-                    const Side& side, Panel panel, int64_t first, int64_t last, int64_t step) {
+// Numbers of features are int where they fit: beside 32 sums and 16 of data, a thread's 128 registers hold few more.
+template <typename T, bool Sjlt, typename Index>
+DEVICE void project(Accumulator& acc, const T* rows, int64_t stride, int live, Index features, bool aligned,
+                    const Side& side, Panel panel, Index first, Index last, Index step) {
   using Part = typename Parts<T>::Type;
   const int lane = static_cast<int>(threadIdx.x % 32), group = lane / 4, quarter = lane % 4;
   const philox::Key key{side.key0, side.key1};
 
-  const T* from[4];  // in the place of rows that do not count the first is read: their results are not used
-#pragma unroll
-  for (int r = 0; r < 4; ++r) from[r] = rows + (group + 8 * r < live ? group + 8 * r : 0) * stride + 8 * quarter;
-  const T* ahead = rows + (lane < live ? lane : 0) * stride;
+  const T* from = rows + group * stride + 8 * quarter;  // and three rows that are eight apart
 
-  for (int64_t block = first; block < last; block += step) {
+  for (Index block = first; block < last; block += step) {
     // A lane per row asks for the next block: by the time it is needed it has come from memory to L2, whatever few
     // loads registers have room for.
 #pragma unroll
     for (int e = 0; e < kBlock; e += 128 / static_cast<int>(sizeof(T))) {
-      const int64_t f = (block + step) * kBlock + e;
-      if (lane < live && block + step < last && f < features) prefetch(ahead + f);
+      const Index f = (block + step) * kBlock + e;
+      if (lane < live && block + step < last && f < features) prefetch(rows + lane * stride + f);
     }
     philox::Block bits;
     if constexpr (Sjlt) {
@@ -171,16 +169,16 @@ DEVICE void project(Accumulator& acc, const T* rows, int64_t stride, int live, i
 #pragma unroll 1
     for (int s = 0; s < 4; ++s) {
       const uint32_t word = pick(bits, s);
-      const int64_t f = block * kBlock + 32 * s, left = features - f - 8 * quarter;
+      const Index f = block * kBlock + 32 * s, left = features - f - 8 * quarter;
       Raw<T> raw[4];  // four loads in flight per thread; other warps fill the wait
       if (aligned && left >= 8) {
 #pragma unroll
-        for (int r = 0; r < 4; ++r) raw[r] = load_aligned(from[r] + f);
+        for (int r = 0; r < 4; ++r) raw[r] = group + 8 * r < live ? load_aligned(from + 8 * r * stride + f) : Raw<T>{};
       } else {
         const int width = left >= 8 ? 8 : left > 0 ? static_cast<int>(left) : 0;
 #pragma unroll 1
         for (int r = 0; r < 4; ++r) {
-          const Raw<T> some = load_some((r & 2 ? (r & 1 ? from[3] : from[2]) : (r & 1 ? from[1] : from[0])) + f, width);
+          const Raw<T> some = load_some(from + 8 * r * stride + f, group + 8 * r < live ? width : 0);
 #pragma unroll
           for (int i = 0; i < 4; ++i)
             if (i == r) raw[i] = some;

@@ -30,7 +30,7 @@ DEVICE void project_side(const Shared<float>& out, int width, int offset, const 
   const int64_t stride = x.token_stride;
   const T* rows = static_cast<const T*>(x.data) + tile.sample * x.sample_stride + (tile.begin + row0) * stride;
   const bool aligned = (reinterpret_cast<uintptr_t>(rows) | static_cast<uintptr_t>(stride) * sizeof(T)) % 16 == 0;
-  const int64_t blocks = ceil_div<int64_t>(x.features, kBlock);
+  const int features = static_cast<int>(x.features), blocks = ceil_div(features, kBlock);
   for (int base = 0; base < k4; base += panels * kPanel) {
     const int column = base + warp / row_warps % panels * kPanel;
     const int columns = k4 - column < 0 ? 0 : k4 - column > kPanel ? kPanel : k4 - column;
@@ -39,9 +39,9 @@ DEVICE void project_side(const Shared<float>& out, int width, int offset, const 
     clear(acc);
     if (live > 0 && columns > 0) {
       if (side.kind == Kind::sjlt)
-        project<T, true>(acc, rows, stride, live, x.features, aligned, side, panel, slice, blocks, slices);
+        project<T, true>(acc, rows, stride, live, features, aligned, side, panel, slice, blocks, slices);
       else
-        project<T, false>(acc, rows, stride, live, x.features, aligned, side, panel, slice, blocks, slices);
+        project<T, false>(acc, rows, stride, live, features, aligned, side, panel, slice, blocks, slices);
     }
     for (int turn = 0; turn < slices; ++turn) {  // slices add up in a fixed order
       if (turn == slice && live > 0) {
