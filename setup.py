@@ -162,7 +162,7 @@ class BuildExt(build_ext):
                 setattr(compiler, name, ["-dynamiclib" if flag == "-bundle" else flag for flag in command])
             libraries.append("-Wl,-install_name,@rpath/libinfluence_fast.dylib")
         elif extension.name == C_LIBRARY:
-            # A program that links with it asks for this name, whatever folder it is in; symbols are seven eighths of the size.
+            # A program that links with it asks for this name, in whatever folder. Symbols are seven eighths of the size.
             libraries += ["-Wl,-s,-soname,libinfluence_fast.so", "-Wl,--version-script=csrc/c/symbols.map"]
         objects, target = [self.objects[source] for source in sources], self.get_ext_fullpath(extension.name)
         compiler.link_shared_object(objects, target, extra_postargs=libraries, target_lang="c++")

@@ -73,7 +73,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 1 : 2)
   if (tile.live == 0 && split > 0) return;
 
   const int k_in = static_cast<int>(layer.in.k), k_out = static_cast<int>(layer.out.k);
-  const int in4 = (k_in + 3) / 4 * 4, out4 = (k_out + 3) / 4 * 4, width = in4 + out4;
+  const int in4 = (k_in + 3) & ~3, width = in4 + ((k_out + 3) & ~3);
   SharedArena arena;
   const Shared<float> projected = arena.take<float>(static_cast<int64_t>(tokens) * width);
 #pragma unroll 1
@@ -84,7 +84,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 1 : 2)
 
   const float scale = p.splits == 1 ? layer.in.scale * layer.out.scale : 1.0f;
   float* result = layer.parts + (tile.sample * p.splits + split) * static_cast<int64_t>(k_in) * k_out;
-  for (int quad = static_cast<int>(threadIdx.x); quad < in4 / 4 * (out4 / 4); quad += kThreads) {
+  for (int quad = static_cast<int>(threadIdx.x); quad < in4 / 4 * ((width - in4) / 4); quad += kThreads) {
     const int in = quad % (in4 / 4) * 4, out = quad / (in4 / 4) * 4;
     float sum[4][4] = {};
     for (int t = 0; t < tile.live; ++t) {
