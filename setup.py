@@ -9,6 +9,7 @@ the baseline (all by default: ``avx2;avx512;avx512bf16``), ``INFLUENCE_FAST_SANI
 
 from __future__ import annotations
 
+import copy
 import os
 import platform
 import shutil
@@ -37,6 +38,9 @@ ISA_FLAGS = {"avx2": AVX2, "avx512": AVX512, "avx512bf16": [*AVX512, "-mavx512bf
 NVCC_FLAGS = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
 NVCC_FLAGS += ["-lineinfo", "-Werror", "all-warnings", "-cudart", "static"]
 
+# A file among the package's modules that is linked against, not imported.
+C_LIBRARY = "influence_fast.libinfluence_fast"
+
 if sys.platform == "darwin":
     # A Python for both Mac architectures asks for both at once, but units are for one of them.
     os.environ.setdefault("ARCHFLAGS", f"-arch {platform.machine()}")
@@ -47,6 +51,15 @@ def cpu_extension() -> Extension:
     sources += [f"csrc/cpu/isa/{isa}.cpp" for isa in ("baseline", *ISA_FLAGS)]
     headers = [str(path) for pattern in ("*.h", "cpu/*.h", "cpu/kernels/*.inc") for path in Path("csrc").glob(pattern)]
     return Extension("influence_fast_cpu", sources, depends=headers, language="c++")
+
+
+def c_library() -> Extension:
+    """The same kernels under the C interface, as a shared library (influence_fast.get_library)."""
+    cpu = cpu_extension()
+    sources = [source for source in cpu.sources if not source.endswith("bindings.cpp")]
+    sources += sorted(str(path) for path in Path("csrc/c").glob("*.cpp"))
+    depends = [*cpu.depends, "csrc/c/symbols.map", *(str(path) for path in Path("csrc/c").glob("*.h"))]
+    return Extension(C_LIBRARY, sources, depends=depends, language="c++")
 
 
 def cuda_extension() -> Extension | None:
@@ -73,7 +86,10 @@ def nvcc() -> str | None:
 
 
 class BuildExt(build_ext):
+    objects: dict[str, str]  # of C++ sources that are compiled already: both libraries share most
+
     def build_extensions(self) -> None:
+        self.objects = {}
         if self.compiler.compiler_type != "unix":
             raise SystemExit(
                 "influence_fast compiles with g++ or clang on Linux and macOS, not with "
@@ -86,6 +102,12 @@ class BuildExt(build_ext):
             self.build_cuda(extension)
         else:
             self.build_cpu(extension)
+
+    def get_ext_filename(self, fullname: str) -> str:
+        *folders, name = fullname.split(".")
+        if name != C_LIBRARY.rpartition(".")[2]:
+            return super().get_ext_filename(fullname)
+        return os.path.join(*folders, f"{name}.{'dylib' if sys.platform == 'darwin' else 'so'}")
 
     def version_flag(self) -> str:
         return f'-DINFLUENCE_FAST_VERSION="{self.distribution.get_version()}"'
@@ -125,11 +147,25 @@ class BuildExt(build_ext):
             )
             return target
 
+        sources = [source for source in extension.sources if source not in left_out]
+        fresh = [source for source in sources if source not in self.objects]
         with ThreadPoolExecutor(CORES) as pool:
-            objects = list(pool.map(compiled, [source for source in extension.sources if source not in left_out]))
-        target = self.get_ext_fullpath(extension.name)
-        libraries = [*checked[:1], "-pthread", *(["-ldl"] if sys.platform == "linux" else [])]
-        self.compiler.link_shared_object(objects, target, extra_postargs=libraries, target_lang="c++")
+            self.objects.update(zip(fresh, pool.map(compiled, fresh), strict=True))
+        compiler, libraries = self.compiler, [*checked[:1], "-pthread"]
+        if sys.platform == "linux":
+            libraries.append("-ldl")
+        if extension.name == C_LIBRARY and sys.platform == "darwin":
+            # A bundle, which is what Python loads, cannot be linked against.
+            compiler = copy.copy(compiler)
+            for name in ("linker_so", "linker_so_cxx"):
+                command = getattr(compiler, name, None) or []
+                setattr(compiler, name, ["-dynamiclib" if flag == "-bundle" else flag for flag in command])
+            libraries.append("-Wl,-install_name,@rpath/libinfluence_fast.dylib")
+        elif extension.name == C_LIBRARY:
+            # A program that links with it asks for this name, in whatever folder. Symbols are seven eighths of the size.
+            libraries += ["-Wl,-s,-soname,libinfluence_fast.so", "-Wl,--version-script=csrc/c/symbols.map"]
+        objects, target = [self.objects[source] for source in sources], self.get_ext_fullpath(extension.name)
+        compiler.link_shared_object(objects, target, extra_postargs=libraries, target_lang="c++")
 
     def build_cuda(self, extension: Extension) -> None:
         archs = os.environ.get("INFLUENCE_FAST_CUDA_ARCHS", "80;86;89;90").split(";")
@@ -176,6 +212,6 @@ class BuildExt(build_ext):
 
 
 setup(
-    ext_modules=[extension for extension in (cpu_extension(), cuda_extension()) if extension],
+    ext_modules=[extension for extension in (cpu_extension(), c_library(), cuda_extension()) if extension],
     cmdclass={"build_ext": BuildExt},
 )

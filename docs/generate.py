@@ -39,6 +39,7 @@ SECTIONS = {
     "auditing": ("Audits", "auditing"),
     "training": ("Inside training", "training"),
     "compat": ("In the place of other libraries", "compat"),
+    "_c_library": ("From C", "_c_library"),
     "errors": ("Errors", "errors"),
     "_renamed": ("Deprecated names", "_renamed"),
 }

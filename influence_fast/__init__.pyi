@@ -1,5 +1,7 @@
 from . import compat as compat
 from . import ops as ops
+from ._c_library import get_include as get_include
+from ._c_library import get_library as get_library
 from ._renamed import class_opinion as class_opinion
 from ._renamed import neighbour_opinion as neighbour_opinion
 from ._renamed import probe_opinion as probe_opinion

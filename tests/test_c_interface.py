@@ -1,6 +1,7 @@
 """The C interface: what the header says of itself, and the same bits as the operations, through ctypes.
 
-The library is what ``INFLUENCE_FAST_C_LIBRARY`` names, as ``csrc/tests/run.sh`` leaves it; csrc/tests/c_test.c has the rest.
+The library is the package's, or what ``INFLUENCE_FAST_C_LIBRARY`` names (``csrc/tests/run.sh`` leaves one there);
+csrc/tests/c_test.c has the rest.
 """
 
 from __future__ import annotations
@@ -8,8 +9,6 @@ from __future__ import annotations
 import ctypes
 import os
 import re
-import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +20,10 @@ import influence_fast as inf
 from influence_fast import ops
 
 ROOT = Path(__file__).parents[1]
-HEADER = (ROOT / "csrc/influence_fast.h").read_text() if (ROOT / "csrc").exists() else ""
-PATH = os.environ.get("INFLUENCE_FAST_C_LIBRARY", "")
+HEADER = Path(inf.get_include(), "influence_fast.h").read_text()
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 KINDS = {"rademacher": 2, "gaussian": 3, "sjlt": 4}
 
-needs_sources = pytest.mark.skipif(not HEADER, reason="csrc is not beside the tests")
-needs_library = pytest.mark.skipif(
-    not os.path.exists(PATH), reason="INFLUENCE_FAST_C_LIBRARY names no libinfluence_fast.so (csrc/tests/run.sh)"
-)
 i64 = ctypes.c_int64
 fields = {
     "TokensC": "data:p dtype:i samples:q tokens:q features:q sample_stride:q token_stride:q",
@@ -44,13 +38,12 @@ TokensC, MatrixC, SideC, ChangeC = (
 )
 
 
-@needs_sources
 def test_the_header_has_the_version_of_the_package() -> None:
     numbers = re.findall(r"define INFLUENCE_FAST_VERSION_(?:MAJOR|MINOR|PATCH) (\d+)", HEADER)
     assert ".".join(numbers) == inf.__version__
 
 
-@needs_sources
+@pytest.mark.skipif(not (ROOT / "csrc").exists(), reason="csrc is not beside the tests")
 def test_flags_are_those_of_the_extension() -> None:
     """Bits follow from them."""
     lists = (ROOT / "csrc/CMakeLists.txt").read_text()
@@ -65,7 +58,7 @@ def test_flags_are_those_of_the_extension() -> None:
 @pytest.fixture(scope="module")
 def library() -> Any:
     native = pytest.importorskip("influence_fast_cpu")
-    loaded = ctypes.CDLL(PATH)
+    loaded = ctypes.CDLL(os.environ.get("INFLUENCE_FAST_C_LIBRARY") or inf.get_library())
     loaded.influence_fast_last_error.restype = ctypes.c_char_p
     assert loaded.influence_fast_set_isa(native.isa().encode()) == 0
     return loaded
@@ -98,7 +91,6 @@ def draw(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tens
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-@needs_library
 @pytest.mark.parametrize("kind", KINDS)
 def test_random_matrices_and_sketches_have_the_same_bits(library: Any, kind: Any) -> None:
     given = ops.Side(kind, -5, 24, 1500, scale=0.3, offset=64)
@@ -116,7 +108,6 @@ def test_random_matrices_and_sketches_have_the_same_bits(library: Any, kind: Any
     assert torch.equal(wide, ops.sketch(g, given, backend="cpu"))
 
 
-@needs_library
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_gradients_have_the_same_bits(library: Any, dtype: torch.dtype) -> None:
     x, dy, lengths = draw(5, 9, 70, dtype=dtype), draw(5, 9, 40, dtype=dtype, seed=1), torch.tensor([9, 1, 0, 4, 8])
@@ -153,7 +144,6 @@ def test_gradients_have_the_same_bits(library: Any, dtype: torch.dtype) -> None:
     assert torch.equal(out, ops.ghost_norm(x, dy, lengths, backend="cpu"))
 
 
-@needs_library
 def test_ranks_have_the_same_bits(library: Any) -> None:
     values = draw(4, 900).mul(20).round()
     out, ranks, votes = torch.empty(4, 900), *torch.empty(2, 900, dtype=torch.float64)
@@ -164,7 +154,6 @@ def test_ranks_have_the_same_bits(library: Any) -> None:
         assert torch.equal(got, expected)
 
 
-@needs_library
 @pytest.mark.parametrize("metric", ["dot", "cosine"])
 def test_a_search_has_the_bits_of_the_index(library: Any, tmp_path: Path, metric: str) -> None:
     from stores import write_store
@@ -186,23 +175,3 @@ def test_a_search_has_the_bits_of_the_index(library: Any, tmp_path: Path, metric
     library.influence_fast_index_free(handle)
     assert torch.equal(rows, expected_rows)
     assert torch.equal(scores, expected)
-
-
-@needs_library
-@needs_sources
-@pytest.mark.skipif(shutil.which("gcc") is None, reason="no C compiler")
-def test_the_example_of_the_manual_compiles_and_runs(tmp_path: Path) -> None:
-    (code,) = re.findall(r"```c\n(.*?)```", (ROOT / "docs/dropin.md").read_text(), re.S)
-    (tmp_path / "example.c").write_text(code)
-    (tmp_path / "libinfluence_fast.so").symlink_to(Path(PATH).resolve())
-    flags = ["-std=c99", "-Wall", "-Wextra", "-Werror", "-pedantic", f"-I{ROOT / 'csrc'}"]
-    link = [f"-L{tmp_path}", "-linfluence_fast", "-o", "example"]
-    subprocess.run(["gcc", *flags, "example.c", *link], cwd=tmp_path, check=True)
-    soname = re.search(r"SONAME.*\[(.*)\]", subprocess.check_output(["readelf", "-d", PATH], text=True))
-    assert soname
-    (tmp_path / soname[1]).symlink_to(Path(PATH).resolve())
-    environment = {**os.environ, "LD_LIBRARY_PATH": str(tmp_path)}
-    printed = subprocess.check_output(["./example"], cwd=tmp_path, env=environment, text=True)
-    right, left = ops.Side("rademacher", 1, 16, 768, scale=0.25), ops.Side("rademacher", 2, 16, 3072, scale=0.25)
-    x, dy = torch.ones(8, 32, 768), torch.full((8, 32, 3072), 0.5)
-    assert float(printed) == pytest.approx(float(ops.project_outer(x, dy, right, left)[0, 0, 0]))

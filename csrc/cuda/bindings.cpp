@@ -206,10 +206,16 @@ void rank_py(const Matrix& values, int64_t first_row, Address keys, Address sort
   rank(p, stream);
 }
 
-void vote_py(Address ranks, bool wide, int64_t rows, int64_t columns, double k, Address votes, int device,
-             uint64_t stream) {
+void vote_py(Address ranks, bool wide, int64_t rows, int64_t columns, double k, Address votes, Address rank_sums,
+             int device, uint64_t stream) {
   product("rows x columns", at_least("rows", rows, 1), at_least("columns", columns, 1));
-  const VoteParams p{pointer<const void>("ranks", ranks), rows, columns, k, pointer<double>("votes", votes), wide};
+  const VoteParams p{pointer<const void>("ranks", ranks),
+                     rows,
+                     columns,
+                     k,
+                     pointer<double>("votes", votes),
+                     optional_pointer<double>("rank_sums", rank_sums),
+                     wide};
   const DeviceGuard guard(device);
   vote(p, stream);
 }
@@ -278,7 +284,7 @@ PYBIND11_MODULE(MODULE, m) {
         py::arg("workspace_bytes"), py::arg("ranks"), py::arg("wide"), py::arg("bad"), py::arg("device"),
         py::arg("stream"));
   m.def("vote", &vote_py, py::kw_only(), py::arg("ranks"), py::arg("wide"), py::arg("rows"), py::arg("columns"),
-        py::arg("k"), py::arg("votes"), py::arg("device"), py::arg("stream"));
+        py::arg("k"), py::arg("votes"), py::arg("rank_sums"), py::arg("device"), py::arg("stream"));
 #ifdef INFLUENCE_FAST_SIMT
   m.def("seed", &simt::seed, py::arg("value"), "Draw another order of threads and blocks from here on.");
   m.def(

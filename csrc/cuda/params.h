@@ -103,7 +103,8 @@ struct VoteParams {
   const void* ranks;  // (rows, columns)
   int64_t rows, columns;
   double k;
-  double* votes;  // (columns), added to
+  double* votes;      // (columns), added to
+  double* rank_sums;  // likewise, or null
   bool wide;
 };
 

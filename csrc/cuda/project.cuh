@@ -83,10 +83,13 @@ DEVICE Eight<T> operands(const Raw<T>& raw) {
 template <typename T>
 constexpr uint32_t kOnes = Parts<T>::Type::half ? 0x3C003C00u : 0x3F803F80u;
 
+// The low byte's even bits from 0 up, its odd ones from 16 up.
+DEVICE uint32_t spread_of(uint32_t byte) { return (byte & 0x55u) | (byte & 0xAAu) << 15; }
+
 // +-1 pairs from the low byte of `bits`; 1 is +1.
 template <typename T>
 DEVICE void expand(uint32_t bits, uint32_t (&pairs)[4]) {
-  const uint32_t spread = (bits & 0x55u) | (bits & 0xAAu) << 15;  // even bits from 0 up, odd bits from 16 up
+  const uint32_t spread = spread_of(bits);
 #pragma unroll
   for (int i = 0; i < 4; ++i) pairs[i] = ((spread << (15 - 2 * i)) & 0x80008000u) ^ (kOnes<T> | 0x80008000u);
 }
@@ -104,62 +107,69 @@ DEVICE void clear(Accumulator& acc) {
   for (int i = 0; i < kAccumulators; ++i) acc[i / 16][i / 4 % 4][i % 4] = 0;
 }
 
-// Where an SJLT sends eight features from f on, and with which signs. f < 2^32 there.
+// Where an SJLT sends eight features from f on, and with which signs: lane of the first one in its chunk of k, rotations of
+// that chunk and of the next, signs as in expand(). Few numbers, so that they fit a thread's registers: the entries of a
+// matrix row are made of them when its turn comes.
 struct Targets {
-  uint32_t output[8], ones[4];
+  uint32_t lane, turn, next, spread;  // k < 8: turn holds the hits of matrix row `group`, and no other row counts
 };
 
-template <typename T>
-DEVICE Targets targets(uint32_t f, uint32_t byte, const Side& side) {
+// f < 2^32.
+DEVICE Targets targets(uint32_t f, uint32_t byte, const Side& side, uint32_t group) {
   const philox::Key key{side.key0, side.key1};
-  Targets out;
-  expand<T>(byte, out.ones);
   const uint32_t k = static_cast<uint32_t>(side.k);
   uint32_t chunk = f / k, lane = f - chunk * k, turn = rotation_of(chunk, k, key);
-  if (k >= 8) {  // at most one chunk begins among the eight
-    const uint32_t next = lane + 8 > k ? rotation_of(chunk + 1, k, key) - k : 0;
-#pragma unroll
-    for (uint32_t e = 0; e < 8; ++e) {
-      const uint32_t sum = lane + e + (lane + e < k ? turn : next);
-      out.output[e] = sum >= k ? sum - k : sum;
-    }
-    return out;
-  }
+  if (k >= 8)  // at most one chunk begins among the eight
+    return {lane, turn, lane + 8 > k ? rotation_of(chunk + 1, k, key) : 0, spread_of(byte)};
+  uint32_t hits = 0;
 #pragma unroll 1
-  for (int e = 0; e < 8; ++e) {
+  for (uint32_t e = 0; e < 8; ++e) {
     const uint32_t sum = lane + turn;
-#pragma unroll
-    for (int i = 0; i < 8; ++i)
-      if (i == e) out.output[i] = sum >= k ? sum - k : sum;
+    hits |= static_cast<uint32_t>((sum >= k ? sum - k : sum) == group) << e;
     if (++lane == k) {
       lane = 0;
       turn = rotation_of(++chunk, k, key);
     }
   }
-  return out;
+  return {0, hits, 0, spread_of(byte)};
+}
+
+// Entries of matrix row `column`: +-1 pairs where it is hit, 0 or -0 elsewhere. Rows beyond k get some that nobody reads.
+template <typename T>
+DEVICE void expand(const Targets& target, uint32_t column, uint32_t k, uint32_t (&pairs)[4]) {
+  uint32_t hits = target.turn;
+  if (k >= 8) {
+    const uint32_t here = column - target.turn + (column < target.turn ? k : 0) - target.lane;
+    const uint32_t after = column - target.next + (column < target.next ? k : 0) - target.lane + k;
+    hits = (here < 8 ? 1u << here : 0) | (after < 8 ? 1u << after : 0);
+  }
+  const uint32_t hit = spread_of(hits);
+#pragma unroll
+  for (int i = 0; i < 4; ++i)
+    pairs[i] = (hit >> 2 * i & 0x00010001u) * (kOnes<T> & 0xFFFFu) ^ (~target.spread << (15 - 2 * i) & 0x80008000u);
 }
 
 // acc += rows[0 .. live) of data times panel of the matrix, over feature blocks first, first + step, ... below last.
 // Fragment layout of acc[m][j][c]: row 16 m + lane / 4 + c / 2 * 8, column 8 j + lane % 4 * 2 + c % 2.
-template <typename T, bool Sjlt>
-DEVICE void project(Accumulator& acc, const T* rows, int64_t stride, int live, int64_t features, bool aligned,
-                    const Side& side, Panel panel, int64_t first, int64_t last, int64_t step) {
+// Numbers of features are int where they fit: for two blocks a multiprocessor a thread has 128 registers, and with 32 sums, 16 of
+// data and ~10 of Philox each one counts.
+template <typename T, bool Sjlt, typename Index>
+DEVICE void project(Accumulator& acc, const T* rows, int64_t stride, int live, Index features, bool aligned,
+                    const Side& side, Panel panel, Index first, Index last, Index step) {
   using Part = typename Parts<T>::Type;
   const int lane = static_cast<int>(threadIdx.x % 32), group = lane / 4, quarter = lane % 4;
   const philox::Key key{side.key0, side.key1};
 
-  const T* from[4];  // in the place of rows that do not count the first is read: their results are not used
-#pragma unroll
-  for (int r = 0; r < 4; ++r) from[r] = rows + (group + 8 * r < live ? group + 8 * r : 0) * stride + 8 * quarter;
-  const T* ahead = rows + (lane < live ? lane : 0) * stride;
+  const T* from = rows + group * stride + 8 * quarter;  // and three rows that are eight apart
 
-  for (int64_t block = first; block < last; block += step) {
+  for (Index block = first; block < last; block += step) {
     // A lane per row asks for the next block: by the time it is needed it has come from memory to L2, whatever few
     // loads registers have room for.
 #pragma unroll
     for (int e = 0; e < kBlock; e += 128 / static_cast<int>(sizeof(T))) {
-      const int64_t f = (block + step) * kBlock + e;
-      if (lane < live && block + step < last && f < features) prefetch(ahead + f);
+      const Index f = (block + step) * kBlock + e;
+      if (group + 8 * quarter < live && block + step < last && f < features)
+        prefetch(from + 8 * quarter * (stride - 1) + f);
     }
     philox::Block bits;
     if constexpr (Sjlt) {
@@ -171,16 +181,16 @@ DEVICE void project(Accumulator& acc, const T* rows, int64_t stride, int live, i
 #pragma unroll 1
     for (int s = 0; s < 4; ++s) {
       const uint32_t word = pick(bits, s);
-      const int64_t f = block * kBlock + 32 * s, left = features - f - 8 * quarter;
-      Raw<T> raw[4];  // four loads in flight per thread; other warps fill the wait
+      const Index f = block * kBlock + 32 * s, left = features - f - 8 * quarter;
+      Raw<T> raw[4] = {};  // four loads in flight per thread; other warps fill the wait. Set, or it lives from round to round
       if (aligned && left >= 8) {
 #pragma unroll
-        for (int r = 0; r < 4; ++r) raw[r] = load_aligned(from[r] + f);
+        for (int r = 0; r < 4; ++r) raw[r] = group + 8 * r < live ? load_aligned(from + 8 * r * stride + f) : Raw<T>{};
       } else {
         const int width = left >= 8 ? 8 : left > 0 ? static_cast<int>(left) : 0;
 #pragma unroll 1
         for (int r = 0; r < 4; ++r) {
-          const Raw<T> some = load_some((r & 2 ? (r & 1 ? from[3] : from[2]) : (r & 1 ? from[1] : from[0])) + f, width);
+          const Raw<T> some = load_some(from + 8 * r * stride + f, group + 8 * r < live ? width : 0);
 #pragma unroll
           for (int i = 0; i < 4; ++i)
             if (i == r) raw[i] = some;
@@ -191,19 +201,14 @@ DEVICE void project(Accumulator& acc, const T* rows, int64_t stride, int live, i
       for (int r = 0; r < 4; ++r) data[r] = operands<T>(raw[r]);
 
       Targets target;
-      if constexpr (Sjlt) target = targets<T>(static_cast<uint32_t>(f) + 8 * quarter, word >> (8 * quarter), side);
+      if constexpr (Sjlt) target = targets(static_cast<uint32_t>(f) + 8 * quarter, word >> (8 * quarter), side, group);
       __syncwarp();  // matrix instructions want all lanes together
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
         if (j >= panel.tiles) break;
         uint32_t pairs[4];
         if constexpr (Sjlt) {
-          const uint32_t column = panel.column + static_cast<uint32_t>(8 * j + group);
-#pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            pairs[i] = (target.output[2 * i] == column ? target.ones[i] & 0xFFFFu : 0) |
-                       (target.output[2 * i + 1] == column ? target.ones[i] & 0xFFFF0000u : 0);
-          }
+          expand<T>(target, panel.column + static_cast<uint32_t>(8 * j + group), static_cast<uint32_t>(side.k), pairs);
         } else {
           expand<T>(warp_shuffle(word, 4 * group + j) >> (8 * quarter), pairs);
         }

@@ -30,7 +30,7 @@ DEVICE void project_side(const Shared<float>& out, int width, int offset, const 
   const int64_t stride = x.token_stride;
   const T* rows = static_cast<const T*>(x.data) + tile.sample * x.sample_stride + (tile.begin + row0) * stride;
   const bool aligned = (reinterpret_cast<uintptr_t>(rows) | static_cast<uintptr_t>(stride) * sizeof(T)) % 16 == 0;
-  const int64_t blocks = ceil_div<int64_t>(x.features, kBlock);
+  const int features = static_cast<int>(x.features), blocks = ceil_div(features, kBlock);
   for (int base = 0; base < k4; base += panels * kPanel) {
     const int column = base + warp / row_warps % panels * kPanel;
     const int columns = k4 - column < 0 ? 0 : k4 - column > kPanel ? kPanel : k4 - column;
@@ -39,9 +39,9 @@ DEVICE void project_side(const Shared<float>& out, int width, int offset, const 
     clear(acc);
     if (live > 0 && columns > 0) {
       if (side.kind == Kind::sjlt)
-        project<T, true>(acc, rows, stride, live, x.features, aligned, side, panel, slice, blocks, slices);
+        project<T, true>(acc, rows, stride, live, features, aligned, side, panel, slice, blocks, slices);
       else
-        project<T, false>(acc, rows, stride, live, x.features, aligned, side, panel, slice, blocks, slices);
+        project<T, false>(acc, rows, stride, live, features, aligned, side, panel, slice, blocks, slices);
     }
     for (int turn = 0; turn < slices; ++turn) {  // slices add up in a fixed order
       if (turn == slice && live > 0) {
@@ -73,7 +73,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 1 : 2)
   if (tile.live == 0 && split > 0) return;
 
   const int k_in = static_cast<int>(layer.in.k), k_out = static_cast<int>(layer.out.k);
-  const int in4 = (k_in + 3) / 4 * 4, out4 = (k_out + 3) / 4 * 4, width = in4 + out4;
+  const int in4 = (k_in + 3) & ~3, width = in4 + ((k_out + 3) & ~3);
   SharedArena arena;
   const Shared<float> projected = arena.take<float>(static_cast<int64_t>(tokens) * width);
 #pragma unroll 1
@@ -84,7 +84,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 1 : 2)
 
   const float scale = p.splits == 1 ? layer.in.scale * layer.out.scale : 1.0f;
   float* result = layer.parts + (tile.sample * p.splits + split) * static_cast<int64_t>(k_in) * k_out;
-  for (int quad = static_cast<int>(threadIdx.x); quad < in4 / 4 * (out4 / 4); quad += kThreads) {
+  for (int quad = static_cast<int>(threadIdx.x); quad < in4 / 4 * ((width - in4) / 4); quad += kThreads) {
     const int in = quad % (in4 / 4) * 4, out = quad / (in4 / 4) * 4;
     float sum[4][4] = {};
     for (int t = 0; t < tile.live; ++t) {

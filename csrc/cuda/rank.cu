@@ -1,4 +1,4 @@
-// Average ranks within rows, and votes against columns.
+// Average ranks within rows, and what a column's ranks add up to: votes against it, and their sum.
 //
 // All rows of a call are sorted at once by 64-bit keys, the row above the value's bits in ascending order: CUB's radix
 // sort makes one pass per eight bits that are in use, five for up to 256 rows, and neither few long rows nor many short
@@ -64,13 +64,15 @@ __global__ void __launch_bounds__(kThreads) rank_runs(const __grid_constant__ Ra
 __global__ void __launch_bounds__(kThreads) vote_kernel(const __grid_constant__ VoteParams p) {
   const int64_t step = static_cast<int64_t>(gridDim.x) * kThreads;
   for (int64_t c = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; c < p.columns; c += step) {
-    double sum = p.votes[c];
+    double ranks = 0, votes = 0;  // halves of integers: exact in any order
     for (int64_t row = 0; row < p.rows; ++row) {
       const int64_t at = row * p.columns + c;
       const double rank = p.wide ? static_cast<const double*>(p.ranks)[at] : static_cast<const float*>(p.ranks)[at];
-      if (rank < p.k) sum += rank - p.k;
+      ranks += rank;
+      if (rank < p.k) votes += rank - p.k;
     }
-    p.votes[c] = sum;
+    p.votes[c] += votes;
+    if (p.rank_sums) p.rank_sums[c] += ranks;
   }
 }
 

@@ -45,7 +45,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 1 : 2)
       Accumulator acc;
       clear(acc);
       project<T, false>(acc, rows, p.g.row_stride, live, p.g.columns, aligned, p.side, panel, block, stop < last ? stop : last,
-                        slices);
+                        static_cast<int64_t>(slices));
 #pragma unroll
       for (int i = 0; i < kAccumulators; ++i)
         sums.store(own + 32 * i, sums.load(own + 32 * i) + acc[i / 16][i / 4 % 4][i % 4]);

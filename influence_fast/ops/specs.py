@@ -482,7 +482,7 @@ def _vote(influence: Tensor, k: int, backend: str) -> Any:
     return run("vote", backend, influence.device, influence.dtype, plain("influence", influence), k)
 
 
-@operation("cpu", triton=_SORTED, cuda="it has rank and vote")
+@operation("cuda", "cpu", triton=_SORTED)
 def rank_and_vote(influence: Tensor, k: int, *, backend: str = "auto") -> tuple[Tensor, Tensor]:
     """``(rank(influence).sum(0), vote(influence, k))``, both float64 ``(n,)``, with no ``(m, n)`` of ranks in between."""
     found: tuple[Tensor, Tensor] = _rank_and_vote(influence, k, backend)

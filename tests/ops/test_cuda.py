@@ -23,6 +23,7 @@ from influence_fast import BackendError, InputError, ops
 from influence_fast.ops import cuda, reference
 from influence_fast.ops.cuda import ghost, outer_products, ranks, sketches
 from influence_fast.ops.cuda import native as on_gpu
+from influence_fast.ops.dispatch import OPERATIONS
 from influence_fast.ops.projections import Projection, Side
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -413,6 +414,9 @@ def test_rank_and_vote(
         assert torch.equal(ops.rank(values, backend="cuda"), reference.rank(values))
         for k in {1, shape[1] // 3 or 1, shape[1]} if values.numel() else ():
             assert torch.equal(ops.vote(values, k, backend="cuda"), reference.vote(values, k))
+            both = ops.rank_and_vote(values, k, backend="cuda")
+            assert torch.equal(both[0], ops.rank(values, backend="cuda").double().sum(0))
+            assert torch.equal(both[1], ops.vote(values, k, backend="cuda"))
         for view in views(values):
             assert torch.equal(ops.rank(view, backend="cuda"), reference.rank(values))
 
@@ -421,7 +425,11 @@ def test_rank_names_the_row_with_nan(device: str, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(ranks, "_SORTED", 20)
     values = random(9, 10, device=device)
     values[7, 3], values[5, 9] = math.nan, -math.inf
-    for run in (lambda: ops.rank(values, backend="cuda"), lambda: ops.vote(values, 2, backend="cuda")):
+    for run in (
+        lambda: ops.rank(values, backend="cuda"),
+        lambda: ops.vote(values, 2, backend="cuda"),
+        lambda: ops.rank_and_vote(values, 2, backend="cuda"),
+    ):
         with pytest.raises(InputError, match="row 5 has NaN"):
             run()
 
@@ -543,7 +551,8 @@ def test_packed_inputs_are_copied_once(device: str, monkeypatch: pytest.MonkeyPa
 
 def test_reasons() -> None:
     main, gpu = torch.device("cpu"), torch.device("cuda")
-    assert "rank and vote" in str(ops.available("rank_and_vote", "cuda", gpu))
+    assert "sort" in str(ops.available("rank_and_vote", "triton", gpu))
+    assert [op for op, known in OPERATIONS.items() if "cuda" not in known.backends] == []
     assert "not on cpu" in str(cuda.unavailable("sketch", main, torch.float32))
     assert "float64" in str(cuda.unavailable("sketch", gpu, torch.float64))
     with pytest.raises(BackendError, match="not on cpu"):
@@ -645,6 +654,7 @@ for dtype, shapes in ((torch.float32, shapes), (torch.bfloat16, shapes[:2])):
             assert cuda.ghost_dot(x, dy, *other, spans, tokens).isfinite().all()
             assert cuda.ghost_norm(*other, tokens).isfinite().all()
         assert cuda.rank(x[0]).isfinite().all()
+        assert all(found.isfinite().all() for found in cuda.rank_and_vote(x[0], 2))
 """
 
 

@@ -241,11 +241,14 @@ def test_sketch(kind: str, backend: Backend, generator: torch.Generator) -> None
 def test_sketch_bits(kind: str, backend: Backend, generator: torch.Generator) -> None:
     """Integers exactly, threads and repeats to the bit, many rows and one, aligned and not."""
     backend.need("sketch")
-    for n, d, k in ((1, 70000, 64), (20, 5000, 16), (3, 4097, 256)):
+    for n, d, k in ((1, 70000, 64), (20, 5000, 16), (3, 4097, 256), (9, 1001, 4)):
         g = torch.randint(-8, 9, (n, d), generator=generator).float()
         side = Side(kind, "a/single", k, d)
-        expected = ops.sketch(g.double(), side, backend="reference").float()
+        exact = ops.sketch(g.double(), side, backend="reference")
+        expected = exact.float()
         assert torch.equal(ops.sketch(g.to(backend.device), side, backend=backend.name).cpu(), expected)
+        if backend.name == "cpu":
+            assert torch.equal(ops.sketch(g.double(), side, backend="cpu"), exact)
         if backend.name == "reference":
             continue
         g = random(generator, n, d).to(backend.device)

@@ -22,7 +22,23 @@ def rank(influence: Tensor) -> Tensor:
 
 
 def vote(influence: Tensor, k: int) -> Tensor:
-    out = torch.zeros(influence.shape[1], dtype=torch.float64, device=influence.device)
+    votes = _zeros(influence)
+    _add_up(influence, k, votes, None)
+    return votes
+
+
+def rank_and_vote(influence: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    rank_sums, votes = _zeros(influence), _zeros(influence)
+    _add_up(influence, k, votes, rank_sums)
+    return rank_sums, votes
+
+
+def _zeros(influence: Tensor) -> Tensor:
+    return torch.zeros(influence.shape[1], dtype=torch.float64, device=influence.device)
+
+
+def _add_up(influence: Tensor, k: int, votes: Tensor, rank_sums: Tensor | None) -> None:
+    """Adds every row's votes, and its ranks where they are wanted too, of one sort."""
     for _, ranks in _ranked(influence):
         native.library.vote(
             ranks=address("workspace", ranks),
@@ -30,10 +46,10 @@ def vote(influence: Tensor, k: int) -> Tensor:
             rows=ranks.shape[0],
             columns=ranks.shape[1],
             k=k,
-            votes=address("out", out),
-            **native.where(out),
+            votes=address("out", votes),
+            rank_sums=native.optional_address(rank_sums),
+            **native.where(votes),
         )
-    return out
 
 
 def _rank_dtype(influence: Tensor) -> torch.dtype:

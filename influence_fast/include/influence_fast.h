@@ -1,0 +1,1 @@
+../../csrc/influence_fast.h
