@@ -54,7 +54,7 @@ METRICS = ("dot", "cosine")
 _IN_MEMORY, _FEW = 300_000, 100_000
 _FILTERED, _SECONDS = 10, 60
 # Bytes a sample that ranks take at least, with a row of influence and some more.
-_RANKED = 300
+_RANKED = 110
 
 
 def seconds(call: Callable[[], Any], repeats: int = 5) -> float:

@@ -158,7 +158,7 @@ def _add(
 ) -> None:
     for group, members in weights.items():
         if layer in members:
-            out[group][method] += members[layer] * values
+            out[group][method].add_(values, alpha=members[layer])
 
 
 def _sum_blocks(

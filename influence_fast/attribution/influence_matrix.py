@@ -39,8 +39,10 @@ if TYPE_CHECKING:
 
 METHODS = ("dot", "cosine", "datainf", "trak", "trackstar", "ekfac")
 MEMORY = 512 << 20
-# Bytes that ranking takes for each training sample beside the influence: kernels' scratch on two threads, and sums.
-_RANKING = 270
+# Bytes that ranking takes for each training sample beside the influence (csrc/cpu/kernels/rank.inc): sums of ranks and
+# votes of a block, those of the blocks before, and some more; then scratch of each thread, which has sums of its own in
+# short rows.
+_SUMS, _SCRATCH, _OWN_SUMS, _SHORT = 40, 16, 16, 1 << 18
 
 
 class Matrix(Protocol):
@@ -149,9 +151,12 @@ class InfluenceMatrix:
             InputError: the memory holds no single row of influence.
         """
         m, n = self.shape
-        step = (self.memory - _RANKING * n) // (4 * n)
+        threads, scratch = torch.get_num_threads(), _SCRATCH + (_OWN_SUMS if n <= _SHORT else 0)
+        free = self.memory // n - _SUMS
+        # A block of fewer rows than threads is ranked by as many threads.
+        step = max((free - scratch * threads) // 4, min(free // (4 + scratch), threads))
         if step < 1:
-            need = (_RANKING + 4) * n
+            need = (_SUMS + scratch + 4) * n
             raise InputError(f"memory: {self.memory} bytes hold no row of {n} samples; this takes {need} at least")
         return [(name, slice(begin, min(begin + step, m))) for name in self.layers for begin in range(0, m, step)]
 

@@ -152,7 +152,7 @@ def test_any_memory_gives_the_same_scores(tmp_path: Path, method: str) -> None:
     # Ranks jump where two rows are as near to each other as rounding: only exact products have the same ones.
     names = ["mean", "mean-c", "median", *(("rank", "vote", "rank-c", "vote-c") if method == "dot" else ())]
     found = []
-    for memory in (274 * 300, 320 * 300, "1GiB"):
+    for memory in (76 * 300, 120 * 300, "1GiB"):
         matrix = inf.influence(store, queries, method, memory=memory)
         matrix.query_correct = mask
         found.append(inf.aggregate_many(matrix, names)["all"])
@@ -161,8 +161,8 @@ def test_any_memory_gives_the_same_scores(tmp_path: Path, method: str) -> None:
         expected = inf.aggregate(dense, method, queries=mask if method.endswith("-c") else None)
         for scores in found:
             torch.testing.assert_close(scores[method], expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
-    with pytest.raises(inf.InputError, match="memory: 82199 bytes hold no row of 300 samples; this takes 82200"):
-        inf.aggregate(inf.influence(store, queries, memory=274 * 300 - 1), "rank")
+    with pytest.raises(inf.InputError, match="memory: 22799 bytes hold no row of 300 samples; this takes 22800"):
+        inf.aggregate(inf.influence(store, queries, memory=76 * 300 - 1), "rank")
     for bad in ("2 apples", 0, True, "GiB"):
         with pytest.raises(inf.InputError, match="memory: expected bytes, or text such as 2GiB"):
             inf.influence(store, queries, memory=bad)
@@ -179,9 +179,11 @@ def test_the_mean_forms_no_row_of_influence(tmp_path: Path, monkeypatch: pytest.
 def test_a_stopped_job_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     room = importlib.import_module("influence_fast.attribution.aggregation")
     monkeypatch.setattr(room, "_SAVE_SECONDS", 0)
+    # Memory for five rows of influence, then for ten.
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     store, queries = stored(tmp_path)
     names = ["rank", "vote", "mean"]
-    expected = inf.aggregate_many(inf.influence(store, queries, memory=300 * 290), names)["all"]
+    expected = inf.aggregate_many(inf.influence(store, queries, memory=300 * 92), names)["all"]
     computed: list[tuple[str, int]] = []
     piece = inf.InfluenceMatrix.piece
 
@@ -194,7 +196,7 @@ def test_a_stopped_job_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(inf.InfluenceMatrix, "piece", stopping)
     stop = 7
     with pytest.raises(KeyboardInterrupt):
-        inf.aggregate_many(inf.influence(store, queries, memory=300 * 290), names, checkpoint=tmp_path / "c")
+        inf.aggregate_many(inf.influence(store, queries, memory=300 * 92), names, checkpoint=tmp_path / "c")
     with pytest.raises(inf.StoreError, match="partial sums of another job"):
         inf.aggregate_many(inf.influence(store, queries, "cosine"), names, checkpoint=tmp_path / "c")
     # What is done decides what is left out: another number there is seen.
@@ -203,11 +205,11 @@ def test_a_stopped_job_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     at = next(i for i in range(raw.index(b"done"), len(raw)) if raw[i : i + 1].isdigit())
     partial.write_bytes(raw[:at] + bytes([raw[at] ^ 1]) + raw[at + 1 :])
     with pytest.raises(inf.StoreError, match="damaged partial sums"):
-        inf.aggregate_many(inf.influence(store, queries, memory=300 * 290), names, checkpoint=tmp_path / "c")
+        inf.aggregate_many(inf.influence(store, queries, memory=300 * 92), names, checkpoint=tmp_path / "c")
     partial.write_bytes(raw)
     stop = 100
     # Blocks of another size may follow.
-    found = inf.aggregate_many(inf.influence(store, queries, memory=300 * 310), names, checkpoint=tmp_path / "c")["all"]
+    found = inf.aggregate_many(inf.influence(store, queries, memory=300 * 112), names, checkpoint=tmp_path / "c")["all"]
     assert len(computed) < 14
     for name in names:
         torch.testing.assert_close(found[name], expected[name], rtol=0, atol=1e-12 * float(expected[name].abs().max()))

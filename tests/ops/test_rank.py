@@ -67,6 +67,18 @@ def test_every_instruction_set(backend: Backend) -> None:
             check(values_of(kind, (3, 2500)), 500, "cpu")
 
 
+@pytest.mark.parametrize("threads", [1, 3])
+def test_long_rows_whose_sums_threads_share(threads: int) -> None:
+    values = values_of("normal", (5, (1 << 18) + 77))
+    values[1] = values[1].mul(2).round()
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        check(values, 50_000, "cpu")
+    finally:
+        torch.set_num_threads(before)
+
+
 @backends
 @pytest.mark.parametrize("period", [8, 16])
 def test_values_that_a_sample_misleads_about(backend: str, period: int) -> None:
