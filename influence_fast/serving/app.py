@@ -173,7 +173,8 @@ def serve(
     seconds: float = 30.0,
     ready: Callable[[str], None] = lambda url: None,
 ) -> None:
-    """Serve until the process is asked to stop; ``ready`` is told the page's address.
+    """Serve until the process is asked to stop; ``ready`` is told the page's address, once the first answer takes no longer
+    than later ones.
 
     Raises:
         InputError: another address than the loopback without a token of 16 characters or more.
@@ -189,6 +190,7 @@ def serve(
     # From now on whoever connects waits instead of being refused.
     listening.listen(config.backlog)
     shown = f"[{host}]" if ":" in host else host
+    lookup.warm()
     ready(f"http://{shown}:{listening.getsockname()[1]}/")
     uvicorn.Server(config).run(sockets=[listening])
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Lock
@@ -155,6 +155,14 @@ class Lookup:
         if device is not None:
             network.to(device)
         return cls(index, network, tokenizer, task, fresh, table, shown, asked, note)
+
+    def warm(self) -> None:
+        """Answer a question and drop the answer, so that the first one that is asked waits for nothing that is done once.
+
+        A model that cannot take it says so to whoever asks first.
+        """
+        with suppress(InfluenceError):
+            self.answer(Question("a", label="0" if self.task == "classification" else None))
 
     @property
     def methods(self) -> list[str]:

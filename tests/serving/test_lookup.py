@@ -42,6 +42,23 @@ def test_an_answer_is_a_search_with_texts_and_shares(lookup: Lookup, method: str
     assert (found["exact"], found["tokens"]) == (True, True)
 
 
+def test_what_the_first_question_needs_is_ready_before_the_server_says_so(
+    indexed: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from influence_fast.serving import lookup as module
+
+    checked: list[object] = []
+    verified = module.verified_settings
+    monkeypatch.setattr(module, "verified_settings", lambda *given: checked.append(given) or verified(*given))
+    warmed = Lookup.open(indexed / "index", str(folder / "model"))
+    app = pytest.importorskip("influence_fast.serving.app", exc_type=inf.BackendError)
+    monkeypatch.setattr(app.uvicorn.Server, "run", lambda *_, **__: None)
+    app.serve(warmed, port=0, ready=lambda url: checked.append(url))
+    assert [type(one) for one in checked] == [tuple, str]
+    warmed.answer(Question("w1 w2 w3", label="2"))
+    assert len(checked) == 2, "how layers are captured is known"
+
+
 def test_held_out_queries_and_neighbours(lookup: Lookup) -> None:
     queries = lookup.names_of_queries(1, 2)
     assert [one["name"] for one in queries] == ["1", "2"]
