@@ -51,7 +51,7 @@ class BlockSums:
         return np.array([*self._sums, *last], "<u8").tobytes()
 
 
-def root_of(table: bytes | bytearray) -> str:
+def root_of(table: bytes | bytearray | memoryview) -> str:
     """Checksum of a table: 16 hexadecimal digits."""
     return xxh3_64_hexdigest(table)
 
@@ -205,14 +205,27 @@ class BlockFile(PlainFile):
             asked[np.minimum(first + step, last)] = True
         self._compare(np.flatnonzero(asked & ~self._good), 0, self.size, None)
 
-    @cached_property
+    @property
     def _table(self) -> np.ndarray:
+        # From the map where there is one: of many large files they would be megabytes of memory.
+        return self._mapped_table if "mapped" in self.__dict__ else self._read_table
+
+    @cached_property
+    def _mapped_table(self) -> np.ndarray:
+        self.__dict__.pop("_read_table", None)
+        return self._checked(self.mapped[self.covered :]).view("<u8")
+
+    @cached_property
+    def _read_table(self) -> np.ndarray:
         self.check_size()
-        raw = bytearray(8 * self.blocks)
-        self._fill(memoryview(raw), self.covered)
-        if root_of(raw) != self.root:
+        raw = np.empty(8 * self.blocks, np.uint8)
+        self._fill(raw.data, self.covered)
+        return self._checked(raw).view("<u8")
+
+    def _checked(self, raw: np.ndarray) -> np.ndarray:
+        if root_of(raw.data) != self.root:
             raise self.damaged("its checksums are not those that were written", 0, self.size)
-        return np.frombuffer(raw, "<u8")
+        return raw
 
     def _check(self, begin: int, end: int, view: memoryview | None) -> None:
         """Check the blocks that ``begin .. end`` touches and that were not yet; ``view`` holds these bytes already."""

@@ -158,7 +158,8 @@ QueryTerms checked_terms(const std::vector<RowPart>& parts, int64_t queries, con
 
 py::tuple search(const std::vector<Segment>& segments, const std::vector<RowPart>& parts, const Stored& stored,
                  const Matrix& queries, const Table<double>& weights, bool cosine, Address allowed, int64_t k, Address scores,
-                 Address rows, int threads, Address lengths, const Table<int64_t>& term_first,
+                 Address rows, int threads, Address lengths, py::array_t<uint8_t, py::array::c_style> seen,
+                 const Table<int64_t>& term_first,
                  const Table<int64_t>& term_begin, const Table<int8_t>& term_codes, const Table<double>& term_scale,
                  const Table<int32_t>& term_shift, const Table<double>& term_bounds) {
   const Queries asked = checked_queries(queries, weights, cosine, stored, lengths);
@@ -173,8 +174,13 @@ py::tuple search(const std::vector<Segment>& segments, const std::vector<RowPart
       if (part.index >= segment.parts) refuse("parts: index", "one of " + std::to_string(segment.parts), part.index);
     }
   }
-  for (const Segment& segment : segments)
+  int64_t blocks = 0;
+  for (const Segment& segment : segments) {
     if (segment.rows > stored.rows() - segment.first) refuse("segments", "stored rows", segment.first + segment.rows);
+    blocks += (segment.rows + kBlockRows - 1) / kBlockRows;
+  }
+  if (seen.size() > 0) same("seen: blocks", seen.size(), blocks);
+  uint8_t* marks = seen.size() > 0 ? seen.mutable_data() : nullptr;
   const bool factored = std::any_of(parts.begin(), parts.end(), [](const RowPart& part) { return part.factors > 0; });
   QueryTerms terms{};
   if (factored)
@@ -188,9 +194,9 @@ py::tuple search(const std::vector<Segment>& segments, const std::vector<RowPart
     py::gil_scoped_release free;
     stats = exact_search(checked::kernels().search, segments.data(), static_cast<int64_t>(segments.size()), parts.data(),
                          static_cast<int64_t>(parts.size()), stored.view, asked,
-                         reinterpret_cast<const uint8_t*>(allowed), k, best, best_rows, threads, factored ? &terms : nullptr);
+                         reinterpret_cast<const uint8_t*>(allowed), k, best, best_rows, threads, factored ? &terms : nullptr, marks);
   }
-  return py::make_tuple(stats.rows_scanned, stats.bad_row,
+  return py::make_tuple(stats.rows_scanned, stats.bad_row, stats.misplaced,
                         py::array_t<int64_t>(static_cast<py::ssize_t>(stats.scored.size()), stats.scored.data()));
 }
 
@@ -274,7 +280,7 @@ PYBIND11_MODULE(influence_fast_cpu, m) {
         py::arg("error"), py::arg("norm"), py::arg("threads"));
   m.def("exact_search", &search, py::kw_only(), py::arg("segments"), py::arg("parts"), py::arg("stored"), py::arg("queries"),
         py::arg("weights"), py::arg("cosine"), py::arg("allowed"), py::arg("k"), py::arg("scores"), py::arg("rows"),
-        py::arg("threads"), py::arg("lengths") = 0, py::arg("term_first") = Table<int64_t>(),
+        py::arg("threads"), py::arg("lengths") = 0, py::arg("seen") = Table<uint8_t>(), py::arg("term_first") = Table<int64_t>(),
         py::arg("term_begin") = Table<int64_t>(), py::arg("term_codes") = Table<int8_t>(),
         py::arg("term_scale") = Table<double>(), py::arg("term_shift") = Table<int32_t>(),
         py::arg("term_bounds") = Table<double>());

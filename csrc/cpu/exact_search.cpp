@@ -23,6 +23,8 @@ namespace influence_fast {
 namespace {
 
 constexpr int64_t kBlocksAtOnce = 4;
+// Rows that a thread may keep of a query before the best of them are scored exactly, for a limit without slack; or 4 k.
+constexpr size_t kManyRows = 256;
 // Blocks of the longest rows, which are sorted and scanned before the others are looked at.
 constexpr int64_t kFirstBlocks = 2048;
 constexpr float kNone = -std::numeric_limits<float>::infinity();
@@ -59,6 +61,24 @@ struct Found {
     rows.erase(std::remove_if(rows.begin(), rows.end(), [limit](const Candidate& c) { return c.high() < limit; }),
                rows.end());
     full = std::max(2 * k, rows.size() + std::max<size_t>(k, 32));
+    return limit;
+  }
+
+  // Whether what `reduce` left is more than a limit with slack should keep.
+  bool many(size_t k) const { return rows.size() >= std::max(4 * k, kManyRows); }
+
+  // Scores the k of the highest scores by `exactly`, drops what their lowest rules out, and returns that.
+  template <typename Exactly>
+  float tighten(size_t k, float limit, const Exactly& exactly) {
+    std::nth_element(rows.begin(), rows.begin() + (k - 1), rows.end(),
+                     [](const Candidate& a, const Candidate& b) { return a.score > b.score; });
+    double lowest = std::numeric_limits<double>::infinity();
+    for (size_t i = 0; i < k; ++i) lowest = std::min(lowest, exactly(rows[i]));
+    // Lower by more than rounding is off; float32 cannot hold all that float64 can.
+    if (std::fabs(lowest) < 1e37) limit = std::max(limit, static_cast<float>(lowest - 1e-6 * std::fabs(lowest) - 1e-37));
+    rows.erase(std::remove_if(rows.begin(), rows.end(), [limit](const Candidate& c) { return c.high() < limit; }),
+               rows.end());
+    full = 2 * rows.size();
     return limit;
   }
 };
@@ -283,8 +303,8 @@ class Tile {
 };
 
 struct Block {
-  int64_t segment, begin, rows;
-  float longest;  // bound on |g| of a row
+  int32_t segment, number;  // which one of the segment
+  float longest;            // bound on |g| of a row
 };
 
 bool better(double a, int64_t row_a, double b, int64_t row_b) { return a > b || (a == b && row_a < row_b); }
@@ -305,7 +325,7 @@ void first_rows(const Segment* segments, int64_t count, const uint8_t* allowed, 
 
 SearchStats exact_search(const SearchKernels& kernels, const Segment* segments, int64_t segment_count, const RowPart* parts,
                       int64_t part_count, const StoredRows& source, const Queries& queries, const uint8_t* allowed,
-                      int64_t k, double* scores, int64_t* rows, int threads, const QueryTerms* terms) {
+                      int64_t k, double* scores, int64_t* rows, int threads, const QueryTerms* terms, uint8_t* seen) {
   std::vector<int64_t> layer_begin(source.layers);
   int64_t total = 0;
   for (int64_t l = 0; l < source.layers; total += source.dims[l++]) layer_begin[l] = total;
@@ -326,13 +346,15 @@ SearchStats exact_search(const SearchKernels& kernels, const Segment* segments, 
     first += width;
   }
 
+  std::vector<int64_t> first_block(segment_count + 1);
+  for (int64_t s = 0; s < segment_count; ++s)
+    first_block[s + 1] = first_block[s] + (segments[s].rows + kBlockRows - 1) / kBlockRows;
   std::vector<Block> blocks;
+  blocks.reserve(first_block[segment_count]);
   for (int64_t s = 0; s < segment_count; ++s) {
-    for (int64_t begin = 0; begin < segments[s].rows; begin += kBlockRows) {
-      const float* longest = segments[s].longest;
-      blocks.push_back({s, begin, std::min(kBlockRows, segments[s].rows - begin),
-                        longest == nullptr ? -kNone : longest[begin / kBlockRows]});
-    }
+    const float* longest = segments[s].longest;
+    for (int64_t b = 0; b < first_block[s + 1] - first_block[s]; ++b)
+      blocks.push_back({static_cast<int32_t>(s), static_cast<int32_t>(b), longest == nullptr ? -kNone : longest[b]});
   }
   const auto longer = [](const Block& a, const Block& b) { return a.longest > b.longest; };
   const int64_t block_count = static_cast<int64_t>(blocks.size());
@@ -356,7 +378,29 @@ SearchStats exact_search(const SearchKernels& kernels, const Segment* segments, 
     }
     return false;
   };
-  std::atomic<int64_t> next{0}, scanned{0};
+  const auto any_open = [&](const Block& block) {
+    return std::any_of(tiles.begin(), tiles.end(), [&](const auto& tile) { return is_open(*tile, block.longest); });
+  };
+  std::atomic<int64_t> next{0}, scanned{0}, misplaced{-1}, bad{-1};
+  // The exact score of a candidate, and whether the copy allows it; `by` makes scores of those of the scan, whose queries have
+  // unit length.
+  const auto exact_score = [&](Scorer& scorer, const Candidate& candidate, double by, std::vector<int64_t>& read) {
+    const double exact = scorer.score(candidate.row);
+    read.push_back(candidate.row);
+    const double off = std::fabs(exact - static_cast<double>(candidate.score) * by);
+    const bool fine = off <= static_cast<double>(candidate.slack) * by * (1 + 1e-6) + 1e-300;
+    if (!fine) {
+      int64_t seen_before = bad.load();
+      while ((seen_before < 0 || candidate.row < seen_before) && !bad.compare_exchange_weak(seen_before, candidate.row)) {
+      }
+    }
+    return std::make_pair(exact, fine);
+  };
+  const auto scale_of = [&](const Scorer& scorer, int64_t query) {
+    return !queries.cosine ? unit[query] : scorer.norm() > 0 ? unit[query] / scorer.norm() : 0;
+  };
+  std::vector<int64_t> scored;
+  std::mutex adding;
   const auto scan = [&](int64_t end) {
     parallel(threads, workers, [&](int64_t worker) {
       std::vector<Found>& mine = found[worker];
@@ -364,24 +408,34 @@ SearchStats exact_search(const SearchKernels& kernels, const Segment* segments, 
       float *score = room.data(), *slack = score + kBlockRows * kWideTile;
       std::vector<uint64_t> hits(kBlockRows);
       std::vector<float> inverse(kBlockRows);
+      std::vector<int64_t> read_exactly;
       int64_t read = 0;
       for (int64_t at; (at = next.fetch_add(kBlocksAtOnce)) < end;) {
         for (int64_t b = at; b < std::min(at + kBlocksAtOnce, end); ++b) {
           const Block& block = blocks[b];
+          if (!any_open(block)) continue;
           const Segment& segment = segments[block.segment];
-          const int32_t* order = segment.order + block.begin;
-          if (allowed != nullptr && std::none_of(order, order + block.rows, [&](int32_t position) {
-                return allowed[segment.first + position] != 0;
-              }))
-            continue;
-          CodeBlock view{segment.codes + block.begin * segment.stride,
+          const int64_t begin = block.number * kBlockRows, count = std::min(kBlockRows, segment.rows - begin);
+          const int32_t* order = segment.order + begin;
+          // Of a file: believed as far as it stays within the segment.
+          const auto inside = [&](int32_t position) { return position >= 0 && position < segment.rows; };
+          uint8_t* mark = seen == nullptr ? nullptr : seen + first_block[block.segment] + block.number;
+          if (allowed != nullptr) {
+            if (mark != nullptr && *mark == kUnseen) *mark = kOrderSeen;
+            if (std::none_of(order, order + count, [&](int32_t position) {
+                  return !inside(position) || allowed[segment.first + position] != 0;
+                }))
+              continue;
+          }
+          if (mark != nullptr) *mark = kAllSeen;
+          CodeBlock view{segment.codes + begin * segment.stride,
                          segment.stride,
-                         block.rows,
-                         segment.scale + block.begin,
-                         segment.error + block.begin,
-                         segment.norm + block.begin,
+                         count,
+                         segment.scale + begin,
+                         segment.error + begin,
+                         segment.norm + begin,
                          segment.rows,
-                         segment.factor == nullptr ? nullptr : segment.factor + block.begin};
+                         segment.factor == nullptr ? nullptr : segment.factor + begin};
           if (queries.cosine) {
             kernels.inverse_lengths(parts, part_count, view, queries.weights, inverse.data());
             view.factor = inverse.data();
@@ -392,9 +446,13 @@ SearchStats exact_search(const SearchKernels& kernels, const Segment* segments, 
               limit[q] = q < tile->used ? limits[tile->first + q].load(std::memory_order_relaxed)
                                         : std::numeric_limits<float>::infinity();
             kernels.block(parts, part_count, view, tile->view, limit.data(), score, slack, hits.data());
-            read += block.rows;
+            read += count;
             const bool few = tile->view.width <= kFewQueries;
-            for (int64_t r = 0; r < block.rows; ++r) {
+            for (int64_t r = 0; r < count; ++r) {
+              if (hits[r] != 0 && !inside(order[r])) {
+                misplaced.store(block.segment, std::memory_order_relaxed);
+                continue;
+              }
               for (uint64_t bits = hits[r]; bits != 0; bits &= bits - 1) {
                 const int q = __builtin_ctzll(bits);
                 if (q >= tile->used) break;
@@ -409,8 +467,16 @@ SearchStats exact_search(const SearchKernels& kernels, const Segment* segments, 
                 Found& f = mine[tile->first + q];
                 f.rows.push_back(candidate);
                 if (f.rows.size() >= f.full) {
-                  limit[q] = f.reduce(k, limits[tile->first + q].load(std::memory_order_relaxed));
-                  raise(limits[tile->first + q], limit[q]);
+                  const int64_t query = tile->first + q;
+                  limit[q] = f.reduce(k, limits[query].load(std::memory_order_relaxed));
+                  if (f.many(k)) {
+                    Scorer scorer(kernels, source, queries, queries.values + query * total);
+                    const double by = scale_of(scorer, query);
+                    limit[q] = f.tighten(k, limit[q], [&](const Candidate& one) {
+                      return exact_score(scorer, one, by, read_exactly).first / by;
+                    });
+                  }
+                  raise(limits[query], limit[q]);
                 }
               }
             }
@@ -418,6 +484,8 @@ SearchStats exact_search(const SearchKernels& kernels, const Segment* segments, 
         }
       }
       scanned.fetch_add(read);
+      const std::lock_guard<std::mutex> lock(adding);
+      scored.insert(scored.end(), read_exactly.begin(), read_exactly.end());
     });
   };
   if (!bounded || block_count <= kFirstBlocks) {
@@ -428,17 +496,12 @@ SearchStats exact_search(const SearchKernels& kernels, const Segment* segments, 
     std::nth_element(blocks.begin(), first, blocks.end(), longer);
     std::sort(blocks.begin(), first, longer);
     scan(kFirstBlocks);
-    const auto last = std::remove_if(first, blocks.end(), [&](const Block& block) {
-      return std::none_of(tiles.begin(), tiles.end(), [&](const auto& tile) { return is_open(*tile, block.longest); });
-    });
+    const auto last = std::remove_if(first, blocks.end(), [&](const Block& block) { return !any_open(block); });
     std::sort(first, last, longer);
     next = kFirstBlocks;
     scan(last - blocks.begin());
   }
 
-  std::atomic<int64_t> bad{-1};
-  std::vector<int64_t> scored;
-  std::mutex adding;
   parallel(threads, queries.count, [&](int64_t query) {
     if (unit[query] == 0) return first_rows(segments, segment_count, allowed, k, scores + query * k, rows + query * k);
     std::vector<Candidate> kept;
@@ -453,8 +516,7 @@ SearchStats exact_search(const SearchKernels& kernels, const Segment* segments, 
     kept.swap(all.rows);
     std::sort(kept.begin(), kept.end(), [](const Candidate& a, const Candidate& b) { return a.high() > b.high(); });
     Scorer scorer(kernels, source, queries, queries.values + query * total);
-    // From scores to those of the scan, whose queries have unit length.
-    const double by = !queries.cosine ? unit[query] : scorer.norm() > 0 ? unit[query] / scorer.norm() : 0;
+    const double by = scale_of(scorer, query);
     double* best = scores + query * k;
     int64_t* best_row = rows + query * k;
     // Worst on top.
@@ -466,15 +528,8 @@ SearchStats exact_search(const SearchKernels& kernels, const Segment* segments, 
     for (const Candidate& candidate : kept) {
       const bool whole = static_cast<int64_t>(heap.size()) == k;
       if (whole && static_cast<double>(candidate.high()) * by < heap.front().first) break;
-      const double exact = scorer.score(candidate.row);
-      mine.push_back(candidate.row);
-      const double off = std::fabs(exact - static_cast<double>(candidate.score) * by);
-      if (!(off <= static_cast<double>(candidate.slack) * by * (1 + 1e-6) + 1e-300)) {
-        int64_t seen = bad.load();
-        while ((seen < 0 || candidate.row < seen) && !bad.compare_exchange_weak(seen, candidate.row)) {
-        }
-        break;
-      }
+      const auto [exact, fine] = exact_score(scorer, candidate, by, mine);
+      if (!fine) break;
       if (whole && !better(exact, candidate.row, heap.front().first, heap.front().second)) continue;
       if (whole) {
         std::pop_heap(heap.begin(), heap.end(), above);
@@ -491,7 +546,7 @@ SearchStats exact_search(const SearchKernels& kernels, const Segment* segments, 
     const std::lock_guard<std::mutex> lock(adding);
     scored.insert(scored.end(), mine.begin(), mine.end());
   });
-  return {scanned.load(), bad.load(), std::move(scored)};
+  return {scanned.load(), bad.load(), misplaced.load(), std::move(scored)};
 }
 
 void exact_scores(const SearchKernels& kernels, const StoredRows& source, const Queries& queries, const int64_t* rows,

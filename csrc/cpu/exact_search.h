@@ -138,16 +138,22 @@ struct Queries {
   const double* lengths = nullptr;  // by row, or null; a segment's factor is then the inverse, and cosine is false
 };
 
+// What was read of a block of a segment.
+constexpr uint8_t kUnseen = 0, kOrderSeen = 1, kAllSeen = 2;
+
 struct SearchStats {
   int64_t rows_scanned, bad_row;  // bad_row: a stored row whose score the bound does not allow, or -1
+  int64_t misplaced;              // a segment whose order names a row outside it, or -1
   std::vector<int64_t> scored;    // stored rows that were read, those of one query after those of another
 };
 
 // The k best rows of each query among those with allowed[row] (or all): scores float64 (m, k), rows (m, k), best first, ties
-// in row order; where fewer than k are allowed the rest is -1.
+// in row order; where fewer than k are allowed the rest is -1. `seen`, by block of all segments, is set to what was read; longest
+// of every block is read.
 SearchStats exact_search(const SearchKernels& kernels, const Segment* segments, int64_t segment_count, const RowPart* parts,
                       int64_t part_count, const StoredRows& source, const Queries& queries, const uint8_t* allowed,
-                      int64_t k, double* scores, int64_t* rows, int threads, const QueryTerms* terms = nullptr);
+                      int64_t k, double* scores, int64_t* rows, int threads, const QueryTerms* terms = nullptr,
+                      uint8_t* seen = nullptr);
 
 // Scores of given rows (m, width); a row below 0 has score NaN.
 void exact_scores(const SearchKernels& kernels, const StoredRows& source, const Queries& queries, const int64_t* rows,

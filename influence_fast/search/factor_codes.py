@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -63,46 +65,69 @@ def query_terms(queries: Sequence[Tensor]) -> dict[str, np.ndarray]:
     A query's matrix is the sum of as many terms ``a b^T`` as have singular values above ``_LEFT_OUT`` of its largest, both
     rounded to 8 bits, and a rest, whose norm between two vectors is bounded by its Schatten norm of order 8.
     """
-    counts, codes, scales, shifts, sizes = [], [], [], [], []
-    bounds = torch.empty(3, len(queries), len(queries[0]), dtype=torch.float64)
-    for place, given in enumerate(queries):
-        whole = given.double()
-        # Of length 1 at most, so that no power of it is beyond float64.
-        largest = whole.abs().amax((1, 2), keepdim=True)
-        matrix = torch.where(largest > 0, whole / largest, 0)
-        flip = whole.shape[1] > whole.shape[2]
-        if flip:
-            matrix = matrix.mT
-        # Any vectors would do, for the rest is measured; those of the smaller side's products are found fastest.
-        squares, left = torch.linalg.eigh(matrix @ matrix.mT)
-        values, left = squares.flip(1).clamp_min(0).sqrt(), left.flip(2)
-        right = left.mT @ matrix
-        wanted = (values > _LEFT_OUT * values[:, :1]).sum(1)
-        rounded = [_rounded(side) for side in (left.mT, right)]
-        kept = torch.arange(values.shape[1]) < wanted[:, None]
-        near = [torch.where(kept, step, 0)[:, :, None] * code for step, code in rounded]
-        approximated = near[0].mT @ near[1]
-        bounds[0, place] = _schatten(approximated)
-        bounds[1, place] = _schatten(matrix - approximated)
-        bounds[2, place] = (near[0].norm(dim=2) * near[1].norm(dim=2)).sum(1)
-        bounds[:, place] *= largest[:, 0, 0]
-        first, second = (rounded[1], rounded[0]) if flip else rounded
-        scale = first[0] * second[0] * largest[:, :, 0]
-        pair = [torch.nn.functional.pad(side[1], (0, -side[1].shape[2] % 64))[kept] for side in (first, second)]
-        counts.append(wanted)
-        scales.append(scale[kept])
-        codes.append(torch.cat(pair, 1).to(torch.int8))
-        shifts.append(128 * torch.stack([side.sum(1) for side in pair], 1))
-        sizes.append(wanted * codes[-1].shape[1])
-    size = torch.cat(sizes)
+    layers, m = len(queries), len(queries[0])
+    counts = np.empty((layers, m), np.int64)
+    bounds = np.empty((3, layers, m))
+    codes: list[Any] = [None] * layers
+    scales, shifts = list(codes), list(codes)
+    # Layers of one shape together: what a call costs by itself is most of what one query takes.
+    for shape in dict.fromkeys(given.shape for given in queries):
+        places = [place for place, given in enumerate(queries) if given.shape == shape]
+        terms = _terms(torch.cat([queries[place] for place in places]))
+        counts[places] = terms.counts.view(-1, m)
+        bounds[:, places] = terms.bounds.view(3, -1, m)
+        ends = counts[places].sum(1).cumsum()[:-1]
+        for found, own in ((codes, terms.codes), (scales, terms.scale), (shifts, terms.shift)):
+            for place, part in zip(places, np.split(own.numpy(), ends), strict=True):
+                found[place] = part
+    width = np.array([part.shape[1] for part in codes])
+    size = (counts * width[:, None]).ravel()
     return {
-        "term_first": np.concatenate([[0], torch.cat(counts).cumsum(0).numpy()]),
-        "term_begin": (size.cumsum(0) - size).numpy(),
-        "term_codes": torch.cat([part.flatten() for part in codes]).numpy(),
-        "term_scale": torch.cat(scales).numpy(),
-        "term_shift": torch.cat(shifts).flatten().int().numpy(),
-        "term_bounds": bounds.flatten().numpy(),
+        "term_first": np.concatenate([[0], counts.ravel().cumsum()]),
+        "term_begin": size.cumsum() - size,
+        "term_codes": np.concatenate([part.ravel() for part in codes]),
+        "term_scale": np.concatenate(scales),
+        "term_shift": np.concatenate(shifts).ravel(),
+        "term_bounds": bounds.ravel(),
     }
+
+
+@dataclass(frozen=True)
+class _Terms:
+    """Of matrices of one shape: terms of each, those of one behind those of another, and what they leave out."""
+
+    counts: Tensor
+    codes: Tensor
+    scale: Tensor
+    shift: Tensor
+    bounds: Tensor
+
+
+def _terms(queries: Tensor) -> _Terms:
+    whole = queries.double()
+    # Of length 1 at most, so that no power of it is beyond float64.
+    largest = whole.abs().amax((1, 2), keepdim=True)
+    matrix = torch.where(largest > 0, whole / largest, 0)
+    flip = whole.shape[1] > whole.shape[2]
+    if flip:
+        matrix = matrix.mT
+    # Any vectors would do, for the rest is measured; those of the smaller side's products are found fastest.
+    squares, left = torch.linalg.eigh(matrix @ matrix.mT)
+    values = squares.flip(1).clamp_min(0).sqrt()
+    wanted = (values > _LEFT_OUT * values[:, :1]).sum(1)
+    most = max(int(wanted.max()), 1)
+    left = left.flip(2)[:, :, :most].mT
+    rounded = [_rounded(side) for side in (left, left @ matrix)]
+    kept = torch.arange(most) < wanted[:, None]
+    near = [torch.where(kept, step, 0)[:, :, None] * code for step, code in rounded]
+    approximated = near[0].mT @ near[1]
+    summed = (near[0].norm(dim=2) * near[1].norm(dim=2)).sum(1)
+    bounds = torch.stack([_schatten(approximated), _schatten(matrix - approximated), summed]) * largest[:, 0, 0]
+    first, second = (rounded[1], rounded[0]) if flip else rounded
+    scale = first[0] * second[0] * largest[:, :, 0]
+    pair = [torch.nn.functional.pad(side[1], (0, -side[1].shape[2] % 64))[kept] for side in (first, second)]
+    shift = 128 * torch.stack([side.sum(1) for side in pair], 1)
+    return _Terms(wanted, torch.cat(pair, 1).to(torch.int8), scale[kept], shift.int(), bounds)
 
 
 def _rounded(vectors: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,5 +1,8 @@
 """The files of an index: a sealed ``index.json``, which names each file with its size and checksums, and those files.
 
+``sha256`` and ``xxh3`` are of whole files, ``blocks`` (of version 4, where a file is checked as it is read) of the checksums
+behind it (``influence_fast._blocks``).
+
 A new index is written beside one that is there: its files have names of their own, ``index.json`` is replaced in one step,
 and what it no longer names is removed. So an index is the old one or the new one, whatever stops the process.
 """
@@ -24,7 +27,7 @@ from influence_fast import _records as records
 from influence_fast._files import atomic_write, locked, make_folder, remove_leftovers
 from influence_fast.errors import InputError, StoreError
 
-FORMAT, VERSION = "influence_fast.index", 3
+FORMAT, VERSIONS = "influence_fast.index", (3, 4)
 DOCUMENT = "index.json"
 _OURS = re.compile(r"scan-\d+\.bin|band-\d+\.(faiss|rows|npy)|curvature-\d+\.safetensors")
 _READ = 1 << 20
@@ -35,6 +38,7 @@ class _File(TypedDict):
     bytes: records.Whole
     sha256: records.Sha256
     xxh3: records.Xxh3
+    blocks: NotRequired[records.Xxh3]
 
 
 class _Store(TypedDict):
@@ -98,8 +102,9 @@ def read_document(folder: Path) -> dict[str, Any]:
     version = document.get("version") if isinstance(document, dict) else None
     if type(version) is not int:
         raise StoreError(f"{where} is not that of an index; a damaged index: build it again")
-    if version != VERSION or document.get("format") != FORMAT:
-        raise StoreError(f"{folder}: index version {version}, this library reads {VERSION}; build it again")
+    if version not in VERSIONS or document.get("format") != FORMAT:
+        known = " and ".join(map(str, VERSIONS))
+        raise StoreError(f"{folder}: index version {version}, this library reads {known}; build it again")
     try:
         document = records.unseal(where, raw)
         _DOCUMENT.check(where, document)
@@ -179,7 +184,7 @@ class IndexFolder:
 
     def publish(self, document: dict[str, Any]) -> None:
         """Name the files of the new index in place of the old one's, and remove what is no longer named."""
-        atomic_write(self.path / DOCUMENT, records.seal({"format": FORMAT, "version": VERSION, **document}))
+        atomic_write(self.path / DOCUMENT, records.seal({"format": FORMAT, "version": VERSIONS[-1], **document}))
         self.made = []
         _remove_others(self.path, {entry["file"] for entry in files_of(document)})
 

@@ -14,7 +14,7 @@ import numpy as np
 from influence_fast.errors import InputError, StoreError
 from influence_fast.gradients.store import GradientStore
 from influence_fast.gradients.store_reader import StoreReader
-from influence_fast.search.exact import Rows
+from influence_fast.search.stored_rows import Rows
 
 _log = logging.getLogger("influence_fast")
 

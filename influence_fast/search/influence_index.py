@@ -30,7 +30,7 @@ from influence_fast.errors import InputError, StoreError
 from influence_fast.gradients.differences import recorded_identity
 from influence_fast.gradients.store import GradientStore
 from influence_fast.gradients.store_records import verifying
-from influence_fast.search.exact import Rows, Scan
+from influence_fast.search.exact import Scan
 from influence_fast.search.index_files import IndexFolder, check_files, read_document, writing
 from influence_fast.search.indexed_rows import (
     as_written,
@@ -56,6 +56,7 @@ from influence_fast.search.norm_partitions import (
     tune,
 )
 from influence_fast.search.query_checks import check_store, layer_weights, query_values, row_mask
+from influence_fast.search.stored_rows import Rows
 
 METRICS = ("dot", "cosine")
 METHODS = (*METRICS, *PRECONDITIONED)
@@ -517,8 +518,8 @@ class InfluenceIndex:
     ) -> InfluenceIndex:
         """Map an index that :meth:`save` wrote, and open its store (or stores; ``store`` says where they are now).
 
-        Every file of the index is checked first, and what is read of the store when it is first read; ``verify=False``
-        leaves that out, but for the files of FAISS.
+        What is read of the index and of the store is checked when it is first read, files of FAISS as a whole now;
+        ``verify=False`` leaves that out, but for the files of FAISS.
 
         Raises:
             StoreError: there is none, it is damaged, or the store is another than was indexed.
@@ -527,11 +528,12 @@ class InfluenceIndex:
         folder = Path(path)
         document = read_document(folder)
         if verifying(verify):
-            check_files(folder, [segment["data"] for segment in document["segments"]])
+            # Of version 3; later ones are checked block by block when a search has read them.
+            check_files(folder, [part["data"] for part in document["segments"] if "blocks" not in part["data"]])
         rows, written = open_rows(folder, document, store, verify)
         meta = {key: document[key] for key in document if key not in _PARTS}
         exact = meta["factory"] == "Flat"
-        scan = Scan.open(folder, rows, document["segments"]) if exact else None
+        scan = Scan.open(folder, rows, document["segments"], verifying(verify)) if exact else None
         width = sum(rows.dims.values())
         partitions = [NormPartition.load(folder, entry, width, rows.count) for entry in document["partitions"]]
         counted = scan.rows if scan is not None else sum(len(partition.rows) for partition in partitions)

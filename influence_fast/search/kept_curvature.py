@@ -22,8 +22,8 @@ from torch import Tensor
 from influence_fast._files import atomic_path
 from influence_fast.attribution.curvature import METHODS, Factors, LayerCurvature, Together, alone
 from influence_fast.errors import InputError, StoreError
-from influence_fast.search.exact import Rows
 from influence_fast.search.index_files import IndexFolder, check_files, describe
+from influence_fast.search.stored_rows import Rows
 
 FILE = "curvature-{:05d}.safetensors"
 _BLOCK_BYTES = 32 << 20

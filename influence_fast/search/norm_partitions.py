@@ -19,8 +19,9 @@ from torch import Tensor
 
 from influence_fast._files import atomic_path, atomic_write
 from influence_fast.errors import BackendError, InfluenceError, InputError, StoreError
-from influence_fast.search.exact import Rows, parts_of, rescore
 from influence_fast.search.index_files import IndexFolder, check_files, describe
+from influence_fast.search.segments import parts_of
+from influence_fast.search.stored_rows import Rows, rescore
 
 _BLOCK_BYTES = 32 << 20
 _TRAIN_ROWS = 50_000

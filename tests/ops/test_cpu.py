@@ -162,6 +162,11 @@ def test_arguments_of_the_exact_search() -> None:
     queries = native.Matrix(64, "float32", (1, 4), (4, 1))
     with pytest.raises(ValueError, match="queries: columns: expected 5, got 4"):
         native.exact_search(**search, parts=[native.RowPart(**part)], queries=queries, **rest)
+    queries = native.Matrix(64, "float32", (1, 5), (5, 1))
+    with pytest.raises(ValueError, match="seen: blocks: expected 1, got 2"):
+        native.exact_search(
+            **search, parts=[native.RowPart(**part)], queries=queries, **rest, seen=np.zeros(2, np.uint8)
+        )
 
 
 def test_reference_agrees_on_a_strided_packed_batch() -> None:

@@ -15,7 +15,7 @@ from stores import write_store
 from torch import Tensor
 
 import influence_fast as inf
-from influence_fast.search import exact as room
+from influence_fast.search import exact, segments
 
 native = pytest.importorskip("influence_fast_cpu")
 
@@ -100,7 +100,7 @@ def test_any_size_and_scale(tmp_path_factory, rows: int, dim: int, m: int, expon
 
 
 def test_a_layer_of_many_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(room, "_PART", 32)
+    monkeypatch.setattr(segments, "_PART", 32)
     dims = {"a": 100, "b": 32}
     store, queries = write_store(tmp_path / "s", draw(300, dims, 0), shard_rows=100), draw(20, dims, 1)
     index = inf.InfluenceIndex.build(store, "Flat")
@@ -110,7 +110,7 @@ def test_a_layer_of_many_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_segments_files_parts_of_a_store_and_later_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(room, "_SEGMENT_BYTES", 1)  # 192 rows a segment
+    monkeypatch.setattr(exact, "_SEGMENT_BYTES", 1)  # 192 rows a segment
     dims = {"a": 20}
     data, queries = draw(1000, dims, 0), draw(5, dims, 1)
     whole = write_store(tmp_path / "s", data, shard_rows=170)
@@ -189,14 +189,64 @@ def test_a_store_that_changed_is_never_scored(tmp_path: Path, where: str) -> Non
 
 
 def test_a_damaged_index_is_found(tmp_path: Path) -> None:
-    store = write_store(tmp_path / "s", draw(50, {"a": 9}, 0))
+    # Small ones are a single block of bytes, and checked when they are opened.
+    store = write_store(tmp_path / "s", draw(1000, {"a": 9}, 0))
     inf.InfluenceIndex.build(store, path=tmp_path / "i")
     raw = bytearray((tmp_path / "i" / "scan-00000.bin").read_bytes())
     raw[10] ^= 1
     (tmp_path / "i" / "scan-00000.bin").write_bytes(raw)
-    with pytest.raises(inf.StoreError, match=r"scan-00000\.bin: damaged index, its checksum"):
-        inf.InfluenceIndex.load(tmp_path / "i")
+    index = inf.InfluenceIndex.load(tmp_path / "i")
+    with pytest.raises(
+        inf.StoreError, match=r"scan-00000\.bin: damaged, the checksum .* \(of an index; build it again"
+    ):
+        index.search(draw(2, {"a": 9}, 1), 3)
+    with pytest.raises(inf.StoreError, match=r"scan-00000\.bin: damaged, the checksum"):
+        index.save(tmp_path / "j")
     inf.InfluenceIndex.load(tmp_path / "i", verify=False)
+
+
+@pytest.mark.parametrize("name", ["codes", "scale", "error", "norm", "order", "bound"])
+@pytest.mark.parametrize("filtered", [False, True])
+def test_what_a_search_reads_of_an_index_is_checked(tmp_path: Path, name: str, filtered: bool) -> None:
+    """Damage is named by the search that has read it; one that has not gives the answer of the whole index."""
+    dims, count = {"a": 100, "b": 60}, 4000
+    data, queries = draw(count, dims, 0), draw(3, dims, 1)
+    data = {layer: g * torch.linspace(1, 0.001, count)[:, None] for layer, g in data.items()}
+    store = write_store(tmp_path / "s", data, shard_rows=1000)
+    expected = inf.InfluenceIndex.build(store, path=tmp_path / "i")
+    only = torch.arange(count) < 500 if filtered else None
+    wanted = expected.search(queries, 5, only=only)
+    path = tmp_path / "i" / "scan-00000.bin"
+    raw = path.read_bytes()
+    array = expected._scan.segments[0].arrays[name].tobytes()
+    for share in (0.0, 0.98):
+        changed = bytearray(raw)
+        changed[raw.index(array) + int(share * len(array))] ^= 0x40
+        path.write_bytes(changed)
+        if name in ("order", "bound"):
+            # The last bytes of a file; those of `bound`, which says what may be left out, are checked when it is opened.
+            with pytest.raises(inf.StoreError, match=r"scan-00000\.bin: damaged, the checksum"):  # noqa: PT012
+                index = inf.InfluenceIndex.load(tmp_path / "i")
+                assert name == "order"
+                index.search(queries, 5, method="cosine")
+            continue
+        index = inf.InfluenceIndex.load(tmp_path / "i")
+        if share == 0:
+            # The longest rows come first.
+            with pytest.raises(inf.StoreError, match=r"scan-00000\.bin: damaged, the checksum"):
+                index.search(queries, 5, only=only)
+        elif name == "codes":
+            for found, value in zip(index.search(queries, 5, only=only), wanted, strict=True):
+                assert torch.equal(found, value)
+        with pytest.raises(inf.StoreError, match=r"scan-00000\.bin: damaged, the checksum"):
+            index.search(queries, 5, method="cosine")
+    path.write_bytes(raw)
+    again = inf.InfluenceIndex.load(tmp_path / "i")
+    for found, value in zip(again.search(queries, 5, only=only), wanted, strict=True):
+        assert torch.equal(found, value)
+    assert 0 < int((again._scan.segments[0].seen == 2).sum()) < len(again._scan.segments[0].seen)
+    again.search(queries, 5, method="cosine")
+    assert (again._scan.segments[0].seen == 2).all()
 
 
 def test_votes_from_an_index(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from stores import gradients, write_store
 
 import influence_fast as inf
 from influence_fast import _records as records
-from influence_fast.search.index_files import find_damage
+from influence_fast.search.index_files import describe, find_damage
 
 pytest.importorskip("influence_fast_cpu")
 
@@ -114,7 +114,7 @@ def test_files_and_rows_stay_within_bounds_without_checks_too(tmp_path: Path, st
         with pytest.raises(inf.StoreError, match="expected a file of an index"):
             inf.InfluenceIndex.load(tmp_path / "i", verify=False)
     reseal(tmp_path / "i", segments=[{**segment, "rows": 3 * 10**8}])
-    with pytest.raises(inf.StoreError, match="bytes where"):
+    with pytest.raises(inf.StoreError, match="bytes long where"):
         inf.InfluenceIndex.load(tmp_path / "i", verify=False)
     reseal(tmp_path / "i", segments=[segment], stores=[{**source, "rows": [0, 2**40]}])
     with pytest.raises(inf.StoreError, match="of the 300 of"):
@@ -128,17 +128,36 @@ def test_files_and_rows_stay_within_bounds_without_checks_too(tmp_path: Path, st
     order = inf.InfluenceIndex.load(tmp_path / "i", verify=False)._scan.segments[0].arrays["order"].tobytes()
     for place in (b"\xff\xff\xff\xff", b"\x2c\x01\x00\x00", b"\xff\xff\xff\x7f"):
         path.write_bytes(raw.replace(order, place + order[4:]))
-        with pytest.raises(inf.StoreError, match="it places rows outside its 300"):
-            inf.InfluenceIndex.load(tmp_path / "i", verify=False)
+        for only in (None, torch.arange(300) < 290):
+            with pytest.raises(inf.StoreError, match="it places rows outside its 300"):
+                inf.InfluenceIndex.load(tmp_path / "i", verify=False).search(gradients(3, 5), 4, only=only)
 
 
 def test_an_index_of_an_earlier_version_is_to_be_built_again(tmp_path: Path, store: inf.GradientStore) -> None:
     (tmp_path / "i").mkdir()
     (tmp_path / "i" / "index.json").write_text(json.dumps({"version": 2, "factory": "Flat"}))
-    with pytest.raises(inf.StoreError, match="index version 2, this library reads 3; build it again"):
+    with pytest.raises(inf.StoreError, match="index version 2, this library reads 3 and 4; build it again"):
         inf.InfluenceIndex.load(tmp_path / "i")
     inf.InfluenceIndex.build(store, path=tmp_path / "i")
     assert list(find_damage(tmp_path / "i")) == []
+
+
+def test_an_index_of_version_3_is_checked_as_a_whole(tmp_path: Path, store: inf.GradientStore) -> None:
+    expected = inf.InfluenceIndex.build(store, path=tmp_path / "i").search(gradients(3, 5), 4)
+    path = tmp_path / "i" / "scan-00000.bin"
+    document = records.unseal("index", (tmp_path / "i" / "index.json").read_bytes())
+    [segment] = document["segments"]
+    # Without the checksums of blocks.
+    path.write_bytes(path.read_bytes()[: -8 * -(-path.stat().st_size // (2**14 + 8))])
+    reseal(tmp_path / "i", version=3, segments=[{**segment, "data": describe(path)}])
+    old = inf.InfluenceIndex.load(tmp_path / "i")
+    for found, value in zip(old.search(gradients(3, 5), 4), expected, strict=True):
+        assert torch.equal(found, value)
+    raw = bytearray(path.read_bytes())
+    raw[-1] ^= 1
+    path.write_bytes(raw)
+    with pytest.raises(inf.StoreError, match=r"scan-00000\.bin: damaged index, its checksum"):
+        inf.InfluenceIndex.load(tmp_path / "i")
 
 
 def test_only_rows_that_an_answer_follows_from_are_checked(tmp_path: Path) -> None:

@@ -9,8 +9,8 @@ from definitions import draw
 from stores import write_store
 
 import influence_fast as inf
-from influence_fast.search.exact import Rows
 from influence_fast.search.indexed_rows import as_written, digest_of_rows, first_number, row_name, row_names, same_rows
+from influence_fast.search.stored_rows import Rows
 
 
 def test_rows_of_a_store_with_deleted_ones(tmp_path: Path) -> None:
