@@ -31,7 +31,10 @@ def as_evaluated(model: nn.Module) -> Iterator[None]:
     kept = [(config, name, getattr(config, name)) for config in configs for name in names if hasattr(config, name)]
     # DistributedDataParallel would wait for gradients of all its parameters, and average those of one row over processes.
     synchronised = [
-        (module, name, module.__dict__[name]) for module in modules for name in _SYNC if name in module.__dict__
+        (module, name, getattr(module, name))
+        for module in modules
+        for name in _SYNC
+        if name in module.__dict__ or hasattr(type(module), name)
     ]
     model.eval()
     for parameter, _ in flags:
