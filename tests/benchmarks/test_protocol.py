@@ -42,6 +42,7 @@ BENCHMARKS = (
     "paper",
     "paper_page",
     "paper_tables",
+    "peer_definitions",
     "peers",
     "rivals",
     "run",
