@@ -46,6 +46,7 @@ BENCHMARKS = (
     "peers",
     "rivals",
     "run",
+    "self_check_truth",
     "verification",
 )
 
