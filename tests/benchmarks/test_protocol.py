@@ -30,6 +30,7 @@ BENCHMARKS = (
     "calibration",
     "capture",
     "coverage",
+    "cross_fit",
     "default_projection",
     "factors",
     "finetune",
