@@ -48,6 +48,7 @@ BENCHMARKS = (
     "rivals",
     "run",
     "self_check_truth",
+    "serving",
     "verification",
 )
 
