@@ -38,6 +38,7 @@ def asked(port: int, question: dict[str, str]) -> float:
 
 
 @click.command()
+@protocol.out_option("An earlier result is replaced.")
 @click.option("--model", required=True, help="Folder of a classifier or a language model.")
 @click.option("--data", required=True, help="A file of training rows.")
 @click.option("--rows", default=400, show_default=True, help="How many of them are indexed.")
@@ -50,6 +51,7 @@ def asked(port: int, question: dict[str, str]) -> float:
 )
 @protocol.json_option
 def main(
+    out: Path | None,
     model: str,
     data: str,
     rows: int,
@@ -61,6 +63,7 @@ def main(
     as_json: bool,
 ) -> None:
     """Time the answers of the server."""
+    protocol.previous(protocol.result_file(out, "serving"), "serving")
     question = {"text": text, **({"label": label} if label is not None else {})}
     with workspace(folder) as place:
         if not (place / "index").exists():
@@ -90,6 +93,7 @@ def main(
         "later_s": median(spent[1:]),
         "slowest_later_s": max(spent[1:]),
     }
+    protocol.Results(protocol.result_file(out, "serving"), document).add()
     if as_json:
         click.echo(json.dumps(document))
     else:

@@ -54,6 +54,7 @@ from .evaluation.metrics import precision as precision
 from .evaluation.metrics import rank_correlation as rank_correlation
 from .evaluation.metrics import roc_auc as roc_auc
 from .evaluation.metrics import wins as wins
+from .evaluation.planted import ndr_auc_from_planted as ndr_auc_from_planted
 from .evaluation.retraining import Retrained as Retrained
 from .evaluation.retraining import filter_and_retrain as filter_and_retrain
 from .evaluation.scores import read_scores as read_scores

@@ -43,6 +43,8 @@ MEMORY = 512 << 20
 # votes of a block, those of the blocks before, and some more; then scratch of each thread, which has sums of its own in
 # short rows.
 _SUMS, _SCRATCH, _OWN_SUMS, _SHORT = 40, 16, 16, 1 << 18
+# Squared norm up to which a gradient counts as zero: below the smallest normal numbers of float32.
+_VANISHED = torch.finfo(torch.float32).tiny ** 2
 
 
 class Matrix(Protocol):
@@ -343,4 +345,5 @@ def as_matrix(matrix: Matrix | Mapping[str, Tensor]) -> Matrix:
 
 
 def _inverse_norm(sqnorm: Tensor) -> Tensor:
-    return torch.where(sqnorm > 0, sqnorm.rsqrt(), 0).float()
+    # Of a gradient that all but vanishes it would be infinite in float32, and its products with zeros no number.
+    return torch.where(sqnorm > _VANISHED, sqnorm.rsqrt(), 0).float()

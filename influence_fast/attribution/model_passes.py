@@ -73,7 +73,10 @@ class ModelPasses:
         return self.all_states(samples, pooling, base)[:, -1].contiguous()
 
     def all_states(self, samples: Any, pooling: str = "mean", base: bool = False) -> Tensor:
-        """Those of all blocks, behind the embedding first: ``(n, blocks + 1, width)``, which is not to be changed."""
+        """Those of all blocks, behind the embedding first: ``(n, blocks + 1, width)``, which is not to be changed.
+
+        Where blocks differ in width the narrower end in zeros.
+        """
         if id(samples) in self._selections:
             whole, rows = self._selections[id(samples)]
             return self.all_states(whole, pooling, base)[rows]
@@ -146,7 +149,9 @@ def hidden_states(
     """
     if pooling not in POOLING:
         raise InputError(f"pooling: expected one of {', '.join(POOLING)}, got {pooling!r}")
-    return _by_name(_forward(model, dataset, pooling, False, batch_tokens, progress).states)
+    found = _forward(model, dataset, pooling, False, batch_tokens, progress)
+    named = _by_name(found.states).items()
+    return {name: state[:, :width] for (name, state), width in zip(named, found.widths, strict=True)}
 
 
 def _by_name(states: Tensor) -> dict[str, Tensor]:
@@ -167,9 +172,10 @@ def class_log_probabilities(
 
 @dataclass(frozen=True)
 class _Forward:
-    """What one pass without gradients gave: ``(n, blocks + 1, width)``, and ``(n, classes)``."""
+    """What one pass without gradients gave: ``(n, blocks + 1, width)``, of these widths, and ``(n, classes)``."""
 
     states: Tensor
+    widths: list[int]
     log_probabilities: Tensor
 
 
@@ -183,7 +189,7 @@ def _forward(
 ) -> _Forward:
     """Pooled hidden states, where ``pooling`` says how, and class log-probabilities, in data-set order."""
     order: list[int] = []
-    states = torch.empty(0)
+    states, widths = torch.empty(0), list[int]()
     classes: list[Tensor] = []
     what = " and ".join(["hidden states"] * (pooling is not None) + ["predictions"] * predictions)
     rows, kind = checked_rows(model, dataset)
@@ -197,15 +203,16 @@ def _forward(
             if found is None:
                 raise InputError(f"model: {type(model).__name__} returns no hidden states")
             if not len(states):
-                # Made once: a list of batches put together would be held twice.
-                states = torch.empty(len(rows), len(found), found[0].shape[-1])
-            for place, state in enumerate(found):
-                states[chosen, place] = _pooled(state, mask_of(batch), pooling).float().cpu()
+                # Made once: a list of batches put together would be held twice. Narrower states end in zeros.
+                widths = [state.shape[-1] for state in found]
+                states = torch.zeros(len(rows), len(found), max(widths))
+            for place, (state, width) in enumerate(zip(found, widths, strict=True)):
+                states[chosen, place, :width] = _pooled(state, mask_of(batch), pooling).float().cpu()
         if predictions:
             logits = losses.logits_of(model, output)
             classes.append(logits.float().log_softmax(1).cpu())
     log_probabilities = torch.cat(classes)[torch.tensor(order).argsort()] if classes else torch.empty(0)
-    return _Forward(states, log_probabilities)
+    return _Forward(states, widths, log_probabilities)
 
 
 @dataclass(frozen=True)

@@ -223,6 +223,7 @@ def run_plan(audit: AuditPlan, out: str | Path | None, progress: bool = True) ->
                     seed=config.seed,
                     folder=folder / "stores" / "self-check",
                     checkpoints=config.checkpoints or [],
+                    wrong=result.facts.get("wrong_labels"),
                 )
         if out is not None:
             with _timed(times, "report"):

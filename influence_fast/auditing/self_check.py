@@ -1,7 +1,8 @@
 """How far to trust an audit where nobody knows which samples are bad: planted flips, stability, fidelity.
 
 Flips are planted in a copy of some of the samples, and only the copy's gradients are taken again: the model never trained on
-the planted labels, so they are easier to find than labels that it has learned. What the figures compare is choices.
+the planted labels, and among the others there are wrong ones. What the figures of ``planted`` compare is choices;
+``estimate`` says how well the wrong labels that are there are found, where the model has not learned them by heart.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from influence_fast.data.tasks import IGNORED
 from influence_fast.errors import InfluenceError, InputError
 from influence_fast.evaluation.comparison import RankingKey, compare
 from influence_fast.evaluation.metrics import ndr_auc
+from influence_fast.evaluation.planted import ndr_auc_from_planted
 from influence_fast.gradients.build import build_from
 from influence_fast.gradients.settings import BuildSettings
 from influence_fast.gradients.store import GradientStore
@@ -38,7 +40,10 @@ DROP = 0.3
 _EXACT_ROWS, _EXACT_QUERIES, _LEAST_EXACT, _LEAST_QUERIES = 256, 64, 32, 4
 # Inputs and output gradients of the queries that are held while exact scores are taken; gradients that are indexed.
 _HELD_BYTES, _INDEXED_BYTES = 1 << 30, 1 << 30
-_REPEATS = 5
+_REPEATS, _PLANTS = 5, 7919
+# Shares: of wrong labels learned by heart, above which planted ones are not like them; of wrong labels, beside all that a
+# random label would have, from which planting tells little.
+_LEARNED, _MOST_WRONG = 0.25, 0.9
 
 
 def plant(
@@ -101,15 +106,18 @@ def self_check(
     seed: int = 0,
     folder: Path,
     checkpoints: Sequence[str] = (),
+    wrong: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """``{"planted", "stability", "checkpoints", "fidelity"}``: numbers and text of the functions of these names.
+    """``{"planted", "estimate", "stability", "checkpoints", "fidelity"}``: numbers and text of the functions of these names.
 
-    ``scores`` are those of the main ranking; ``checkpoints`` are folders of the model at other times of the same training.
+    ``scores`` are those of the main ranking; ``checkpoints`` are folders of the model at other times of the same training;
+    ``wrong`` is the audit's estimate of how many labels are wrong.
     """
     random = torch.Generator().manual_seed(seed)
     n = len(inputs.samples.rows)
     chosen = torch.randperm(n, generator=random)[:SELF_CHECK_ROWS].sort().values.tolist()
-    copy, mask = plant([inputs.samples.rows[i] for i in chosen], share, seed, inputs.task)
+    # A seed of its own: labels that a user planted by the audit's must not be drawn again, and turned back.
+    copy, mask = plant([inputs.samples.rows[i] for i in chosen], share, seed + _PLANTS, inputs.task)
     labels = [row["labels"] for row in copy] if inputs.task == "classification" else None
     samples = Samples(copy, None, labels, None, None)
     if inputs.task == "classification":
@@ -120,6 +128,7 @@ def self_check(
     matrices = {method: copied.influence(method) for method in plan.methods}
     return {
         "planted": planted(matrices, store, mask, plan, random),
+        "estimate": estimate(inputs, matrices[plan.main.method], store, mask, plan, wrong),
         "stability": stability(inputs, plan, random),
         "checkpoints": over_checkpoints(inputs, checkpoints, scores, plan, folder),
         "fidelity": fidelity(inputs, copy, seed, folder),
@@ -170,6 +179,45 @@ def planted(
         "median": ordered[len(ordered) // 2],
         "best_in_hindsight": ordered[-1],
     }
+
+
+def estimate(
+    inputs: MethodInputs,
+    matrix: Matrix,
+    store: GradientStore,
+    mask: Tensor,
+    plan: RankingPlan,
+    wrong: Mapping[str, Any] | None,
+) -> dict[str, Any]:
+    """AUC_NDR of the main ranking and of the loss on the wrong labels that are there, with intervals.
+
+    Not where the model has learned these by heart: if ``a`` of the training rows are predicted as labelled and ``f`` of the
+    labels are wrong, then at least ``(a - (1 - f)) / f`` of the wrong ones are.
+    """
+    train = inputs.train
+    assert isinstance(train, GradientStore)  # an audit's
+    if not wrong or wrong.get("low") is None or "correct" not in train.columns:
+        return {"skipped": "how many labels are wrong is not known from trusted rows"}
+    n, (labels, _) = len(train), inputs.labels()
+    share, low, high = (wrong[name] / n for name in ("estimate", "low", "high"))
+    classes = int(max(labels)) + 1
+    if not 0 < share < _MOST_WRONG * (classes - 1) / classes:
+        return {"skipped": f"with {share:.0%} of the labels wrong by its estimate, planted ones say nothing"}
+    learned = max(0.0, (float(train.column("correct").double().mean()) - (1 - share)) / share)
+    if learned > _LEARNED:
+        return {
+            "skipped": f"the model has learned {learned:.0%} or more of the wrong labels by heart, so those that it has "
+            "never seen are no likeness of them; inf.ndr_auc_from_planted says it of a model that was trained on planted "
+            "labels too",
+            "learned": learned,
+        }
+    rankings = {"default": _scores(matrix, plan), "loss": -store.column("loss").double()}
+    found = {
+        name: ndr_auc_from_planted(values, mask, share, classes, between=(low, high))
+        for name, values in rankings.items()
+    }
+    rows = {name: dict(zip(("auc_ndr", "low", "high"), values, strict=True)) for name, values in found.items()}
+    return {"share": share, "learned": learned, "rows": rows}
 
 
 def stability(inputs: MethodInputs, plan: RankingPlan, random: torch.Generator) -> dict[str, Any]:

@@ -86,6 +86,20 @@ def test_zero_gradients_are_counted() -> None:
     assert inf.influence(train, queries, "datainf").layer("b").eq(0).all()
 
 
+@pytest.mark.parametrize("method", ["cosine", "trackstar"])
+def test_gradients_that_all_but_vanish_count_as_zero(method: str) -> None:
+    """As of a row that a model has learned by heart: their inverse lengths are no numbers of float32."""
+    train, queries = torch.randn(6, 4), torch.randn(3, 4)
+    train[2], queries[1] = 1e-43, 1e-43
+    found = inf.influence({"a": train}, {"a": queries}, method)
+    values = found.layer("a")
+    assert values.isfinite().all()
+    assert not values[:, 2].any()
+    assert not values[1].any()
+    assert found.between_queries("a").isfinite().all()
+    assert found.weighted("a", torch.ones(1, 3)).isfinite().all()
+
+
 def test_some_layers_and_correct_queries(tmp_path: Path) -> None:
     correct = torch.tensor([True, False, True])
     queries = write_store(tmp_path / "q", gradients(3, 1), columns={"correct": correct})

@@ -74,3 +74,17 @@ def test_rows_with_other_labels_share_what_inputs_decide(monkeypatch: pytest.Mon
     seen = count_rows(model, monkeypatch)
     assert torch.equal(passes.hidden_states(other)["block 1"], states["block 1"][[7, 2]])
     assert not seen
+
+
+def test_blocks_may_differ_in_width() -> None:
+    from benchmarks.noise_kinds import Table
+
+    torch.manual_seed(0)
+    model = Table(3, 2).eval()
+    rows = [{"input_ids": [i % 5, 7, 2], "labels": 0} for i in range(6)]
+    found = inf.hidden_states(model, rows)
+    assert [tuple(states.shape) for states in found.values()] == [(6, 3), (6, 32), (6, 32)]
+    with torch.no_grad():
+        states = model(torch.tensor([row["input_ids"] for row in rows]), output_hidden_states=True).hidden_states
+    for name, expected in zip(found, states, strict=True):
+        torch.testing.assert_close(found[name], expected.mean(1))

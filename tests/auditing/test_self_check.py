@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import models
 import pytest
@@ -14,7 +15,7 @@ from audits import sentences as texts
 import influence_fast as inf
 from influence_fast.auditing.config import RankingPlan
 from influence_fast.auditing.report.self_check_text import sentences
-from influence_fast.auditing.self_check import Subset, plant, planted, split, stability
+from influence_fast.auditing.self_check import Subset, estimate, plant, planted, split, stability
 from influence_fast.evaluation.rankings import groups_by_name
 
 
@@ -71,6 +72,34 @@ def test_the_better_method_is_chosen_and_held_out_figures_are_its_own(tmp_path: 
     assert found["candidates"] == 2 * 2 * 5 * 2
 
 
+def test_what_is_estimated_of_the_wrong_labels_that_are_there(tmp_path: Path) -> None:
+    from stores import write_store
+
+    random = torch.Generator().manual_seed(0)
+    wrong, mask = (torch.rand(300, generator=random) < share for share in (0.2, 0.1))
+    doubtful = torch.randn(300, generator=random) - 3 * (wrong ^ mask).float()
+    plan = RankingPlan(["m"], ["mean"], groups_by_name(["head"]), inf.RankingKey("m", "all", "mean"), 0.2)
+    labels = torch.randint(2, (300,), generator=random).tolist()
+
+    def store(name: str, **columns: torch.Tensor) -> inf.GradientStore:
+        return write_store(tmp_path / name, {"head": torch.randn(300, 2)}, columns=columns)
+
+    def found(correct: torch.Tensor, said: dict | None) -> dict:
+        train = store(f"train {float(correct.float().mean())} {said is None}", correct=correct)
+        inputs = SimpleNamespace(train=train, labels=lambda: (labels, labels))
+        return estimate(inputs, _wrap({"head": doubtful[None]}), copy, mask, plan, said)
+
+    copy = store("copy", loss=-doubtful + torch.randn(300, generator=random))
+    said = {"estimate": 60.0, "low": 45.0, "high": 75.0}
+    rows = found(~wrong, said)["rows"]
+    truth = inf.ndr_auc(torch.randn(300, generator=random) - 3 * wrong.float(), wrong)
+    assert rows["default"]["low"] < truth < rows["default"]["high"]
+    assert rows["loss"]["auc_ndr"] < rows["default"]["auc_ndr"]
+    assert "learned 100% or more" in found(torch.ones(300, dtype=torch.bool), said)["skipped"]
+    assert "not known" in found(~wrong, None)["skipped"]
+    assert "say nothing" in found(~wrong, {"estimate": 149.0, "low": 140.0, "high": 150.0})["skipped"]
+
+
 def test_stability_is_the_overlap_of_what_halves_of_the_queries_would_drop() -> None:
     random = torch.Generator().manual_seed(0)
     plan = RankingPlan(["ready"], ["mean"], groups_by_name(["head"]), inf.RankingKey("ready", "all", "mean"), 0.2)
@@ -119,10 +148,18 @@ def test_in_an_audit(folder: Path, tmp_path: Path, projection: str) -> None:
         assert "another seed" not in found["fidelity"]["correlation"]
     else:
         assert 0 < exact["dot"] < 1
+    assert "not known from trusted rows" in found["estimate"]["skipped"]
     assert found["fidelity"]["correlation"]["int8"]["dot"] > (0.99 if projection == "identity" else 0)
     html = (tmp_path / "a" / "report.html").read_text()
     assert "How much the choice matters" in html
     assert len(sentences(found)) >= 6
+    row = {"auc_ndr": 0.91, "low": 0.8, "high": 0.97}
+    said = {
+        **found,
+        "estimate": {"share": 0.13, "learned": 0.0, "rows": {"default": row, "loss": {**row, "auc_ndr": 0.85}}},
+    }
+    text = " ".join(sentences(said))
+    assert "13% of all by the estimate above: AUC_NDR 0.910 (0.800 to 0.970) by the ranking shown, 0.850 (" in text
 
 
 def test_a_method_of_one_row_goes_beside_those_of_many(folder: Path, tmp_path: Path) -> None:
@@ -172,13 +209,19 @@ def test_too_few_queries_to_fit_on_halves(folder: Path, tmp_path: Path) -> None:
     assert "too few queries" in json.loads(out)["facts"]["self_check"]["stability"]["skipped"]
 
 
-def test_in_an_audit_of_a_causal_model(folder: Path, tmp_path: Path) -> None:
+def test_in_an_audit_of_a_causal_model(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seeds = []
+    watched = lambda *given: seeds.append(given[2]) or plant(*given)  # noqa: E731
+    monkeypatch.setattr("influence_fast.auditing.self_check.plant", watched)
     data = write_rows(tmp_path / "train.jsonl", texts(40, 1))
     given = ["--layers", "attention[0]", "--projection", "rademacher:4x4", "--self-check", 0.2]
     arguments = options(folder, train=data, model=folder / "causal")
     code, out, err = run("audit", *arguments, *given, "--out", tmp_path / "a", "--json")
     assert code == 0, err
     assert json.loads(out)["facts"]["self_check"]["planted"]["flips"] == 8
+    # Labels that a user planted by the audit's seed are not turned back.
+    assert seeds
+    assert 0 not in seeds
     code, _, err = run("audit", *arguments, "--self-check", 0.01, "--out", tmp_path / "b")
     assert (code, "self_check: 0.01 of 40 samples plants 0" in err) == (1, True)
     assert not (tmp_path / "b").exists()

@@ -30,6 +30,7 @@ BENCHMARKS = (
     "calibration",
     "capture",
     "coverage",
+    "cross_fit",
     "default_projection",
     "factors",
     "finetune",
@@ -42,9 +43,12 @@ BENCHMARKS = (
     "paper",
     "paper_page",
     "paper_tables",
+    "peer_definitions",
     "peers",
     "rivals",
     "run",
+    "self_check_truth",
+    "serving",
     "verification",
 )
 

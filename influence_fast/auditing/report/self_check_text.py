@@ -13,8 +13,8 @@ def sentences(found: Mapping[str, Any]) -> list[str]:
     figure = {name: f"{row['auc_ndr']:.3f} ({row['low']:.3f} to {row['high']:.3f})" for name, row in rows.items()}
     out = [
         f"Self-check: {trial['flips']} labels of a copy of {trial['samples']} samples were changed on purpose. The model "
-        "never trained on them, so they are easier to find than mistakes it has learned: compare the figures only with "
-        "each other.",
+        "never trained on them, and among the others there are mistakes too: compare the figures only with each other, and "
+        "that with the loss not where the model has learned labels by heart.",
         f"Of {trial['candidates']} settings, {trial['chosen']} did best on one half of the queries. On the other it "
         f"has AUC_NDR {figure['chosen']}; the ranking shown here ({trial['default']}) {figure['default']}, the loss alone "
         f"{figure['loss']}, a random order {figure['random']}.",
@@ -23,6 +23,17 @@ def sentences(found: Mapping[str, Any]) -> list[str]:
     ]
     if rows["default"]["over_loss"][0] <= 0:
         out.append("For planted flips the ranking shown is not clearly better than sorting by the loss.")
+    said = found["estimate"]
+    if "skipped" in said:
+        out.append(f"How well the wrong labels that are there are found: not estimated, {said['skipped']}.")
+    else:
+        figures = {
+            name: f"{row['auc_ndr']:.3f} ({row['low']:.3f} to {row['high']:.3f})" for name, row in said["rows"].items()
+        }
+        out.append(
+            f"How well the wrong labels that are there are found, {said['share']:.0%} of all by the estimate above: AUC_NDR "
+            f"{figures['default']} by the ranking shown, {figures['loss']} by the loss alone."
+        )
     if "skipped" in steady:
         out.append(f"Stability over queries: not measured, {steady['skipped']}.")
     else:
