@@ -202,7 +202,7 @@ def test_a_classifier_is_ranked_by_the_pool_of_the_model_before_and_after(
     torch.testing.assert_close(by_method["pool"][1]["pool"][0].double(), result.scores["pool"]["all"]["mean"])
     torch.testing.assert_close(by_method["fitted-trackstar"][0], by_layer)
     assert inf.audit(str(folder / "adapter"), *data, progress=False, methods=["dot"]).main[0] == "dot"
-    monkeypatch.setattr(sys.modules["influence_fast.auditing.run"], "_POOL_BYTES", 2 * 4 * 20 * 16 * 5 - 1)
+    monkeypatch.setattr(sys.modules["influence_fast.auditing.run"], "_POOL_BYTES", 4 * 20 * 16 * 5 - 1)
     assert inf.audit(str(folder / "adapter"), *data, progress=False).main == ("cosine", "all", "rank-c")
 
 

@@ -23,6 +23,7 @@ def visit(lookup: Lookup, serving: Callable[..., Any]) -> Iterator[Any]:
         browser = driver.chromium.launch(executable_path=PROGRAM, args=["--no-sandbox"])
         context = browser.new_context()
         context.set_default_timeout(15000)
+        playwright.expect.set_options(timeout=15_000)
 
         def go(path: str = "/", width: int = 1280) -> Any:
             page = context.new_page()
