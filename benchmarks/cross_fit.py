@@ -45,15 +45,10 @@ Key = tuple[tuple[int, ...], int]
 def main(out: Path | None, seeds: int, page: Path | None, threads: int, **settings: Any) -> None:
     """Rank with the model's own probabilities and with those of networks that did not see the row."""
     torch.set_num_threads(threads)
-    file = protocol.result_file(out or protocol.RESULTS / "cross_fit.json", "cross_fit")
-    there = protocol.previous(file, "cross_fit")
     if page is not None:
-        protocol.write_section(page, "cross_fit", table_of(there["runs"]))
-        click.echo(f"wrote {page}")
+        protocol.write_table(page, out, "cross_fit", "runs", table_of)
         return
-    if there and there["settings"] != settings:
-        raise click.UsageError(f"--out: {file} has other settings ({there['settings']}); it is left as it is")
-    document = {**protocol.header("cross_fit"), "settings": settings, "runs": [], **there}
+    file, document = protocol.begun(out, "cross_fit", "runs", settings)
     done = {(run["task"], run["epochs"], run["seed"]) for run in document["runs"]}
     wanted = [(task, epochs, seed) for seed, task, epochs in itertools.product(range(seeds), TASKS, EPOCHS)]
     with protocol.Results(file, document) as results, protocol.Progress(len(wanted)) as progress:

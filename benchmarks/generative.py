@@ -91,17 +91,12 @@ def main(
 ) -> None:
     """Spoil answers, fine-tune, rank."""
     torch.set_num_threads(threads)
-    file = protocol.result_file(out or protocol.RESULTS / "generative.json", "generative")
-    there = protocol.previous(file, "generative")
     if page is not None:
-        protocol.write_section(page, "generative", table_of(there["runs"]))
-        click.echo(f"wrote {page}")
+        protocol.write_table(page, out, "generative", "runs", table_of)
         return
     if data is None:
         raise click.UsageError("--data is needed (or --page).")
-    if there and there["settings"] != settings:
-        raise click.UsageError(f"--out: {file} has other settings ({there['settings']}); it is left as it is")
-    document = {**protocol.header("generative"), "settings": settings, "runs": [], **there}
+    file, document = protocol.begun(out, "generative", "runs", settings)
     done = {(run["task"], run["seed"]) for run in document["runs"]}
     rows = {task: read(data, task) for task in TASKS}
     tokenizer = bpe([row["prompt"] + row["target"] for task in TASKS for row in rows[task]["train"]])

@@ -76,15 +76,10 @@ class Table(nn.Module):
 def main(out: Path | None, seeds: int, page: Path | None, threads: int, **settings: Any) -> None:
     """Run every kind of noise on every table, with trusted rows and without."""
     torch.set_num_threads(threads)
-    file = protocol.result_file(out or protocol.RESULTS / "noise_kinds.json", "noise_kinds")
-    there = protocol.previous(file, "noise_kinds")
     if page is not None:
-        protocol.write_section(page, "noise_kinds", table_of(there["cells"]))
-        click.echo(f"wrote {page}")
+        protocol.write_table(page, out, "noise_kinds", "cells", table_of)
         return
-    if there and there["settings"] != settings:
-        raise click.UsageError(f"--out: {file} has other settings ({there['settings']}); it is left as it is")
-    document = {**protocol.header("noise_kinds"), "settings": settings, "cells": [], **there}
+    file, document = protocol.begun(out, "noise_kinds", "cells", settings)
     names = ("task", "kind", "trusted rows", "seed")
     done = {tuple(cell[name] for name in names) for cell in document["cells"]}
     # Seed by seed, so that what is there after a stop is of all tables and kinds.

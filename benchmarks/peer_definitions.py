@@ -21,6 +21,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from functools import partial
 from io import StringIO
 from pathlib import Path
 from types import SimpleNamespace
@@ -381,7 +382,9 @@ class OurTrackstar:
                 train * ((1 - share) * total / len(train)) ** 0.5,
                 queries * (share * total / len(queries)) ** 0.5,
             ]
-            curvature = LayerCurvature.made("trak", name, train.shape[1], train.shape[1], DAMPING, lambda b=blocks: b)  # type: ignore[misc]
+            curvature = LayerCurvature.made(
+                "trak", name, train.shape[1], train.shape[1], DAMPING, partial(iter, blocks)
+            )
             products = products + curvature.precondition(queries) @ train.double().T
             lengths = [
                 total + curvature.squares_of([part]) for total, part in zip(lengths, (queries, train), strict=True)

@@ -13,7 +13,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -198,6 +198,31 @@ def previous(file: Path | None, benchmark: str) -> dict[str, Any]:
     if not isinstance(found, dict) or found.get("benchmark", benchmark) != benchmark:
         raise click.UsageError(f"--out: {file} is not a result of this benchmark ({benchmark}); it is left as it is")
     return found
+
+
+def begun(
+    out: Path | None, benchmark: str, entries: str, settings: Mapping[str, Any] | None = None
+) -> tuple[Path | None, dict[str, Any]]:
+    """The file of a benchmark that adds entries to a list, and the document that is in it, or begins there.
+
+    Raises:
+        click.UsageError: the file holds something else, or entries of other settings.
+    """
+    file = result_file(out or RESULTS / f"{benchmark}.json", benchmark)
+    there = previous(file, benchmark)
+    if there and settings is not None and there["settings"] != settings:
+        raise click.UsageError(f"--out: {file} has other settings ({there['settings']}); it is left as it is")
+    given = {} if settings is None else {"settings": settings}
+    return file, {**header(benchmark), **given, entries: [], **there}
+
+
+def write_table(
+    page: Path, out: Path | None, benchmark: str, entries: str, table: Callable[[list[dict[str, Any]]], Sequence[str]]
+) -> None:
+    """Put the table of a benchmark's entries into a page, between the lines of :func:`write_section`."""
+    file = result_file(out or RESULTS / f"{benchmark}.json", benchmark)
+    write_section(page, benchmark, table(previous(file, benchmark)[entries]))
+    click.echo(f"wrote {page}")
 
 
 def out_option(existing: str) -> Callable[[Any], Any]:

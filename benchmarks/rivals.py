@@ -53,17 +53,14 @@ SHOWN = {
 def main(model: str | None, data: Path | None, runs: Path, out: Path | None, page: Path | None, threads: int) -> None:
     """Score rivals on the splits of the runs there are."""
     torch.set_num_threads(threads)
-    file = protocol.result_file(out or protocol.RESULTS / "rivals.json", "rivals")
-    there = protocol.previous(file, "rivals")
     if page is not None:
-        protocol.write_section(page, "rivals", table_of(there["runs"]))
-        click.echo(f"wrote {page}")
+        protocol.write_table(page, out, "rivals", "runs", table_of)
         return
     if model is None or data is None:
         raise click.UsageError("--model and --data are needed (or --page).")
     if not has_cleanlab():
         raise click.UsageError("cleanlab is not installed; pip install cleanlab")
-    document = {**protocol.header("rivals"), "runs": [], **there}
+    file, document = protocol.begun(out, "rivals", "runs")
     done = {run["run"] for run in document["runs"]}
     # Uniform flips first, seed by seed: what is there after a stop is of all tasks.
     every = sorted(

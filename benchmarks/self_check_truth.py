@@ -52,15 +52,10 @@ RANKINGS = {"default": "the default", "loss": "the loss"}
 def main(out: Path | None, seeds: int, audits: Path | None, page: Path | None, threads: int, **settings: Any) -> None:
     """Hold self-checks against flips that are known."""
     torch.set_num_threads(threads)
-    file = protocol.result_file(out or protocol.RESULTS / "self_check_truth.json", "self_check_truth")
-    there = protocol.previous(file, "self_check_truth")
     if page is not None:
-        protocol.write_section(page, "self_check_truth", table_of(there["runs"]))
-        click.echo(f"wrote {page}")
+        protocol.write_table(page, out, "self_check_truth", "runs", table_of)
         return
-    if there and there["settings"] != settings:
-        raise click.UsageError(f"--out: {file} has other settings ({there['settings']}); it is left as it is")
-    document = {**protocol.header("self_check_truth"), "settings": settings, "runs": [], **there}
+    file, document = protocol.begun(out, "self_check_truth", "runs", settings)
     wanted: dict[str, Callable[[], dict[str, Any]]] = {}
     for seed, task, flips, epochs in itertools.product(range(seeds), TASKS, FLIPS, EPOCHS):
         name = f"{task}, {flips:.0%} flips, {epochs} epochs, seed {seed}"

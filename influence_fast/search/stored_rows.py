@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,24 +61,23 @@ class Rows:
 
     def read(self, layer: str, begin: int, end: int) -> Tensor:
         """Rows ``begin .. end`` of all stores together: float32."""
-        found, first = [], 0
-        for store, rows in self.stores:
-            low, high = max(begin - first, 0), min(end - first, len(rows))
-            if low < high:
-                found.append(store.read(layer, slice(rows.start + low, rows.start + high)))
-            first += len(rows)
+        found = [store.read(layer, there) for store, there in self._places(begin, end)]
         return found[0] if len(found) == 1 else torch.cat(found)
 
     def read_factors(self, layer: str, begin: int, end: int) -> tuple[Tensor, Tensor]:
         """Of rows ``begin .. end`` what their gradients are the products of."""
-        found, first = [], 0
+        found = [store.read_factors(layer, there) for store, there in self._places(begin, end)]
+        left, right = zip(*found, strict=True)
+        return torch.cat(left), torch.cat(right)
+
+    def _places(self, begin: int, end: int) -> Iterator[tuple[StoreReader, slice]]:
+        """The stores that rows ``begin .. end`` of all together lie in, and where in each."""
+        first = 0
         for store, rows in self.stores:
             low, high = max(begin - first, 0), min(end - first, len(rows))
             if low < high:
-                found.append(store.read_factors(layer, slice(rows.start + low, rows.start + high)))
+                yield store, slice(rows.start + low, rows.start + high)
             first += len(rows)
-        left, right = zip(*found, strict=True)
-        return torch.cat(left), torch.cat(right)
 
     def take(self, layer: str, numbers: Tensor) -> Tensor:
         out, first = torch.empty(len(numbers), self.dims[layer], dtype=torch.float32, device="cpu"), 0

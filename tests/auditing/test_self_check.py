@@ -211,7 +211,11 @@ def test_too_few_queries_to_fit_on_halves(folder: Path, tmp_path: Path) -> None:
 
 def test_in_an_audit_of_a_causal_model(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seeds = []
-    watched = lambda *given: seeds.append(given[2]) or plant(*given)  # noqa: E731
+
+    def watched(rows, share, seed, *rest):
+        seeds.append(seed)
+        return plant(rows, share, seed, *rest)
+
     monkeypatch.setattr("influence_fast.auditing.self_check.plant", watched)
     data = write_rows(tmp_path / "train.jsonl", texts(40, 1))
     given = ["--layers", "attention[0]", "--projection", "rademacher:4x4", "--self-check", 0.2]

@@ -223,17 +223,21 @@ def test_what_a_search_reads_of_an_index_is_checked(tmp_path: Path, name: str, f
         changed = bytearray(raw)
         changed[raw.index(array) + int(share * len(array))] ^= 0x40
         path.write_bytes(changed)
-        if name in ("order", "bound"):
-            # The last bytes of a file; those of `bound`, which says what may be left out, are checked when it is opened.
-            with pytest.raises(inf.StoreError, match=r"scan-00000\.bin: damaged, the checksum"):  # noqa: PT012
-                index = inf.InfluenceIndex.load(tmp_path / "i")
-                assert name == "order"
-                index.search(queries, 5, method="cosine")
+        damaged = pytest.raises(inf.StoreError, match=r"scan-00000\.bin: damaged, the checksum")
+        if name == "bound":
+            # It says what may be left out.
+            with damaged:
+                inf.InfluenceIndex.load(tmp_path / "i")
+            continue
+        if name == "order":
+            # In a small file it may share a block of bytes with `bound`.
+            with damaged:
+                inf.InfluenceIndex.load(tmp_path / "i").search(queries, 5, method="cosine")
             continue
         index = inf.InfluenceIndex.load(tmp_path / "i")
         if share == 0:
             # The longest rows come first.
-            with pytest.raises(inf.StoreError, match=r"scan-00000\.bin: damaged, the checksum"):
+            with damaged:
                 index.search(queries, 5, only=only)
         elif name == "codes":
             for found, value in zip(index.search(queries, 5, only=only), wanted, strict=True):
