@@ -59,6 +59,8 @@ def page_of(document: dict[str, Any], name: str, rows: int, memory: float) -> st
     disk = [(kind, rows * (dims * size + (4 * layers if kind == "int8" else 0))) for kind, size in _BYTES.items()]
     least = max(1, -(-int(index) // int(memory * 2**30)))
     loads = [value for pair in document["load"].values() for value in pair]
+    # The store may be of an earlier run.
+    loads += document["store"].get("load", [])
     lines = [
         "# A billion rows",
         "",

@@ -45,6 +45,19 @@ def test_ties_zeros_duplicates_and_heavy_tails(tmp_path: Path, isa: str, metric:
             check(store, index, queries, k, harmful)
 
 
+@pytest.mark.parametrize("metric", ["dot", "cosine"])
+def test_more_rows_are_alike_than_a_query_keeps(tmp_path: Path, metric: str) -> None:
+    """The copy's rounding tells none of them apart, so that a scan scores the best it has exactly to go on."""
+    dims = {"a": 40, "b": 24}
+    one, noise, queries = draw(1, dims, 0), draw(4000, dims, 1), draw(3, dims, 2)
+    train = {name: one[name] + 1e-3 * noise[name] for name in dims}
+    for name in dims:
+        queries[name] += one[name]
+    index = inf.InfluenceIndex.build(store := write_store(tmp_path / "s", train, shard_rows=1500), "Flat", metric)
+    for k in (1, 10, 100):
+        check(store, index, queries, k)
+
+
 def test_every_instruction_set_gives_the_same_bits(tmp_path: Path) -> None:
     dims = {"a": 33, "b": 128}
     store, queries = write_store(tmp_path / "s", draw(900, dims, 0), shard_rows=400), draw(20, dims, 1)
