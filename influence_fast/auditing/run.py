@@ -114,6 +114,7 @@ def plan_audit(
     rows = read_table("train", train, data.split, data.limit, data.skip_bad)
     task = task_of(config.task, network, rows, data.label)
     samples = prepare("train", rows, data, task, network, tokenizer)
+    samples.refuse_unused("train")
     training = None if config.training is None else _training(config.training, samples, task)
     if training is not None and not isinstance(model, nn.Module):
         # Files do not say what was frozen.

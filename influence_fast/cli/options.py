@@ -149,6 +149,7 @@ def read_samples(
     table = read_table(argument, source, settings.split, settings.limit, settings.skip_bad)
     task = task_of(task, network, table, settings.label)
     samples = prepare(argument, table, settings, task, network, tokenizer)
+    samples.refuse_unused(argument)
     for problem in () if quiet else samples.skipped:
         say(f"left out: {problem}", err=True)
     return network, samples, settings, tokenizer

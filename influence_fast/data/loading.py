@@ -108,7 +108,8 @@ def read_table(
         source: a file (JSON lines, JSON, CSV, TSV or Parquet, also compressed), a glob, a folder of such files or of a saved
             data set, a hub name, or several of these; behind a folder or hub name, ``:split``. Or in memory: a sequence or
             iterator of dicts, a ``datasets`` data set (also an iterable one), a pandas frame, a dict of columns.
-        split: which split to read of a source with several; ``train`` where there is one, or else the only one.
+        split: which split to read of a source with several; ``train`` where there is one, or else the only one. Of several
+            sources at least one has splits.
         limit: read no more rows than this.
         skip_bad: leave out lines that cannot be read, and list them in ``skipped``.
 
@@ -117,8 +118,10 @@ def read_table(
     """
     if limit is not None and limit < 1:
         raise InputError(f"limit: expected a positive number of rows, got {limit}")
-    table = Table([])
-    for part in _parts(argument, source):
+    table, parts = Table([]), _parts(argument, source)
+    if split is not None and all(isinstance(part, str | Path) and Path(part).is_file() for part in parts):
+        raise InputError(f"split: {argument} ({describe(source)}) has no splits, got {split!r}; leave it out")
+    for part in parts:
         if isinstance(part, str | Path):
             _read_path(argument, str(part), split, limit, table)
         else:
@@ -162,12 +165,19 @@ def _read_path(argument: str, path: str, split: str | None, limit: int | None, t
     file = Path(path)
     if file.is_dir():
         _read_folder(argument, file, split, limit, table)
+    elif file.exists() and named:
+        raise InputError(f"{argument}: {path} is one file, which has no split {named!r}")
     elif file.exists():
         _read_files(argument, [file], limit, table)
     elif format_of(path) or file.suffix or path.count("/") > 1:
         raise InputError(f"{argument}: no file {path!r}")
     else:
         _read_hub(argument, path, split, limit, table)
+
+
+def _by_split(source: Any) -> bool:
+    """Whether these are several data sets by name; a dict of lists or arrays is one table by columns."""
+    return isinstance(source, Mapping) and bool(source) and all(hasattr(value, "features") for value in source.values())
 
 
 def _read_files(argument: str, files: Iterable[Path], limit: int | None, table: Table) -> None:
@@ -294,12 +304,14 @@ def _read_object(
     if isinstance(source, Table) and limit is None:
         table.__dict__ |= source.__dict__
         return
-    if isinstance(source, Mapping):
-        splits = list(source)
-        if splits and all(hasattr(value, "features") for value in source.values()):
-            # Several data sets; a dict of lists or arrays is one table by columns.
-            _read_object(argument, source[_chosen(argument, name, splits, split)], None, limit, table, name)
-            return
+    if _by_split(source):
+        _read_object(argument, source[_chosen(argument, name, list(source), split)], None, limit, table, name)
+        return
+    own = getattr(source, "split", None) if hasattr(source, "features") else None
+    if split is not None and str(own) != split:
+        raise InputError(
+            f"split: {argument} ({name}) has {'none' if own is None else f'{str(own)!r} alone'}, got {split!r}"
+        )
     table.class_names |= feature_names(getattr(source, "features", None))
     for number, row in enumerate(_each(argument, source)):
         if limit is not None and number >= limit:

@@ -25,7 +25,7 @@ from influence_fast.data.forms import Form, is_tokenised, recognise
 from influence_fast.data.labels import Classes, classes_of, flag_of, is_hot, is_missing, numbers_of, several_classes
 from influence_fast.data.loading import Problem, Table, read_table, refuse
 from influence_fast.data.packing import check_boundaries, pack
-from influence_fast.data.settings import TASKS, DataSettings
+from influence_fast.data.settings import OPTIONS, TASKS, DataSettings
 from influence_fast.data.tasks import CLASS_LOSSES, IGNORED, head_of, longest_row, loss_of, unwrapped
 from influence_fast.errors import InputError
 
@@ -37,6 +37,8 @@ _ALPACA = (
     "Below is an instruction that describes a task. "
     "Write a response that appropriately completes the request.\n\n### Instruction:\n{instruction}\n\n### Response:\n",
 )
+
+_WITH_CLASSES = (*CLASS_LOSSES, "multi-label", "token-classification")
 
 
 @dataclass
@@ -54,6 +56,7 @@ class Samples:
         task: what they are samples of.
         truncated: how many were cut.
         class_names: names of the classes by number, where anybody knows them.
+        unused: settings that were given and that no row had a use for.
     """
 
     rows: list[dict[str, Any]]
@@ -67,6 +70,14 @@ class Samples:
     task: str = ""
     truncated: int = 0
     class_names: list[str] | None = None
+    unused: list[str] = field(default_factory=list)
+
+    def refuse_unused(self, argument: str) -> None:
+        """Raise InputError for a setting that was given and had no use: its user expects something that did not happen."""
+        if self.unused:
+            raise InputError(
+                f"{self.unused[0]}: nothing in {argument} uses it for {self.task} of rows read as {self.form}; leave it out"
+            )
 
     def shown(self, number: int) -> str | int:
         """A class's name, or its number."""
@@ -127,7 +138,7 @@ def prepare(argument: str, rows: Any, given: DataSettings, task: str, model: nn.
         raise InputError(f"tokenizer: none is given, and {argument} has no 'input_ids' and 'labels' columns")
     maker = _Maker(argument, table, given, task, model, tokenizer, form)
     made = maker.packed() if form.name == forms.PLAIN and given.block_size is not None else maker.made()
-    return replace(made, skipped=[*table.skipped, *made.skipped], task=task)
+    return replace(made, skipped=[*table.skipped, *made.skipped], task=task, unused=maker.unused())
 
 
 @dataclass
@@ -142,6 +153,7 @@ class _Maker:
     tokenizer: Any
     form: Form
     problems: list[Problem] = field(default_factory=list)
+    as_chat: bool = False
 
     def __post_init__(self) -> None:
         longest = longest_row(self.model)
@@ -170,9 +182,7 @@ class _Maker:
             self.problems,
             [self.table.where(number) for number in kept] if self.table.lines else None,
             truncated=self.text.truncated if self.text else 0,
-            class_names=self._classes.names
-            if self.task in (*CLASS_LOSSES, "multi-label", "token-classification")
-            else None,
+            class_names=self._classes.names if self.task in _WITH_CLASSES else None,
         )
 
     def packed(self) -> Samples:
@@ -195,6 +205,20 @@ class _Maker:
         where = [", ".join(self.table.where(kept[number]) for number in numbers) for numbers in members]
         form = f"{self.form}, {len(pieces)} texts packed into {len(blocks)} blocks of {size} tokens"
         return Samples(blocks, shown, None, None, None, form, self.problems, where)
+
+    def unused(self) -> list[str]:
+        """Settings that were given and that these rows have no use for."""
+        given, name, default = self.given, self.form.name, DataSettings()
+        used = {
+            "chat_template": self.as_chat,
+            "as_chat": self.as_chat,
+            "block_size": name == forms.PLAIN,
+            "label_names": self.task in _WITH_CLASSES,
+            "label": name in (forms.LABELLED, forms.TAGGED, forms.TOKENISED),
+            "answer": name == forms.ANSWER,
+        }
+        names = {setting: option for option, setting in OPTIONS.items()}
+        return [names[one] for one, use in used.items() if not use and getattr(given, one) != getattr(default, one)]
 
     def _each(
         self, numbers: Sequence[int], make: Callable[[int, Any], Any], values: Sequence[Any] | None = None
@@ -361,6 +385,7 @@ class _Maker:
             if chat:
                 raise InputError(f"{self.argument}: an encoder-decoder takes texts, and some rows hold conversations")
             return text.translated([one for one, _ in pieces], [other for _, other in pieces])
+        self.as_chat = chat
         encode = self._chat() if chat else None
 
         def encoded(piece: Any) -> Any:

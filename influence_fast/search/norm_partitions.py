@@ -207,14 +207,32 @@ def tune(
     cosine: bool,
     recall: float,
 ) -> tuple[int, float]:
-    """How wide to search for these queries to find ``recall`` of their best ``k``, and the share that they then find."""
-    true, limit = best_rows(rows, queries, k, cosine)[1], max(partition.limit for partition in partitions)
-    while True:
+    """How wide to search for these queries to find ``recall`` of their best ``k``, and the share that they then find.
+
+    It begins at ``breadth``, doubles until enough is found, and then goes back as far as it can to an eighth. Enough is a
+    standard error more than what is asked for, as other queries are asked later.
+    """
+    true, limit = best_rows(rows, queries, k, cosine)[1].tolist(), max(partition.limit for partition in partitions)
+
+    def enough(breadth: int) -> tuple[bool, float]:
         found = find_rows(partitions, rows, queries, k, breadth, cosine)[1].tolist()
-        reached = float(np.mean([len(set(a) & set(b)) / k for a, b in zip(true.tolist(), found, strict=True)]))
-        if reached >= recall or breadth >= limit:
-            return breadth, reached
-        breadth = min(2 * breadth, limit)
+        shares = np.array([len(set(a) & set(b)) / k for a, b in zip(true, found, strict=True)])
+        error = shares.std(ddof=1) / len(shares) ** 0.5 if len(shares) > 1 else 0.0
+        return bool(shares.mean() - error >= recall), float(shares.mean())
+
+    narrow, (reached, share) = 0, enough(breadth)
+    while not reached and breadth < limit:
+        narrow, breadth = breadth, min(2 * breadth, limit)
+        reached, share = enough(breadth)
+    # A search costs what it reads, and twice the breadth is twice the cost.
+    while reached and breadth - narrow > 1 + narrow // 8:
+        middle = (narrow + breadth) // 2
+        fine, found = enough(middle)
+        if fine:
+            breadth, share = middle, found
+        else:
+            narrow = middle
+    return breadth, share
 
 
 def best_rows(rows: Rows, queries: Tensor, k: int, cosine: bool) -> tuple[Tensor, Tensor]:

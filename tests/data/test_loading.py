@@ -55,6 +55,24 @@ def test_splits_are_told_apart(tmp_path: Path) -> None:
         "data-train-00001.jsonl",
     ]
     assert read_table("train", tmp_path / "files", "validation").rows == [{"text": "data-dev.jsonl"}]
+    mixed = [tmp_path / "files" / "data-dev.jsonl", tmp_path / "files"]
+    assert [row["text"] for row in read_table("train", mixed, "validation")] == ["data-dev.jsonl"] * 2
+
+
+@pytest.mark.parametrize("kind", ["file", "named", "saved", "rows", "other"])
+def test_a_split_that_nothing_has_is_refused(tmp_path: Path, kind: str) -> None:
+    file = write_rows(tmp_path / "rows.jsonl", [{"text": "w1"}])
+    data = datasets.Dataset.from_dict({"text": ["w1"]})
+    data.save_to_disk(tmp_path / "saved")
+    source, split = {
+        "file": ([file, str(tmp_path / "*.jsonl")], "test"),
+        "named": (f"{file}:test", None),
+        "saved": (f"{tmp_path / 'saved'}:test", None),
+        "rows": ([{"text": "w1"}], "test"),
+        "other": (datasets.Dataset.from_dict({"text": ["w1"]}, split="train"), "test"),
+    }[kind]
+    with pytest.raises(inf.InputError, match=r"(no splits|no split|has none|'train' alone).*'test'"):
+        read_table("train", source, split)
 
 
 class Indexed(torch.utils.data.Dataset):

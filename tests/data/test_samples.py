@@ -304,3 +304,29 @@ def test_rows_of_a_tokenizer_with_tensors(folder: Path) -> None:
     model = models.make("bert")
     stores = [inf.audit(model, part, part, methods=["dot"], layers="head", progress=False) for part in (rows, flat)]
     torch.testing.assert_close(*(store.rankings[store.main] for store in stores))
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("chat_template", "t.jinja"), ("as_chat", True), ("block_size", 8), ("answer_column", "noise")],
+)
+def test_a_setting_without_a_use_is_refused(folder: Path, tmp_path: Path, option: str, value: object) -> None:
+    (tmp_path / "t.jinja").write_text(CHAT)
+    data = write_rows(tmp_path / "train.jsonl", sentences(20, 1))
+    given = str(tmp_path / str(value)) if option == "chat_template" else value
+    with pytest.raises(inf.InputError, match=f"{option}: nothing in train uses it for classification"):
+        inf.audit(str(folder / "model"), str(data), None, out=tmp_path / "a", **{option: given})
+    flag = f"--{option.replace('_', '-')}"
+    code, _, err = run("inspect", data, "--model", folder / "model", flag, *([] if value is True else [given]))
+    assert code == 1
+    assert f"{option}: nothing in data uses it" in err
+
+
+def test_settings_that_some_rows_use_pass() -> None:
+    talk = [{"messages": [{"role": "user", "content": "w1"}, {"role": "assistant", "content": "w2"}]}]
+    pairs = [{"prompt": "w1", "completion": "w2"}]
+    assert made(pairs, as_chat=True).unused == []
+    assert made(pairs, as_chat=False, label="completion").unused == ["label_column"]
+    assert made(talk, label_names=["a", "b"]).unused == ["label_names"]
+    assert made([{"text": "w1 w2"}], block_size=4).unused == []
+    assert made(pairs, block_size=4).unused == ["block_size"]

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import types
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from stores import gradients, write_store
 
 import influence_fast as inf
+from influence_fast.search import norm_partitions
 
 
 @pytest.mark.parametrize("factory", ["IVF8,Flat", "HNSW16", "SQ8", "PCA8,Flat"])
@@ -53,3 +56,23 @@ def test_missing_answers_never_become_ids(store: inf.GradientStore) -> None:
     _, ids = index.search(gradients(4, 2), 200)
     assert ids.min() >= 0
     assert all(len(set(row)) == 200 for row in ids.tolist())
+
+
+@pytest.mark.parametrize(("enough", "begin"), [(1, 1), (3, 1), (37, 1), (37, 64), (900, 1)])
+def test_a_search_is_no_wider_than_it_has_to_be(monkeypatch: pytest.MonkeyPatch, enough: int, begin: int) -> None:
+    true, asked = torch.arange(10).expand(4, 10), []
+
+    def find(partitions: Any, rows: Any, queries: Any, k: int, breadth: int, cosine: bool) -> tuple[None, torch.Tensor]:
+        asked.append(breadth)
+        # One query of four lacks a row of ten: 0.975, less than a standard error above 0.96.
+        return None, torch.where((torch.arange(40).view(4, 10) > 0) | (breadth >= enough), true, -1)
+
+    monkeypatch.setattr(norm_partitions, "find_rows", find)
+    monkeypatch.setattr(norm_partitions, "best_rows", lambda *_: (None, true))
+    breadth, share = norm_partitions.tune([types.SimpleNamespace(limit=500)], None, None, 10, begin, True, 0.96)
+    if enough > 500:
+        assert (breadth, share) == (500, 0.975)
+    else:
+        assert enough <= breadth <= 1 + 9 * enough // 8
+        assert share == 1
+        assert len(asked) < 16
