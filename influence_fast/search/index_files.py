@@ -219,6 +219,12 @@ def writing(path: str | os.PathLike[str]) -> Iterator[IndexFolder]:
             raise
 
 
+def remove_unnamed(path: str | os.PathLike[str]) -> None:
+    """Remove the old files of an index whose writer was killed behind its last step; raises as :func:`writing`."""
+    with writing(path):
+        pass
+
+
 def _is_ours(file: Path) -> bool:
     name = file.name.removesuffix(".part")
     return name in (".lock", DOCUMENT) or _OURS.fullmatch(name) is not None

@@ -31,7 +31,7 @@ from influence_fast.gradients.differences import recorded_identity
 from influence_fast.gradients.store import GradientStore
 from influence_fast.gradients.store_records import verifying
 from influence_fast.search.exact import Scan
-from influence_fast.search.index_files import IndexFolder, check_files, read_document, writing
+from influence_fast.search.index_files import IndexFolder, check_files, read_document, remove_unnamed, writing
 from influence_fast.search.indexed_rows import (
     as_written,
     digest_of_rows,
@@ -264,6 +264,8 @@ class InfluenceIndex:
             # Deleted rows are left out by the store, whatever the index holds; they are still in its curvature.
             self._rows = rows
             if not self._curvatures.shares:
+                if path is not None:
+                    remove_unnamed(path)
                 return
         with nullcontext() if path is None else writing(path) as folder:
             if rows.count > before.count:

@@ -134,6 +134,14 @@ def test_an_index_follows_its_store(tmp_path: Path, factory: str, metric: str, n
     check(inf.InfluenceIndex.load(tmp_path / "i"), store)
 
 
+def test_an_update_without_news_removes_what_a_killed_one_left(tmp_path: Path, store: inf.GradientStore) -> None:
+    inf.InfluenceIndex.build(store, path=tmp_path / "i")
+    before = {path.name for path in (tmp_path / "i").iterdir()}
+    (tmp_path / "i" / "scan-7.bin").write_bytes(b"of the index before")
+    inf.InfluenceIndex.updated(tmp_path / "i", store)
+    assert {path.name for path in (tmp_path / "i").iterdir()} == before
+
+
 def test_an_update_reads_new_rows_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from influence_fast.search import exact
 
