@@ -247,7 +247,7 @@ def main(arguments: list[str]) -> int:
         Path(chosen.out).write_text(json.dumps(result), encoding="utf-8")
         return 0
     if chosen.needs:
-        print(*NEEDS)
+        print(*NEEDS, f"captum=={PEERS['captum'].version}")
         return 0
     import torch
 
