@@ -65,6 +65,10 @@ class NormPartition:
         """Numbers of the rows nearest by direction, ``(m, k)``; -1 fills up."""
         if not len(self.rows):
             return np.full((len(unit), k), -1)
+        inner = _inner(self.index)
+        if hasattr(inner, "parallel_mode"):
+            # Threads share the lists of few queries, or many queries; what another search sets meanwhile changes the speed.
+            inner.parallel_mode = int(len(unit) < load_faiss().omp_get_max_threads())
         found = self.index.search(unit, min(k, len(self.rows)), params=_parameters(self.index, breadth))[1]
         return np.where(found >= 0, self.rows[np.maximum(found, 0)], -1)
 
