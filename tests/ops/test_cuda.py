@@ -323,11 +323,11 @@ def test_float32_keeps_all_its_bits(device: str) -> None:
 
 
 def test_two_runs_give_the_same_bits(device: str, request: pytest.FixtureRequest) -> None:
-    x, dy, g = random(2, 80, 140, device=device), random(2, 80, 150, device=device), random(3, 5000, device=device)
-    p_in, p_out = sides("rademacher", 16, 40, 140, 150)
-    flat = [Side(kind, "f", k, 5000) for kind in ("rademacher", "sjlt") for k in (16, 300)]
-    single, some = Side("sjlt", "m.q/single", 300, 140 * 150), (x[:, :70, :20], dy[:, :70])
-    q = random(3, 150, 20, device=device)
+    x, dy, g = random(2, 70, 68, device=device), random(2, 70, 72, device=device), random(3, 3000, device=device)
+    p_in, p_out = sides("rademacher", 16, 40, 68, 72)
+    flat = [Side(kind, "f", k, 3000) for kind in ("rademacher", "sjlt") for k in (16, 300)]
+    single, some = Side("sjlt", "m.q/single", 300, 68 * 72), (x[:, :, :20], dy)
+    q = random(3, 72, 20, device=device)
 
     def run() -> list[Tensor]:
         return [
@@ -434,7 +434,7 @@ def test_rank_names_the_row_with_nan(device: str, monkeypatch: pytest.MonkeyPatc
             run()
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     shape=st.tuples(*(st.integers(1, high) for high in (3, 70, 140, 140, 70, 70, 400))),
     kinds=st.tuples(*[st.sampled_from(["rademacher", "sjlt"])] * 2),
