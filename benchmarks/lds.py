@@ -10,7 +10,7 @@ model, at five epochs of its training and at five models of other seeds, and ret
     python -m benchmarks.lds --tables
 
 Scores of other libraries on the same rows and queries join by ``--others FILE.safetensors``, ``{name: (queries, rows)}``,
-positive = helpful; the models that they should be taken from are ``models.pt`` in ``--work``. The result has the table of
+positive = helpful; ``benchmarks.lds_peers`` makes such a file from ``models.pt`` in ``--work``. The result has the table of
 the subsets so far after every 16 of them.
 """
 
@@ -38,6 +38,13 @@ from influence_fast.gradients import losses as sample_losses
 
 METHODS = ("dot", "cosine", "datainf", "trak", "trackstar", "ekfac")
 DAMPED = ("trak", "trackstar", "ekfac")
+# Words in the names of other libraries' methods that do the same.
+KINDS = {
+    "ekfac": ("ek-fac",),
+    "trak": ("trak", "trackstar"),
+    "trackstar": ("trak", "trackstar"),
+    "datainf": ("datainf",),
+}
 BATCH, MODELS, STEP = 32, 5, 16
 Rows = list[dict[str, Any]]
 Weights = dict[str, Tensor]
@@ -173,21 +180,58 @@ def measure(
     training = {"epochs": task.epochs, "lr": task.lr, "batch": BATCH, "repeats": settings["repeats"], "fraction": 0.5}
     results.add(sizes=sizes, training=training, subsets=0)
     scores = all_scores(task, work, progress, settings)
+    others: dict[str, Tensor] = {}
     if settings["others"] is not None:
-        from safetensors.torch import load_file
+        from safetensors import safe_open
 
-        scores |= load_file(settings["others"])
+        with safe_open(settings["others"], "pt") as file:
+            others = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            said = file.metadata() or {}
+        scores |= others
+        results.add(others={name: json.loads(said[name]) for name in ("versions", "not_run") if name in said})
     train, loss = trainer(task), query_losses(task)
+
+    def score(chosen: dict[str, Tensor], subsets: int) -> inf.LDS:
+        return inf.lds(
+            train, loss, chosen, subsets=subsets, repeats=settings["repeats"], folder=work / "subsets",
+            processes=settings["processes"], progress=len(chosen) > 2,
+            depends_on={"training": training, "fit": fit, "rows": task.rows, "queries": task.queries},
+        )  # fmt: skip
+
     for subsets in sorted({*range(STEP, settings["subsets"], STEP), settings["subsets"]}):
         with progress.step(f"{subsets} subsets", "subsets"):
-            found = inf.lds(
-                train, loss, scores, subsets=subsets, repeats=settings["repeats"], folder=work / "subsets",
-                processes=settings["processes"],
-                depends_on={"training": training, "fit": fit, "rows": task.rows, "queries": task.queries},
-            )  # fmt: skip
+            found = score(scores, subsets)
         table = found.table.reset_index().rename(columns={"scores": "name"}).to_dict("records")
         left_out = {name: len(some) for name, some in found.left_out.items() if some}
         results.add(subsets=subsets, table=table, left_out=left_out)
+    if others:
+        with progress.step("beside other libraries"):
+            results.add(pairs=beside(scores, set(others), table, lambda pair: score(pair, settings["subsets"]).table))
+
+
+def beside(
+    scores: dict[str, Tensor],
+    others: set[str],
+    table: list[dict[Any, Any]],
+    measure: Callable[[dict[str, Tensor]], Any],
+) -> list[dict[str, Any]]:
+    """Ours by their defaults less the best of other libraries, and of those of its own kind, on the same checkpoints."""
+    reached = {row["name"]: row["lds"] for row in table}
+    out = []
+    for name in scores:
+        method, _, where = name.rpartition(", ")
+        kinds = KINDS.get(method)
+        if kinds is None:
+            continue
+        for kind, part in (("any", ("",)), ("its own", kinds)):
+            there = [o for o in others if o.endswith(f", {where}") and any(word in o.lower() for word in part)]
+            if there:
+                best = max(there, key=lambda other: reached[other])
+                # Of two the error of the difference stands in the lesser one's line.
+                error = float(measure({name: scores[name], best: scores[best]})["se_best"].max())
+                difference = reached[name] - reached[best]
+                out.append({"ours": name, "kind": kind, "theirs": best, "difference": difference, "se": error})
+    return out
 
 
 def trainer(task: Task) -> Callable[[Tensor], nn.Module]:
@@ -254,13 +298,8 @@ def all_scores(task: Task, work: Path, progress: protocol.Progress, settings: di
             with progress.step(f"scores of model {seed + 1}, checkpoint {place + 1}", "scores"):
                 make = lambda seed=seed, weights=weights: scores_of(task, seed, weights, dampings)  # noqa: E731
                 by_model[seed, place] = protocol.kept(work / f"scores-{seed}-{place}.pt", make)
-    last = len(kept[0]) - 1
-    of = {
-        "1 model": [(0, last)],
-        f"{MODELS} epochs": [(0, place) for place in range(MODELS)],
-        f"{MODELS} models": [(0, last), *((seed, 0) for seed in range(1, MODELS))],
-    }
-    names = list(by_model[0, last])
+    of = checkpoints_of(kept)
+    names = list(by_model[0, 0])
     out = {
         f"{n}, {what}": torch.stack([by_model[key][n] for key in keys]).mean(0)
         for n in names
@@ -270,12 +309,27 @@ def all_scores(task: Task, work: Path, progress: protocol.Progress, settings: di
     return {**out, "random": random}
 
 
-def scores_of(task: Task, seed: int, weights: Weights, dampings: list[float | None]) -> dict[str, Tensor]:
-    """Every method at one checkpoint: float32 ``(queries, rows)``."""
+def checkpoints_of(kept: list[list[Weights]]) -> dict[str, list[tuple[int, int]]]:
+    """The sets of checkpoints (model, place) that scores are averaged over."""
+    last = len(kept[0]) - 1
+    return {
+        "1 model": [(0, last)],
+        f"{len(kept[0])} epochs": [(0, place) for place in range(len(kept[0]))],
+        f"{len(kept)} models": [(0, last), *((seed, 0) for seed in range(1, len(kept)))],
+    }
+
+
+def model_at(task: Task, seed: int, weights: Weights) -> nn.Module:
+    """The model of a checkpoint, in evaluation mode."""
     torch.manual_seed(seed)
     model = task.make()
     load_weights(model, weights)
-    model.eval()
+    return model.eval()
+
+
+def scores_of(task: Task, seed: int, weights: Weights, dampings: list[float | None]) -> dict[str, Tensor]:
+    """Every method at one checkpoint: float32 ``(queries, rows)``."""
+    model = model_at(task, seed, weights)
     layers = inf.select_layers(model, task.layers)
     with tempfile.TemporaryDirectory() as folder:
         stores = [
@@ -321,8 +375,43 @@ def write_tables(folder: Path) -> None:
         for row in table:
             numbers = [row["lds"], row["se"], table[0]["lds"] - row["lds"], row["se_best"]]
             lines.append(f"| {row['name']} | " + " | ".join(f"{number:.3f}" for number in numbers) + " |")
+        lines += pair_lines(found)
     protocol.write_text(folder / "README.md", "\n".join(lines) + "\n")
     click.echo(f"wrote {folder / 'README.md'}")
+
+
+def pair_lines(found: dict[str, Any]) -> list[str]:
+    """Ours beside other libraries, and what of these did not run."""
+    lines = []
+    if found.get("pairs"):
+        lines += [
+            "",
+            "Ours less the best of other libraries on the same checkpoints, of any method and of the same kind, with the "
+            "standard error of the difference:",
+            "",
+            "| ours | best of any method | difference | se | best of its kind | difference | se |",
+            "| --- | --- | --- | --- | --- | --- | --- |",
+        ]
+        for name in dict.fromkeys(pair["ours"] for pair in found["pairs"]):
+            cells = {pair["kind"]: pair for pair in found["pairs"] if pair["ours"] == name}
+            line = f"| {name} |"
+            for kind in ("any", "its own"):
+                if pair := cells.get(kind):
+                    theirs = pair["theirs"].rpartition(", ")[0]
+                    line += f" {theirs} | {pair['difference']:+.3f} | {pair['se']:.3f} |"
+                else:
+                    line += " none ran | | |"
+            lines.append(line)
+    others = found.get("others", {})
+    if others.get("versions"):
+        lines += [
+            "",
+            "Versions: " + ", ".join(f"{name} {version}" for name, version in others["versions"].items()) + ".",
+        ]
+    if others.get("not_run"):
+        lines += ["", "Did not run on this model:", ""]
+        lines += [f"- {name}: `{error}`" for name, error in others["not_run"].items()]
+    return lines
 
 
 if __name__ == "__main__":

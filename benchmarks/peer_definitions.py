@@ -93,7 +93,7 @@ class Task:
     queries: Rows
     sampled: Rows
     layers: list[str]
-    optimizer: torch.optim.Optimizer
+    optimizer: torch.optim.Optimizer | None
 
 
 def make_task(settings: Mapping[str, Any], bias: bool = False, dtype: torch.dtype = torch.float32) -> Task:
@@ -393,13 +393,18 @@ class OurTrackstar:
 
 
 class Bergson:
-    """bergson's TrackStar of a task's whole gradients, by what its ``trackstar`` command calls."""
+    """bergson's TrackStar by what its ``trackstar`` command calls, of whole gradients or of projected ones.
 
-    def __init__(self, task: Task, folder: Path, normalise: bool = False, reduction: str = "mean") -> None:
+    A projection of k leaves k x k numbers of each layer.
+    """
+
+    def __init__(
+        self, task: Task, folder: Path, normalise: bool = False, reduction: str = "mean", projection: int | None = None
+    ) -> None:
         from bergson.gradients import AdamNormalizer
 
         prefix = f"{task.model.base_model_prefix}."
-        self._task, self._reduction, self._prefix = task, reduction, prefix
+        self._task, self._reduction, self._prefix, self._projection = task, reduction, prefix, projection
         self._names = [name.removeprefix(prefix) for name in task.layers]
         moments = second_moments(task) if normalise else {}
         self._normalizers = {name.removeprefix(prefix): AdamNormalizer(value) for name, value in moments.items()}
@@ -420,11 +425,12 @@ class Bergson:
         from datasets import Dataset
 
         path.mkdir(parents=True)
-        settings = IndexConfig(run_path=str(path).removesuffix(".part"), loss_reduction=self._reduction)
+        run = str(path).removesuffix(".part")
+        settings = IndexConfig(run_path=run, loss_reduction=self._reduction, projection_dim=self._projection or 0)
         data = Dataset.from_list([{**row, "length": len(row["input_ids"])} for row in rows])
         batches = [list(range(i, min(i + 16, len(rows)))) for i in range(0, len(rows), 16)]
         names, model = set(self._names), self._task.model
-        processor = GradientProcessor(self._normalizers)
+        processor = GradientProcessor(self._normalizers, projection_dim=self._projection)
         collect_gradients(model, data, processor, settings, batches=batches, target_modules=names)
         collector = AutocorrelationCollector(
             model=model.base_model, data=data, path=str(path), processor=processor, target_modules=names
@@ -434,14 +440,14 @@ class Bergson:
         kind = {"hessian_cfg": HessianConfig(method="autocorrelation").to_dict()}
         save_run_config(SimpleNamespace(to_dict=lambda: kind), path)
         found = load_gradients(path)
-        sizes = {name: grads.numel() for name, grads in self._weights().items()}
+        sizes = {
+            name: self._projection**2 if self._projection else weight_of(self._task, self._prefix + name).numel()
+            for name in self._names
+        }
         return {
             self._prefix + name: torch.from_numpy(found[:, begin:end].copy())
             for name, (begin, end) in column_offsets(sizes).items()
         }
-
-    def _weights(self) -> dict[str, Tensor]:
-        return {name: weight_of(self._task, self._prefix + name) for name in self._names}
 
     def gram(self, path: Path) -> Scores:
         from bergson.gradients import GradientProcessor
@@ -471,6 +477,7 @@ class Bergson:
 
 def second_moments(task: Task) -> Scores:
     """Adam's running mean of squared gradients, of the layers' weights."""
+    assert task.optimizer is not None
     state = task.optimizer.state
     return {name: state[weight_of(task, name)]["exp_avg_sq"].float() for name in task.layers}
 

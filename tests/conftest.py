@@ -85,7 +85,7 @@ def _threads_of_torch() -> Iterator[None]:
 def _undrawn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Plots take a third of a small audit, and are looked at in the tests of reports and of the demo."""
     folder = request.path.parent.name
-    if folder in ("auditing", "cli", "findings", "training") and request.path.name != "test_demo.py":
+    if folder in ("auditing", "benchmarks", "cli", "findings", "training") and request.path.name != "test_demo.py":
         monkeypatch.setattr("influence_fast.auditing.report.figures._draw", lambda *_: "<svg></svg>")
 
 
@@ -98,7 +98,7 @@ def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
 @pytest.fixture(autouse=True)
 def _without_evidence(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Evidence on single rows takes half of a small audit, and is looked at in the tests of findings and reports."""
-    if request.path.parent.name in ("auditing", "cli", "training"):
+    if request.path.parent.name in ("auditing", "benchmarks", "cli", "training"):
         monkeypatch.setattr(run, "gather", lambda inputs, rows, *rest: gather(inputs, rows[:0], *rest))
 
 

@@ -24,15 +24,16 @@ class Extras:
     xb: Tensor
     dyb: Tensor
 
-    def absolute(self) -> Extras:
-        """The same with absolute values, matrices dense."""
+    def absolute(self, op: str) -> Extras:
+        """The same with absolute values, matrices dense: those that ``op`` takes, as others may be far larger."""
 
         def dense(p: Any) -> Any:
             return p if p is None else (p if isinstance(p, Tensor) else p.matrix(torch.float64)).abs().double()
 
         scale = None if self.scale is None else self.scale.abs()
-        sides = (dense(self.p_in), dense(self.p_out), dense(self.single))
-        return Extras(*sides, self.q.abs(), scale, self.xb.abs(), self.dyb.abs())
+        project, sketch = op == "project_outer", op == "sketch_outer"
+        sides = (self.p_in if project else None, self.p_out if project else None, self.single if sketch else None)
+        return Extras(*map(dense, sides), self.q.abs(), scale, self.xb.abs(), self.dyb.abs())
 
 
 def random(generator: torch.Generator, *shape: int) -> Tensor:

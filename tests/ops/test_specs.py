@@ -52,7 +52,7 @@ def check(op: str, backend: Backend, x: Tensor, dy: Tensor, lengths: Tensor | No
     e.xb, e.dyb = e.xb.to(x.dtype).float(), e.dyb.to(x.dtype).float()
     clean = [torch.where(live[..., None], side, 0).double() for side in (x, dy)]
     expected = call(op, *clean, None, e, "reference")
-    absolute = call(op, *(c.abs() for c in clean), None, e.absolute(), "reference")
+    absolute = call(op, *(c.abs() for c in clean), None, e.absolute(op), "reference")
     actual = call(op, spoil(x, live).to(backend.device), spoil(dy, live).to(backend.device), lengths, e, backend.name)
     length = x.shape[1] * 2 + x.shape[2] * dy.shape[2]
     if op == "ghost_norm":

@@ -158,7 +158,8 @@ def test_derivatives(case: str) -> None:
     run, tensors = CASES[case]
     wide = tuple(t.double().requires_grad_() for t in tensors)
     assert torch.autograd.gradcheck(run, wide, check_forward_ad=True)
-    assert torch.autograd.gradgradcheck(run, wide)
+    # Of second derivatives one random direction: all of them take most of the time, and are of the same code.
+    assert torch.autograd.gradgradcheck(run, wide, fast_mode=True)
 
 
 @pytest.mark.parametrize("lengths", [torch.tensor([2, 0]), torch.tensor([[True, False, True], [False, True, True]])])
