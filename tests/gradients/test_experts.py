@@ -16,9 +16,6 @@ import influence_fast as inf
 from influence_fast.gradients.experts import experts_forward
 from influence_fast.gradients.sample_rows import SampleRows
 
-pytestmark = pytest.mark.skipif(
-    int(hf.__version__.split(".")[0]) < 5, reason="transformers 4 keeps a module for each expert"
-)
 _SMALL: dict[str, Any] = {
     "vocab_size": models.VOCAB,
     "hidden_size": 16,
