@@ -153,7 +153,8 @@ class _Maker:
     tokenizer: Any
     form: Form
     problems: list[Problem] = field(default_factory=list)
-    as_chat: bool = False
+    templated: bool = False
+    """Whether some row went through the chat template."""
 
     def __post_init__(self) -> None:
         longest = longest_row(self.model)
@@ -210,8 +211,8 @@ class _Maker:
         """Settings that were given and that these rows have no use for."""
         given, name, default = self.given, self.form.name, DataSettings()
         used = {
-            "chat_template": self.as_chat,
-            "as_chat": self.as_chat,
+            "chat_template": self.templated,
+            "as_chat": self.templated,
             "block_size": name == forms.PLAIN,
             "label_names": self.task in _WITH_CLASSES,
             "label": name in (forms.LABELLED, forms.TAGGED, forms.TOKENISED),
@@ -385,7 +386,7 @@ class _Maker:
             if chat:
                 raise InputError(f"{self.argument}: an encoder-decoder takes texts, and some rows hold conversations")
             return text.translated([one for one, _ in pieces], [other for _, other in pieces])
-        self.as_chat = chat
+        self.templated = chat
         encode = self._chat() if chat else None
 
         def encoded(piece: Any) -> Any:
