@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -64,7 +63,7 @@ def load_model(path: str, task: str = "auto", allow_new_weights: bool = False) -
     except InputError:
         raise
     except _failures() as error:
-        if _is_pickle(error):
+        if isinstance(error, UnpicklingError):
             raise InputError(
                 f"model: the weights of {path!r} are a pickle of more than tensors, which could run code and is refused; "
                 "save them as safetensors"
@@ -72,13 +71,6 @@ def load_model(path: str, task: str = "auto", allow_new_weights: bool = False) -
         if type(error).__module__.startswith("huggingface_hub"):
             raise InputError(f"model: {folder / 'config.json'}: {_first_line(error)}") from error
         raise InputError(f"model: cannot load {path!r} ({_first_line(error)})") from error
-
-
-def _is_pickle(error: BaseException | None) -> bool:
-    """Whether it comes of a pickle that torch refused; transformers 4 says something else instead."""
-    while error is not None and not isinstance(error, UnpicklingError):
-        error = error.__cause__ or error.__context__
-    return error is not None
 
 
 def _failures() -> tuple[type[Exception], ...]:
@@ -207,17 +199,9 @@ def _architecture(config: Any, task: str) -> str:
     return _AUTO.get(head_named(names, config) or "classification", _AUTO["classification"])
 
 
-_TOKENIZER = re.compile(r"token|vocab|merges|spiece|\.model$|\.bpe$")
-"""In the names of files that a tokenizer is read from."""
-
-
 def _load_tokenizer(path: str) -> Any:
     from transformers import AutoTokenizer
 
-    folder = Path(path)
-    if folder.is_dir() and not any(_TOKENIZER.search(file.name) for file in folder.iterdir()):
-        # Asked for one all the same, transformers 4 complains of packages that are not installed.
-        return None
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError):

@@ -147,8 +147,6 @@ def aligned(name: str, tensor: Tensor) -> tuple[Tensor, int]:
 
 def check_float(name: str, tensor: Tensor, dims: int | tuple[int, ...]) -> None:
     dims = dims if isinstance(dims, tuple) else (dims,)
-    if type(tensor) is Tensor and tensor.dtype in FLOATS and tensor.dim() in dims and not tensor.is_nested:
-        return
     if not isinstance(tensor, Tensor):
         raise InputError(f"{name}: expected a torch tensor, got {type(tensor).__name__}")
     if tensor.is_nested:

@@ -623,9 +623,7 @@ def _travelling(name: str, value: Any, role: Role, *acted_on: Tensor) -> tuple[T
     k = value.dim if not isinstance(value.dim, tuple) else value.dim[0] if role == "left" else value.dim[1]
     features = 1
     for tensor in acted_on:
-        # The rest is checked where the tensor is used; a small kernel takes as long as looking twice.
-        if not isinstance(tensor, Tensor) or not tensor.dim():
-            check_float(name, tensor, (2, 3))
+        check_float(name, tensor, (2, 3))
         features *= tensor.shape[-1]
     # Sizes that a graph leaves open are fixed here: the matrix depends on them.
     return None, f"{k}|{int(features)}|projection|{role}|{value.text}"  # type: ignore[attr-defined]

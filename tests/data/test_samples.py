@@ -322,9 +322,12 @@ def test_a_setting_without_a_use_is_refused(folder: Path, tmp_path: Path, option
     assert f"{option}: nothing in data uses it" in err
 
 
-def test_settings_that_some_rows_use_pass() -> None:
+def test_settings_that_some_rows_use_pass(tmp_path: Path) -> None:
     talk = [{"messages": [{"role": "user", "content": "w1"}, {"role": "assistant", "content": "w2"}]}]
     pairs = [{"prompt": "w1", "completion": "w2"}]
+    (tmp_path / "t.jinja").write_text(CHAT)
+    assert made(talk, chat_template=str(tmp_path / "t.jinja")).unused == []
+    assert made(pairs, chat_template=str(tmp_path / "t.jinja")).unused == ["chat_template"]
     assert made(pairs, as_chat=True).unused == []
     assert made(pairs, as_chat=False, label="completion").unused == ["label_column"]
     assert made(talk, label_names=["a", "b"]).unused == ["label_names"]

@@ -76,3 +76,15 @@ def test_a_search_is_no_wider_than_it_has_to_be(monkeypatch: pytest.MonkeyPatch,
         assert enough <= breadth <= 1 + 9 * enough // 8
         assert share == 1
         assert len(asked) < 16
+
+
+def test_threads_share_one_query_or_many(store: inf.GradientStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    index, queries = inf.InfluenceIndex.build(store, "IVF4,SQ8"), gradients(3, 2)
+    monkeypatch.setattr(norm_partitions.load_faiss(), "omp_get_max_threads", lambda: 3)
+    [partition] = index._partitions
+    scores, ids = index.search(queries, 5)
+    assert norm_partitions._inner(partition.index).parallel_mode == 0
+    one = index.search({name: values[:1] for name, values in queries.items()}, 5)
+    assert norm_partitions._inner(partition.index).parallel_mode == 1
+    assert torch.equal(one[0], scores[:1])
+    assert torch.equal(one[1], ids[:1])
