@@ -86,7 +86,12 @@ class Checkpoints:
 @click.option("--only", help="Some of the libraries, by comma.")
 @click.option("--seconds", default=math.inf, help="Begin nothing after that; run again to add it.")
 @click.option("--work", type=click.Path(path_type=Path), default=Path("lds-runs"), help="As given to benchmarks.lds.")
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="File for --others of benchmarks.lds.")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="File for --others of benchmarks.lds; an earlier one is replaced.",
+)
 def main(task: str, work: Path, out: Path, only: str | None, seconds: float, **settings: Any) -> None:
     """Score the rows of one task by every library that is installed."""
     from safetensors.torch import save_file

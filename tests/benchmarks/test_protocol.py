@@ -37,6 +37,7 @@ BENCHMARKS = (
     "generative",
     "gpu_static",
     "lds",
+    "lds_peers",
     "million",
     "naive",
     "noise_kinds",
