@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import copy
 import importlib.util
-import resource
 import statistics
 import tempfile
 import time
@@ -35,6 +34,7 @@ from torch import Tensor, nn
 
 import influence_fast as inf
 from benchmarks import protocol
+from influence_fast._memory import peak_memory
 from influence_fast.data.batching import Loss, Rows, batches, collate
 from influence_fast.gradients import job as jobs
 from influence_fast.gradients import losses
@@ -322,7 +322,7 @@ def hold(work: Work) -> dict[str, float]:
     return {
         "time": found.seconds / seconds,
         "disk": found.disk_bytes / size,
-        "memory": found.memory_bytes / (1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss),
+        "memory": found.memory_bytes / peak_memory(),
     }
 
 

@@ -12,10 +12,10 @@ VOCAB = 37
 class IntegerModel(nn.Module):
     """The sum over tokens of a linear map of their embeddings. Goes with ``integer_loss``."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int = 6) -> None:
         super().__init__()
-        self.embedding = nn.Embedding(VOCAB, 6)
-        self.classifier = nn.Linear(6, 3, bias=False)
+        self.embedding = nn.Embedding(VOCAB, width)
+        self.classifier = nn.Linear(width, 3, bias=False)
         for layer, highest in ((self.embedding, 5), (self.classifier, 3)):
             shape = layer.weight.shape
             values = torch.arange(shape.numel()).mul(7).remainder(2 * highest + 1) - highest

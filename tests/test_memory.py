@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import platform
+import subprocess
+import sys
 import time
 
 import psutil
@@ -24,6 +26,14 @@ def test_sizes(text: int | str, size: int) -> None:
 def test_what_is_no_size(wrong: object) -> None:
     with pytest.raises(InputError, match="memory: expected bytes, or text such as 2GiB"):
         parse_memory(wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.skipif(platform.system() != "Linux", reason="others begin at zero anyway")
+def test_the_peak_is_of_this_process_alone() -> None:
+    held = torch.ones(100 << 20)
+    code = "from influence_fast._memory import *; print(peak_memory(), psutil.Process().memory_info().rss)"
+    peak, now = map(int, subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout.split())
+    assert now <= peak < 1.5 * now < held.nbytes
 
 
 def test_processes_of_one_job_share_main_memory(monkeypatch: pytest.MonkeyPatch) -> None:
