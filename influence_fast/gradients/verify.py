@@ -46,8 +46,10 @@ from influence_fast.ops.projections import Projection
 _HELD = 1 << 28
 # Rows of the batch by which slower ways are timed.
 _TIMED = 8
-# A layer's gradient below this share of the longest is noise: its error is measured against that share.
-_SMALL = 1e-5
+# A layer's gradient below this share of the longest is noise: its error is measured against that share, or against more
+# where roundings of the longest may be as large as the tolerance of that share. The biases of what a softmax takes, alike
+# for all its entries, have a gradient of roundings alone.
+_SMALL, _ROUNDINGS = 1e-5, {torch.float64: 4 * 2**-52, torch.float32: 4 * 2**-23}
 
 _log = logging.getLogger("influence_fast")
 Gradients = dict[str, Tensor]
@@ -175,6 +177,7 @@ class _Trial:
         dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
         low = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(settings.precision or "")
         self.tolerance = TOLERANCE.get(low or dtype, 8e-2)
+        self.small = max(_SMALL, _ROUNDINGS.get(low or dtype, 0) / self.tolerance)
         self.whole_loss = settings.loss if callable(settings.loss) else losses.named(kind, chunked=False)
         # Why there is no way in batches, or none at all.
         self.failure = ""
@@ -285,7 +288,7 @@ class _Trial:
                     continue
                 longest = max((float(g.norm()) for g in expected.values()), default=0.0)
                 for name, gradient in expected.items():
-                    length = max(float(gradient.norm()), _SMALL * longest)
+                    length = max(float(gradient.norm()), self.small * longest)
                     error = float((found[name][offset].to(gradient) - gradient).norm()) / length if length else 0.0
                     errors[name] = max(errors.get(name, 0.0), math.inf if math.isnan(error) else error)
         return errors

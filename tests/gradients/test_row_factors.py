@@ -130,7 +130,9 @@ def test_a_build(tmp_path: Path) -> None:
     torch.testing.assert_close(store.read(name).double(), nearest(whole.read(name), 8, 1), rtol=1e-3, atol=1e-6)
     assert inf.build_store(tmp_path / "s", model, rows, factors=1, **given).digest == store.digest
     again = inf.append_store(tmp_path / "s", model, rows[:3], progress=False)
-    assert torch.equal(again.read(name, slice(10, 13)), store.read(name, slice(0, 3)))
+    # Of three rows a matrix product may round otherwise than of ten.
+    same = store.read(name, slice(0, 3))
+    torch.testing.assert_close(again.read(name, slice(10, 13)), same, rtol=1e-3, atol=1e-4 * float(same.abs().max()))
     with pytest.raises(inf.StoreError, match="was built with another"):
         inf.build_store(tmp_path / "w", model, rows, factors=1, **given)
     for wrong, message in [

@@ -22,6 +22,7 @@ from influence_fast.ops.projections import Side
 
 pytest.importorskip("influence_fast_cpu")
 N, T, I, O = 3, 4, 5, 6
+_BITS = {"rtol": 0, "atol": 0}
 SIDE = Side("rademacher", "s", 4, 30)
 
 
@@ -133,7 +134,11 @@ def test_tensors_of_any_kind_are_their_values(kind: str) -> None:
     for op, made in PAIRED.items():
         assert torch.equal(made(SAME[kind](x), SAME[kind](dy)), made(x, dy)), op
     for op, of_one in SINGLE.items():
-        assert torch.equal(of_one(SAME[kind](matrix())), of_one(matrix())), op
+        got, expected = of_one(SAME[kind](matrix())), of_one(matrix())
+        # A matrix product of torch may round otherwise where memory begins elsewhere; all else is ours.
+        torch.testing.assert_close(
+            got, expected, **({"rtol": 1e-5, "atol": 1e-5} if op == "project" else _BITS), msg=op
+        )
     sides = [
         ops.project_outer(x, dy, made(torch.ones(3, I)), None, backend="cpu") for made in (SAME[kind], Tensor.clone)
     ]

@@ -302,6 +302,11 @@ function move(step) {
 
 // What stands around it -----------------------------------------------------------------------------------------------------
 
+function openHelp() {
+  $("help").showModal();
+  $("close-help").focus();
+}
+
 function onKey(event) {
   if (event.ctrlKey || event.altKey || event.metaKey || $("help").open || $("review").hidden) return;
   if (event.target.id === "search" && event.key === "Enter") return move(0);
@@ -310,7 +315,7 @@ function onKey(event) {
     if (current && event.target === itemOf.get(current.id)) open(current);
     return;
   }
-  if (event.key === "?") $("help").showModal();
+  if (event.key === "?") openHelp();
   if (event.key === "?" || !$("keys-on").checked) return;
   const inList = event.target.closest(".sample");
   const acts = { 0: null, 1: "keep", 2: "relabel", 3: "drop" };
@@ -401,7 +406,7 @@ function setUp() {
   $("export").addEventListener("click", exportReview);
   $("import").addEventListener("click", () => $("file").click());
   $("file").addEventListener("change", importReview);
-  $("keys").addEventListener("click", () => $("help").showModal());
+  $("keys").addEventListener("click", openHelp);
   $("close-help").addEventListener("click", () => $("help").close());
   document.addEventListener("keydown", onKey);
   // Another window on the same audit.
