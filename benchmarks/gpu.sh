@@ -26,7 +26,7 @@ step() { # step NAME SECONDS COMMAND...
 
 [ -d "$WHEELS" ] && step wheels 60 python3 -m pip install --no-index --find-links "$WHEELS" --no-deps "$WHEELS"/*.whl
 
-arch=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -n 1 | tr -d .)
+arch=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | sed -n 1p | tr -d .)
 export INFLUENCE_FAST_CUDA=1 INFLUENCE_FAST_CUDA_ARCHS=${arch:-90}
 step build 150 python3 setup.py -q build_ext --inplace
 step doctor 60 python3 -m influence_fast doctor --json

@@ -31,7 +31,8 @@ def test_scripts_parse(name: str) -> None:
 
 def test_a_node_is_told_what_it_needs(tmp_path: Path) -> None:
     """influence.sbatch under a Slurm of two nodes that is played by scripts: what steps.sh would see on each."""
-    tools = {"scontrol": "echo first; echo second", "srun": 'shift; for n in 0 1; do SLURM_NODEID=$n "$@"; done'}
+    # More names than a pipe holds: whoever reads the first alone must not end the job.
+    tools = {"scontrol": "echo first; seq 100000", "srun": 'shift; for n in 0 1; do SLURM_NODEID=$n "$@"; done'}
     for name, script in tools.items():
         (tmp_path / name).write_text(f"#!/bin/bash\n{script}\n")
         (tmp_path / name).chmod(0o755)
