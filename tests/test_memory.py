@@ -33,7 +33,8 @@ def test_the_peak_is_of_this_process_alone() -> None:
     held = torch.ones(100 << 20)
     code = "from influence_fast._memory import *; print(peak_memory(), psutil.Process().memory_info().rss)"
     peak, now = map(int, subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout.split())
-    assert now <= peak < 1.5 * now < held.nbytes
+    # The kernel counts pages a processor at a time, and the second number is read later.
+    assert 0.9 * now < peak < 1.5 * now < held.nbytes
 
 
 def test_processes_of_one_job_share_main_memory(monkeypatch: pytest.MonkeyPatch) -> None:
