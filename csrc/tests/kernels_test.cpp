@@ -232,7 +232,7 @@ void test_gradients(const Kernels& kernels, int threads) {
 
 void test_ranks(const Kernels& kernels, int threads) {
   const int64_t m = 5;
-  for (int64_t n : {1, 17, 3000})
+  for (int64_t n : {1, 17, 3000, 600000})
     for (int64_t high : {3, 1 << 20}) {
       const std::vector<float> values = to(integers(m * n, 20, -high, high));
       const int64_t k = (n + 4) / 5;

@@ -41,7 +41,7 @@ def values_of(kind: str, shape: tuple[int, int]) -> Tensor:
     return {
         "normal": normal,
         "tied": (normal * 3).round(),
-        "heavy": normal.sign() * (normal.abs() * 20).exp(),
+        "heavy": normal.sign() * (normal.abs() * 20).exp().clamp(max=1e38),
         "narrow": 1 + normal * 1e-6,
         "equal": torch.full(shape, -2.5),
         "signs": torch.where(normal > 0, torch.tensor(0.0), torch.tensor(-0.0)) + (normal > 1).float(),
@@ -65,6 +65,16 @@ def test_every_instruction_set(backend: Backend) -> None:
     with backend:
         for kind in KINDS:
             check(values_of(kind, (3, 2500)), 500, "cpu")
+        check(long_rows(), 30_000, "cpu")
+
+
+def long_rows() -> Tensor:
+    """Rows that no cache holds: of many lengths, equal, half zeros, and all but one in one part of the range."""
+    n = (1 << 19) + 77
+    rows = torch.cat([values_of(kind, (1, n)) for kind in ("heavy", "equal")] + [values_of("normal", (1, n)).relu()] * 2)
+    rows[-1] = 1 + torch.randperm(n, generator=torch.Generator().manual_seed(1)) * 2**-23
+    rows[-1, 70_001] = -3e38
+    return rows
 
 
 @pytest.mark.parametrize("threads", [1, 3])
