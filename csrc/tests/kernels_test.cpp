@@ -18,7 +18,7 @@ using namespace influence_fast;
 namespace {
 
 // Of all results of one instruction set, whichever it is.
-constexpr uint64_t kDigest = 0x02FE131D6EA81C71;
+constexpr uint64_t kDigest = 0x747583B34DB9A841;
 
 uint64_t digest;
 int64_t checks, failures;

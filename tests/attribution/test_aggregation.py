@@ -223,9 +223,8 @@ def test_a_stopped_job_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def score_together(folder: Path) -> None:
     with processes.joined():
-        matrix = inf.influence(
-            inf.GradientStore.open(folder / "t"), inf.GradientStore.open(folder / "q"), memory=12_000
-        )
+        stores = (inf.GradientStore.open(folder / name) for name in "tq")
+        matrix = inf.influence(*stores, "dot", memory=12_000)
         found = inf.aggregate_many(matrix, ["mean", "rank", "vote", "median"], together=True)["all"]
         with pytest.raises(inf.InputError, match="checkpoint: expected None"):
             inf.aggregate_many(matrix, ["rank"], checkpoint=folder, together=True)
@@ -233,13 +232,18 @@ def score_together(folder: Path) -> None:
 
 
 def test_processes_share_layers_and_queries(tmp_path: Path) -> None:
+    # Products of integers are exact in any order, so in blocks of any size and with any number of threads.
     data = [
-        {f"l{i}": torch.randn(n, 6, generator=torch.Generator().manual_seed(n + i)) for i in range(2)} for n in (40, 9)
+        {
+            f"l{i}": torch.randint(-99, 99, (n, 6), generator=torch.Generator().manual_seed(n + i)).float()
+            for i in range(2)
+        }
+        for n in (40, 9)
     ]
     train, queries = (write_store(tmp_path / name, rows) for name, rows in zip("tq", data, strict=True))
     log = tmp_path / "log"
     assert run_ranks(score_together, tmp_path, log=log, ranks=3) == 0, log.read_text()
-    expected = inf.aggregate_many(inf.influence(train, queries), ["mean", "rank", "vote", "median"])["all"]
+    expected = inf.aggregate_many(inf.influence(train, queries, "dot"), ["mean", "rank", "vote", "median"])["all"]
     for rank in range(3):
         found = torch.load(tmp_path / f"found-{rank}.pt")
         for name in ("rank", "vote", "median"):
