@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from influence_fast._memory import GiveBack
 from influence_fast.errors import BackendError, StoreError
 from influence_fast.search.factor_codes import factor_codes, query_terms
 from influence_fast.search.index_files import IndexFolder
@@ -73,6 +74,7 @@ class Scan:
         count = min(step, rows.count - self.rows)
         codes = np.empty((count, self.stride), np.uint8)
         padded = None if folder is None else np.empty(count * self.stride + 64, np.uint8)
+        give_back = GiveBack(0.1)
         for begin in range(self.rows, rows.count, step):
             end = min(begin + step, rows.count)
             arrays = self._quantised(rows, begin, end, codes[: end - begin], padded)
@@ -81,6 +83,7 @@ class Scan:
                 about = self.layout.write(folder, arrays)
                 segment = self.layout.mapped(folder.path / about["file"], begin, end - begin, about, verify=False)
             self.segments.append(segment)
+            give_back()
         self._natives, self._seen = {}, None
 
     def save(self, folder: IndexFolder) -> list[dict[str, Any]]:
