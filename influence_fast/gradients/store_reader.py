@@ -191,6 +191,7 @@ class StoreReader:
         names = [*layers, *(f"@scale/{name}" for name in layers)]
         for shard, low, high in zip(self.shards, edges[:-1].tolist(), edges[1:].tolist(), strict=True):
             if low < high:
+                shard.file.check_size()
                 shard.ensure([name for name in names if name in shard.places], numbers[low:high] - shard.first)
 
     @property

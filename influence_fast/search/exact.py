@@ -145,6 +145,7 @@ class Scan:
         factored = [part for part in self.factored if part.layer in layers]
         by_layer = dict(zip(layers, queries.split([self.dims[name] for name in layers], 1), strict=True))
         matrices = {part.layer: by_layer[part.layer].unflatten(1, part.sides) for part in factored}
+        rows.check_sizes()
         stored, weight = rows.native(layers), np.array(weights, np.float64)
         mask = None if allowed is None else allowed.contiguous().view(torch.uint8)
         scores, found = (

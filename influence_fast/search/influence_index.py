@@ -230,6 +230,7 @@ class InfluenceIndex:
         check_store(store, self.meta, self.identity)
         before, was = self._rows.count, self._seen
         rows = Rows([*self._rows.given, (store, as_written(store, range(len(store))))], self.layers)
+        rows.check_sizes()
         rows.native(self.layers)
         self._take_in(rows, before)
         self._written.append(len(store.with_deleted))

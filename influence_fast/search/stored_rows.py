@@ -114,10 +114,13 @@ class Rows:
             first += len(rows)
         raise IndexError(row)
 
-    def native(self, layers: Sequence[str]) -> Any:
-        """What the kernels read rows through; addresses hold while the stores live, so that it is made once."""
+    def check_sizes(self) -> None:
+        """Before the kernels may read any row; StoreError where a file is missing or has another size."""
         for store, _ in self.stores:
             store.check_sizes()
+
+    def native(self, layers: Sequence[str]) -> Any:
+        """What the kernels read rows through; addresses hold while the stores live, so that it is made once."""
         if (key := tuple(layers)) not in self._native:
             self._native[key] = self._addressed(layers)
         return self._native[key]
