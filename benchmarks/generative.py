@@ -2,10 +2,11 @@
 
 A small Llama is trained on the rows of one data set (the base model) and then fine-tuned on those of the other, where a
 share of the answers is spoilt, each kind of fault alike: the answer of another row, the reasoning of another row, a
-truncated answer, a wrong final number, another format. Ranked are the loss, the loss under the base model and over it, the
-worst token, the answer against answers of other rows, influence on clean queries by every method, layer group and
-aggregation, and means of ranks of two or three of those named ``VOTERS``. What is chosen on one data set is reported on the
-other alone::
+truncated answer, a wrong final number, another format. ``chats`` are conversations of two turns, one from each data set,
+written by a chat template; one answer of a spoilt one is spoilt, and the base model is trained on other conversations.
+Ranked are the loss, the loss under the base model and over it, the worst token, the answer against answers of other rows,
+influence on clean queries by every method, layer group and aggregation, and means of ranks of two or three of those named
+``VOTERS``. What is chosen on the other tasks is reported on each::
 
     python -m benchmarks.generative --data DATA_DIR --seeds 3
     python -m benchmarks.generative --page docs/quality.md
@@ -37,14 +38,25 @@ from influence_fast import ops
 from influence_fast.attribution.aggregation import aggregated
 from influence_fast.auditing.run import groups_of
 from influence_fast.data.batching import collate
+from influence_fast.data.chat import ChatEncoder
 
-TASKS = ("grammars", "math_with_reason")
+SETS = ("grammars", "math_with_reason")
+CHATS = "chats"
+TASKS = (*SETS, CHATS)
 KINDS = {
     "grammars": ("answer of another row", "truncated", "other format"),
     "math_with_reason": (
         "answer of another row", "reasoning of another row", "truncated", "wrong final number", "other format",
     ),
 }  # fmt: skip
+KINDS[CHATS] = KINDS["math_with_reason"]
+REASONED = ("reasoning of another row", "wrong final number")
+TEMPLATE = (
+    "<s>{% for message in messages %}{{ '<' + message.role + '>\\n' + message.content }}"
+    "{{ '</s>' if message.role == 'assistant' else '\\n' }}{% endfor %}"
+    "{{ '<assistant>\\n' if add_generation_prompt else '' }}"
+)
+Row = dict[str, Any]
 METHODS, AGGREGATIONS = ("dot", "cosine", "datainf", "trackstar"), ("mean", "rank", "vote")
 LAYERS, PROJECTION = "embedding,attention,mlp,head", "rademacher:16x16"
 SIGNALS = (
@@ -98,8 +110,9 @@ def main(
         raise click.UsageError("--data is needed (or --page).")
     file, document = protocol.begun(out, "generative", "runs", settings)
     done = {(run["task"], run["seed"]) for run in document["runs"]}
-    rows = {task: read(data, task) for task in TASKS}
-    tokenizer = bpe([row["prompt"] + row["target"] for task in TASKS for row in rows[task]["train"]])
+    rows = {task: read(data, task) for task in SETS}
+    tokenizer = bpe([row["prompt"] + row["target"] for task in SETS for row in rows[task]["train"]])
+    rows[CHATS] = {side: chats(*(rows[task][side] for task in SETS)) for side in ("train", "test")}
     with protocol.Results(file, document) as results, protocol.Progress(seconds=seconds) as progress:
         try:
             for seed, task in itertools.product(range(seeds), TASKS):
@@ -129,26 +142,67 @@ def parts_of(reason: str | None, answer: str) -> dict[str, Any]:
     return {"reason": reason, "answer": answer, "target": answer if reason is None else f"{reason} Answer: {answer}"}
 
 
-def spoil(
-    rows: list[dict[str, Any]], task: str, share: float, seed: int
-) -> tuple[list[dict[str, Any]], list[str | None]]:
+def chats(*sets: list[Row]) -> list[Row]:
+    """Conversations with a turn from each data set, whose order changes from one to the next."""
+    return [{"turns": list(parts[:: 1 - 2 * (i % 2)])} for i, parts in enumerate(zip(*sets, strict=True))]
+
+
+def turns_of(row: Row) -> list[Row]:
+    """Questions with their answers: of a row that is no conversation the one that it is."""
+    return row.get("turns", [row])
+
+
+def spoil(rows: list[Row], task: str, share: float, seed: int) -> tuple[list[Row], list[str | None]]:
     """Rows of which ``round(share * n)`` have a wrong target, each kind of fault as often, and the fault of each row."""
     random = np.random.default_rng([seed, 7])
     kinds, count = KINDS[task], round(share * len(rows))
     places = random.permutation(len(rows))[:count].tolist()
-    out = [dict(row) for row in rows]
+    out = list(rows)
     faults: list[str | None] = [None] * len(rows)
-    for turn, i in enumerate(places):
-        kind, row = kinds[turn % len(kinds)], rows[i]
-        others = [
-            other for other in rows if other["target"] != row["target"] and other["reason"] != row["reason"]
-        ] or rows
-        if task == "grammars":
-            others = [other for other in rows if other["target"] != row["target"]]
-        other = others[int(random.integers(len(others)))]
-        out[i] = {**row, "target": spoilt(kind, row, other, random)}
+    for number, i in enumerate(places):
+        kind, turns = kinds[number % len(kinds)], turns_of(rows[i])
+        possible = [t for t, turn in enumerate(turns) if turn["reason"] is not None or kind not in REASONED]
+        at = possible[int(random.integers(len(possible)))]
+        wrong = {**turns[at], "target": spoilt(kind, turns[at], another(rows, turns[at], random), random)}
+        out[i] = {"turns": [*turns[:at], wrong, *turns[at + 1 :]]} if "turns" in rows[i] else wrong
         faults[i] = kind
     return out, faults
+
+
+def another(rows: list[Row], turn: Row, random: np.random.Generator) -> Row:
+    """A turn from the same data set with another target, and with other reasoning where it has some."""
+    reasoned = turn["reason"] is not None
+    others = [
+        other
+        for row in rows
+        for other in turns_of(row)
+        if (other["reason"] is not None) == reasoned
+        and other["target"] != turn["target"]
+        and not (reasoned and other["reason"] == turn["reason"])
+    ]
+    return others[int(random.integers(len(others)))]
+
+
+def encoder(tokenizer: Any) -> Callable[[Row], dict[str, Any]]:
+    """Tokens and labels of a row: prompt and target, or a conversation of which the assistant's turns are learnt."""
+    from transformers import PreTrainedTokenizerFast
+
+    chat = ChatEncoder(PreTrainedTokenizerFast(tokenizer_object=tokenizer), TEMPLATE)
+
+    def encode(row: Row) -> dict[str, Any]:
+        if "turns" not in row:
+            return prompted(tokenizer, row["prompt"], row["target"])
+        said = [(turn["prompt"], turn["target"]) for turn in row["turns"]]
+        ids, learnt = chat(
+            [
+                {"role": role, "content": text}
+                for pair in said
+                for role, text in zip(("user", "assistant"), pair, strict=True)
+            ]
+        )
+        return {"input_ids": ids, "labels": [i if own else -100 for i, own in zip(ids, learnt, strict=True)]}
+
+    return encode
 
 
 def spoilt(kind: str, row: dict[str, Any], other: dict[str, Any], random: np.random.Generator) -> str:
@@ -170,7 +224,7 @@ def spoilt(kind: str, row: dict[str, Any], other: dict[str, Any], random: np.ran
 def one_run(
     task: str,
     seed: int,
-    rows: dict[str, dict[str, list[dict[str, Any]]]],
+    rows: dict[str, dict[str, list[Row]]],
     tokenizer: Any,
     work: Path,
     progress: protocol.Progress,
@@ -178,18 +232,23 @@ def one_run(
 ) -> dict[str, Any]:
     """Base model, fine-tuning, every ranking and the relevance of layers, of one data set and seed."""
     work.mkdir(parents=True, exist_ok=True)
-    other = next(name for name in TASKS if name != task)
     order = torch.randperm(len(rows[task]["train"]), generator=torch.Generator().manual_seed(seed)).tolist()
     clean = [rows[task]["train"][i] for i in order[: settings["samples"]]]
     train, faults = spoil(clean, task, settings["share"], seed)
     noise = torch.tensor([fault is not None for fault in faults])
 
-    def tokens(part: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        return [prompted(tokenizer, row["prompt"], row["target"]) for row in part]
+    encode = encoder(tokenizer)
+
+    def tokens(part: list[Row]) -> list[dict[str, Any]]:
+        return [encode(row) for row in part]
 
     vocabulary, given = tokenizer.get_vocab_size(), tokens(train)
-    drawn = torch.randperm(len(rows[other]["train"]), generator=torch.Generator().manual_seed(seed)).tolist()
-    general = tokens([rows[other]["train"][i] for i in drawn[: settings["samples"]]])
+    if task == CHATS:
+        general = tokens([rows[task]["train"][i] for i in order[settings["samples"] :]])
+    else:
+        other = rows[next(name for name in SETS if name != task)]["train"]
+        drawn = torch.randperm(len(other), generator=torch.Generator().manual_seed(seed)).tolist()
+        general = tokens([other[i] for i in drawn[: settings["samples"]]])
     epochs = {"epochs": settings["base_epochs"]}
     base, _ = causal_model(vocabulary, general, work / "base.pt", progress, seed, epochs)
     start = {name: value.clone() for name, value in base.state_dict().items()}
@@ -204,24 +263,25 @@ def one_run(
         scores["loss"], scores["loss of the base model"] = -loss, -reference
         scores["loss over the base model"] = reference - loss
         scores["worst token"] = -torch.stack([row.max() for row in own])
-        scores["against other answers"] = against_others(model, train, tokenizer, seed) - loss
+        scores["against other answers"] = against_others(model, train, encode, seed) - loss
     layers = inf.select_layers(model, LAYERS)
     stores = []
     for name, part in (("train", given), ("queries", queries)):
         with progress.step(f"{task}, seed {seed}: gradients of {name}", "capture"):
             stores.append(inf.build_store(work / name, model, part, layers, PROJECTION))
     groups = groups_of(model, list(layers))
-    classes = [torch.tensor([row["class_id"] for row in part]) for part in (clean, rows[task]["test"])]
-    same = classes[1][:, None] == classes[0][None]
     right = ~noise
+    if task != CHATS:
+        classes = [torch.tensor([row["class_id"] for row in part]) for part in (clean, rows[task]["test"])]
+        same = classes[1][:, None] == classes[0][None]
     found_relevance = []
     for method in METHODS:
         with progress.step(f"{task}, seed {seed}: {method}", "scores"):
             matrix = inf.influence(stores[0], stores[1], method)
             for group, aggregation, values in aggregated(matrix, AGGREGATIONS, groups, 0.2):
                 scores[f"{method} {group} {aggregation}"] = values
-            for name in matrix.layers:
-                # Spoilt rows are of no class.
+            # Spoilt rows are of no class, and conversations of two.
+            for name in matrix.layers if task != CHATS else []:
                 found = relevance(matrix.layer(name)[:, right], same[:, right])
                 found_relevance.append({"method": method, "layer": name, **found})
     scores |= pools(scores)
@@ -250,15 +310,23 @@ def token_losses(model: nn.Module, rows: list[dict[str, Any]], size: int = 32) -
     return out
 
 
-def against_others(model: nn.Module, rows: list[dict[str, Any]], tokenizer: Any, seed: int) -> Tensor:
-    """The lowest mean loss of other rows' targets after a row's own prompt, as of ``ALTERNATIVES`` drawn ones."""
+def against_others(model: nn.Module, rows: list[Row], encode: Callable[[Row], dict[str, Any]], seed: int) -> Tensor:
+    """The lowest mean loss of other rows' targets after a row's own prompts, as of ``ALTERNATIVES`` drawn ones."""
     random = np.random.default_rng([seed, 11])
     asked = []
     for i, row in enumerate(rows):
         others = random.choice([j for j in range(len(rows)) if j != i], ALTERNATIVES, replace=False)
-        asked += [prompted(tokenizer, row["prompt"], rows[j]["target"]) for j in others.tolist()]
+        asked += [encode(with_targets(row, rows[j])) for j in others.tolist()]
     losses = torch.stack([found.mean() for found in token_losses(model, asked)])
     return losses.view(len(rows), ALTERNATIVES).min(1).values
+
+
+def with_targets(row: Row, other: Row) -> Row:
+    """A row with the targets of another, in a conversation those from the same data set."""
+    if "turns" not in row:
+        return {**row, "target": other["target"]}
+    by_kind = {turn["reason"] is None: turn["target"] for turn in other["turns"]}
+    return {"turns": [{**turn, "target": by_kind[turn["reason"] is None]} for turn in row["turns"]]}
 
 
 def pools(scores: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -289,7 +357,7 @@ def best_of(runs: list[dict[str, Any]], names: Iterable[str]) -> str:
 
 
 def table_of(runs: list[dict[str, Any]]) -> list[str]:
-    """Signals by data set; what was chosen on one data set on the other; claims on layers and aggregations."""
+    """Signals by task; what was chosen on the others on each; claims on layers and aggregations."""
     by = {task: [run for run in runs if run["task"] == task] for task in TASKS}
     every = list(runs[0]["scores"])
     influence = [name for name in every if name.split(" ")[0] in METHODS and "+" not in name]
@@ -319,25 +387,24 @@ def table_of(runs: list[dict[str, Any]]) -> list[str]:
                 + " |"
             )
         lines.append("")
-    lines += ["Chosen on one data set and reported on the other, over the loss and over the default cell there:", ""]
-    lines += [
-        "| chosen on | of | choice | reported on | AUC_NDR | over loss | 95 % interval | over default | 95 % interval |"
-    ]
-    lines += ["|" + "---|" * 9]
+    lines += ["Chosen on the other tasks and reported on each, over the loss and over the default cell there:", ""]
+    lines += ["| reported on | of | choice | AUC_NDR | over loss | 95 % interval | over default | 95 % interval |"]
+    lines += ["|" + "---|" * 8]
     above: list[str] = []
-    for here, there in (TASKS, TASKS[::-1]):
+    for there in by:
+        others = [run for task, some in by.items() if task != there for run in some]
         for what, names in (("influence", influence), ("signals", list(SIGNALS[1:])), ("pools", together)):
-            choice = best_of(by[here], names)
-            row = [here, what, choice, there, f"{np.mean([auc(run, choice) for run in by[there]]):.3f}"]
+            choice = best_of(others, names)
+            row = [there, what, choice, f"{np.mean([auc(run, choice) for run in by[there]]):.3f}"]
             for rival in ("loss", DEFAULT):
                 mean, low, high = interval(auc(run, choice) - auc(run, rival) for run in by[there])
                 row += [f"{mean:+.3f}", f"{low:+.3f} to {high:+.3f}"]
                 above += [f"{choice} on {there}"] * (rival == DEFAULT and low > 0)
             lines.append("| " + " | ".join(row) + " |")
     verdict_on = (
-        f"Clearly above the default cell on the data set that did not choose it: {', '.join(above)}."
+        f"Clearly above the default cell on the task that did not choose it: {', '.join(above)}."
         if above
-        else f"No choice is clearly above {DEFAULT}, today's default, on the data set that did not choose it: these runs "
+        else f"No choice is clearly above {DEFAULT}, today's default, on the task that did not choose it: these runs "
         "support no other default."
     )
     lines += ["", verdict_on]
@@ -376,7 +443,8 @@ def claims(runs: list[dict[str, Any]]) -> list[str]:
         figures.append((f"a query's class: middle blocks over the {rival} ({metric})", over(metric, rival)))
     lines = ["| claim | mean | 95 % interval | verdict |", "|---|---|---|---|"]
     for text, figure in figures:
-        mean, low, high = interval(figure(run) for run in runs)
+        # Of conversations no class was sought.
+        mean, low, high = interval(figure(run) for run in runs if run["relevance"] or "class" not in text)
         lines.append(f"| {text} | {mean:+.3f} | {low:+.3f} to {high:+.3f} | {verdict(low, high)} |")
     return lines
 

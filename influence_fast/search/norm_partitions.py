@@ -213,8 +213,8 @@ def tune(
 ) -> tuple[int, float]:
     """How wide to search for these queries to find ``recall`` of their best ``k``, and the share that they then find.
 
-    It begins at ``breadth``, doubles until enough is found, and then goes back as far as it can to an eighth. Enough is a
-    standard error more than what is asked for, as other queries are asked later.
+    It begins at ``breadth``, doubles until enough is found, and then goes back as far as it can to an eighth. Enough is two
+    standard errors more than what is asked for, as other queries are asked later.
     """
     true, limit = best_rows(rows, queries, k, cosine)[1].tolist(), max(partition.limit for partition in partitions)
 
@@ -222,7 +222,7 @@ def tune(
         found = find_rows(partitions, rows, queries, k, breadth, cosine)[1].tolist()
         shares = np.array([len(set(a) & set(b)) / k for a, b in zip(true, found, strict=True)])
         error = shares.std(ddof=1) / len(shares) ** 0.5 if len(shares) > 1 else 0.0
-        return bool(shares.mean() - error >= recall), float(shares.mean())
+        return bool(shares.mean() - 2 * error >= recall), float(shares.mean())
 
     narrow, (reached, share) = 0, enough(breadth)
     while not reached and breadth < limit:

@@ -13,7 +13,8 @@ from click.testing import CliRunner, Result
 from torch import nn
 
 from benchmarks import generative
-from benchmarks.generative import KINDS, TASKS, parts_of, spoil, token_losses
+from benchmarks.generative import CHATS, KINDS, SETS, TASKS, chats, encoder, parts_of, spoil, token_losses, turns_of
+from benchmarks.paper_tasks import bpe
 
 
 def invoke(*arguments: object) -> Result:
@@ -27,7 +28,11 @@ def sums(count: int) -> list[dict]:
     ]
 
 
-@pytest.mark.parametrize("task", TASKS)
+def plain(count: int) -> list[dict]:
+    return [{**row, "reason": None, "target": f"{i} plus {i}"} for i, row in enumerate(sums(count))]
+
+
+@pytest.mark.parametrize("task", SETS)
 def test_faults_are_what_they_are_called(task: str) -> None:
     rows = sums(50)
     spoilt, faults = spoil(rows, task, 0.4, 0)
@@ -49,6 +54,40 @@ def test_faults_are_what_they_are_called(task: str) -> None:
             assert target.startswith(f"{old['reason']} Answer: ")
         elif fault == "other format":
             assert old["target"].upper() in target
+
+
+def test_of_a_conversation_one_answer_is_spoilt_by_its_own_data_set() -> None:
+    rows = chats(plain(50), sums(50))
+    assert [turn["reason"] is None for row in rows[:2] for turn in turns_of(row)] == [True, False, False, True]
+    spoilt, faults = spoil(rows, CHATS, 0.4, 0)
+    assert {fault: faults.count(fault) for fault in KINDS[CHATS]} == dict.fromkeys(KINDS[CHATS], 4)
+    known = {
+        kind: {turn["target"] for row in rows for turn in turns_of(row) if (turn["reason"] is None) == kind}
+        for kind in (True, False)
+    }
+    for old, new, fault in zip(rows, spoilt, faults, strict=True):
+        changed = [(a, b) for a, b in zip(turns_of(old), turns_of(new), strict=True) if a != b]
+        assert len(changed) == (fault is not None)
+        for was, is_ in changed:
+            assert is_["prompt"] == was["prompt"]
+            if fault == "answer of another row":
+                assert is_["target"] in known[was["reason"] is None] - {was["target"]}
+            elif fault in ("reasoning of another row", "wrong final number"):
+                assert was["reason"] is not None
+                assert is_["target"].endswith(f"Answer: {was['answer']}") == (fault != "wrong final number")
+
+
+def test_a_conversation_learns_the_turns_of_the_assistant() -> None:
+    rows = chats(plain(2), sums(2))
+    tokenizer = bpe([turn["prompt"] + turn["target"] for row in rows for turn in turns_of(row)])
+    encode = encoder(tokenizer)
+    found = encode(rows[1])
+    text = tokenizer.decode(found["input_ids"], skip_special_tokens=False)
+    asked = [(turn["prompt"], turn["target"]) for turn in turns_of(rows[1])]
+    assert text == "<s>" + "".join(f"<user>\n{prompt}\n<assistant>\n{target}</s>" for prompt, target in asked)
+    learnt = tokenizer.decode([i for i in found["labels"] if i != -100], skip_special_tokens=False)
+    assert learnt == "".join(f"{target}</s>" for _, target in asked)
+    assert encode(turns_of(rows[1])[0])["labels"][-1] == 2
 
 
 class Fixed(nn.Module):
@@ -77,7 +116,7 @@ def test_losses_are_of_the_targets_alone() -> None:
 
 def test_a_run_of_both_data_sets(tmp_path: Path) -> None:
     data, out = tmp_path / "data", tmp_path / "out.json"
-    for task in TASKS:
+    for task in SETS:
         (data / task).mkdir(parents=True)
         for side, count in (("train", 24), ("test", 6)):
             rows = [{k: row[k] for k in ("prompt", "class_id", "answer", "reason")} for row in sums(count)]
