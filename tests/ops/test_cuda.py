@@ -72,6 +72,15 @@ def test_project_outer(device: str, shape: tuple[int, ...], kind: str, dtype: to
     check(got, reference.project_outer(x.double(), dy.double(), p_in, p_out, None), t + i + o, x, dy)
 
 
+def test_project_outer_of_samples_that_end_within_a_tile(device: str) -> None:
+    """Of 64 tokens, and in the first, at its end or nowhere."""
+    x, dy = random(5, 150, 16, device=device), random(5, 150, 24, device=device)
+    lengths = torch.tensor([150, 70, 3, 128, 0], device=device)
+    p_in, p_out = sides("rademacher", 128, 100, 16, 24)
+    got = ops.project_outer(x, dy, p_in, p_out, lengths, backend="cuda")
+    check(got, ops.project_outer(x.double(), dy.double(), p_in, p_out, lengths), 190, x, dy)
+
+
 SPECS = ("matches_reference", "lengths", "strides", "integers_have_the_same_bits")
 # The others have tests of their own here.
 IN_SPECS = ("outer", "score_outer", "ghost_dot", "ghost_norm")
