@@ -78,6 +78,15 @@ UNPROJECTED = [
     Kind(512, "identity", 3, "int4"),
 ]
 UNPROJECTED += [Kind(2048, "identity", 1), Kind(2048, "identity", 5, "int8_block"), Kind(2048, "identity", 10, "int4")]
+# Nor do those of an encoder's attention, whose factors are larger.
+WIDER = [
+    Kind(512, "identity", 1, "int4"),
+    Kind(2048, "identity", 2, "int8_block"),
+    Kind(2048, "identity", 4, "int4"),
+    Kind(16384, "identity", 16, "int8_block"),
+    Kind(16384, "identity", 32, "int4"),
+    Kind(16384, "sjlt:16384", None, "int8"),
+]
 
 
 @click.group()
@@ -88,7 +97,9 @@ def main() -> None:
 @main.command()
 @encoder_options(48)
 @click.option("--layers", default="attention", show_default=True, help="Layers whose gradients are kept.")
-@click.option("--groups", default="128,512,2048", show_default=True, help="Bytes a row and layer, joined by commas.")
+@click.option(
+    "--groups", default="128,512,2048,16384", show_default=True, help="Bytes a row and layer, joined by commas."
+)
 @protocol.threads_option
 @protocol.out_option("An earlier result there is replaced.")
 @protocol.json_option
@@ -110,7 +121,7 @@ def encoder(
     torch.set_num_threads(threads)
     header = protocol.header("factors")
     header |= {"model": Path(model).name, "samples": samples, "queries": query_samples, "epochs": epochs, "seed": seed}
-    chosen = [kind for kind in _kinds() if str(kind.group) in groups.split(",")]
+    chosen = [kind for kind in [*WIDER, *_kinds()] if str(kind.group) in groups.split(",")]
     with _results(out, header, "encoder") as results, protocol.Progress() as progress:
         given = (train, samples), (queries, query_samples)
         network, rows, trusted, _ = trained(model, *given, epochs, 0.2, seed, progress)
