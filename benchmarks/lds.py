@@ -120,7 +120,9 @@ def mrpc(settings: dict[str, Any]) -> Task:
         chosen = [raw[i] for i in torch.randperm(len(raw), generator=random).tolist()[:count]]
         texts = [{"text": [row["sentence1"], row["sentence2"]], "label": row["label"]} for row in chosen]
         parts.append(encoded(settings["model"], texts))
-    make = lambda: encoder(settings["model"], int(torch.randint(2**31, (1,))))  # noqa: E731
+    # What a training closes over is part of what it is: other settings, such as the number of subsets, are none of it.
+    folder = settings["model"]
+    make = lambda: encoder(folder, int(torch.randint(2**31, (1,))))  # noqa: E731
     return Task("classification", parts[0], parts[1], make, "lora,head", settings["epochs"] or 5, 1e-3)
 
 
