@@ -40,15 +40,15 @@ def main(result: Path | None, rows: int, memory: float, out: Path) -> None:
 
 
 def _largest(folder: Path) -> Path:
-    """The result of most rows, the newest of those, the first by name of a day."""
+    """The result of most rows, the newest of those."""
     found = []
-    for file in sorted(folder.glob("million-*.json")):
+    for file in folder.glob("million-*.json"):
         document = json.loads(file.read_text())
         if document.get("benchmark") == "million" and {"million", "rank_vote", "mean"} <= document.keys():
             found.append((document["rows"], document["date"], file.name))
     if not found:
         raise click.UsageError(f"--result: no result of benchmarks.million in {folder}; run it first")
-    return folder / max(found, key=lambda one: one[:2])[2]
+    return folder / max(found)[2]
 
 
 def page_of(document: dict[str, Any], name: str, rows: int, memory: float) -> str:

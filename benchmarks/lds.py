@@ -122,7 +122,10 @@ def mrpc(settings: dict[str, Any]) -> Task:
         parts.append(encoded(settings["model"], texts))
     # What a training closes over is part of what it is: other settings, such as the number of subsets, are none of it.
     folder = settings["model"]
-    make = lambda: encoder(folder, int(torch.randint(2**31, (1,))))  # noqa: E731
+
+    def make() -> nn.Module:
+        return encoder(folder, int(torch.randint(2**31, (1,))))
+
     return Task("classification", parts[0], parts[1], make, "lora,head", settings["epochs"] or 5, 1e-3)
 
 
@@ -313,8 +316,12 @@ def all_scores(task: Task, work: Path, progress: protocol.Progress, settings: di
         for n in names
         for what, keys in of.items()
     }
-    random = torch.randn(len(task.queries), len(task.rows), generator=torch.Generator().manual_seed(0))
-    return {**out, "random": random}
+    out["random"] = torch.randn(len(task.queries), len(task.rows), generator=torch.Generator().manual_seed(0))
+    if task.kind == "classification":
+        # What a score has to beat that says of a row more than its label.
+        queries, rows = (torch.tensor([row["labels"] for row in part]) for part in (task.queries, task.rows))
+        out["same class"] = (queries[:, None] == rows).float()
+    return out
 
 
 def checkpoints_of(kept: list[list[Weights]]) -> dict[str, list[tuple[int, int]]]:
