@@ -2,7 +2,7 @@
 
 The default ranking weighs the audited model's probabilities by the trusted queries, which the model never saw, and uses them
 on the rows that it was trained on. Here each training row has them from one of five networks that were trained without it,
-and query j from network ``j % 5``; all else of the audit is as it is. Tables and network of ``benchmarks.noise_kinds``, a
+and query j from network ``j % 5``; all else of the audit is as it is. Tables and network of ``benchmarks.noise_tasks``, a
 fifth of the labels flipped, few epochs and many::
 
     python -m benchmarks.cross_fit
@@ -24,9 +24,10 @@ from torch import Tensor, nn
 
 import influence_fast as inf
 from benchmarks import protocol
-from benchmarks.noise_kinds import Rows, fit, spoil, table_rows
+from benchmarks.noise_tasks import Rows, fit, table_rows
 from benchmarks.paper_tables import interval
 from influence_fast.attribution.model_passes import ModelPasses
+from influence_fast.data import label_noise
 
 # Which task chooses, and which one is reported.
 TASKS, EPOCHS, FOLDS, FLIPS = {"digits": "chooses", "breast cancer": "reported"}, (30, 300), 5, 0.2
@@ -68,10 +69,10 @@ def one_run(task: str, epochs: int, seed: int, settings: dict[str, Any]) -> dict
     order = np.random.default_rng([seed, 3]).permutation(len(y))
     asked = order[: min(settings["trusted"], len(y) // 4)]
     rows = order[len(asked) :][: settings["samples"]]
-    columns, labels, noise = spoil(x[rows], y[rows].tolist(), "uniform", FLIPS, classes, seed)
-    given = [{"input_ids": row.tolist(), "labels": int(label)} for row, label in zip(columns, labels, strict=True)]
+    labels, noise = label_noise.uniform(y[rows].tolist(), FLIPS, classes, seed)
+    given = [{"input_ids": row.tolist(), "labels": int(label)} for row, label in zip(x[rows], labels, strict=True)]
     queries = [{"input_ids": x[i].tolist(), "labels": int(y[i])} for i in asked]
-    model = fit(given, classes, seed, epochs)
+    model, _ = fit(given, classes, seed, epochs)
     others = out_of_sample(given, queries, classes, seed, epochs)
 
     def from_others(passes: ModelPasses, part: Any) -> Tensor:
@@ -102,7 +103,7 @@ def out_of_sample(given: Rows, queries: Rows, classes: int, seed: int, epochs: i
     folds = torch.randperm(len(given), generator=torch.Generator().manual_seed(seed)).tensor_split(FOLDS)
     for number, left in enumerate(folds):
         without = set(left.tolist())
-        model = fit([row for i, row in enumerate(given) if i not in without], classes, seed, epochs)
+        model, _ = fit([row for i, row in enumerate(given) if i not in without], classes, seed, epochs)
         asked = [*(given[i] for i in sorted(without)), *queries[number::FOLDS]]
         with torch.no_grad():
             logits = model(torch.tensor([row["input_ids"] for row in asked])).logits

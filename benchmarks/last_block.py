@@ -6,6 +6,7 @@ ordinary PEFT adapter, and gives the same logits whole.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -60,9 +61,19 @@ def above(model: Any, states: list[Tensor]) -> Tensor:
 
 
 def fine_tune(
-    folder: str, seed: int, states: Cached, labels: list[int], epochs: int, lr: float, batch: int
+    folder: str,
+    seed: int,
+    states: Cached,
+    labels: list[int],
+    epochs: int,
+    lr: float,
+    batch: int,
+    watch: Callable[[nn.Module], object] | None = None,
 ) -> nn.Module:
-    """The adapter trained by AdamW with a cosine schedule; the same seed starts from the same weights."""
+    """The adapter trained by AdamW with a cosine schedule; the same seed starts from the same weights.
+
+    ``watch`` is called with the model, in evaluation mode, after each epoch.
+    """
     from transformers import get_cosine_schedule_with_warmup
 
     model, target = last_block_encoder(folder, seed), torch.tensor(labels)
@@ -70,8 +81,8 @@ def fine_tune(
     steps = epochs * -(-len(labels) // batch)
     schedule = get_cosine_schedule_with_warmup(optimizer, round(0.1 * steps), steps)
     random = torch.Generator().manual_seed(seed)
-    model.train()
     for _ in range(epochs):
+        model.train()
         order = torch.randperm(len(labels), generator=random).tolist()
         for begin in range(0, len(order), batch):
             part = order[begin : begin + batch]
@@ -80,14 +91,17 @@ def fine_tune(
             loss.backward()
             optimizer.step()
             schedule.step()
+        if watch is not None:
+            watch(model.eval())
     return model.eval()
 
 
-def accuracy(model: nn.Module, states: Cached, labels: list[int], size: int = 64) -> float:
-    """Share of rows whose class the model finds."""
-    right = 0
+def logits(model: nn.Module, states: Cached, size: int = 64) -> Tensor:
+    """Of all rows: ``(rows, classes)``."""
     with torch.no_grad():
-        for begin in range(0, len(labels), size):
-            found = above(model, states[begin : begin + size]).argmax(-1)
-            right += int((found == torch.tensor(labels[begin : begin + size])).sum())
-    return right / len(labels)
+        return torch.cat([above(model, states[begin : begin + size]) for begin in range(0, len(states), size)])
+
+
+def accuracy(model: nn.Module, states: Cached, labels: list[int]) -> float:
+    """Share of rows whose class the model finds."""
+    return float((logits(model, states).argmax(-1) == torch.tensor(labels)).double().mean())

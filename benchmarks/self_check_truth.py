@@ -1,6 +1,6 @@
 """The self-check beside the truth: AUC_NDR by planted flips against that of flips that the model was trained on.
 
-The small network of ``benchmarks.noise_kinds`` learns scikit-learn's tables with a share of the labels flipped, for few
+The small network of ``benchmarks.noise_tasks`` learns scikit-learn's tables with a share of the labels flipped, for few
 epochs and for many, which learn the flips by heart. ``inf.audit(..., self_check=0.05)`` plants flips in a copy that the
 model never saw; beside what it says stands how well the flips that were there are found, which the audit does not know. A
 third figure comes of a network that was trained on labels with planted flips: what a user does who trains once more.
@@ -26,7 +26,7 @@ from torch import Tensor
 
 import influence_fast as inf
 from benchmarks import protocol
-from benchmarks.noise_kinds import fit, spoil, table_rows
+from benchmarks.noise_tasks import fit, table_rows
 from influence_fast.auditing.result import AuditResult
 from influence_fast.data import label_noise
 
@@ -79,16 +79,16 @@ def of_table(task: str, flips: float, epochs: int, seed: int, settings: Mapping[
     order = np.random.default_rng([seed, 3]).permutation(len(y))
     asked = order[: min(settings["trusted"], len(y) // 4)]
     rows = order[len(asked) :][: settings["samples"]]
-    columns, labels, noise = spoil(x[rows], y[rows].tolist(), "uniform", flips, classes, seed)
-    given = [{"input_ids": row.tolist(), "labels": int(label)} for row, label in zip(columns, labels, strict=True)]
+    labels, noise = label_noise.uniform(y[rows].tolist(), flips, classes, seed)
+    given = [{"input_ids": row.tolist(), "labels": int(label)} for row, label in zip(x[rows], labels, strict=True)]
     queries = [{"input_ids": x[i].tolist(), "labels": int(y[i])} for i in asked]
-    model = fit(given, classes, seed, epochs)
+    model, _ = fit(given, classes, seed, epochs)
     with torch.no_grad():
-        learned = model(torch.from_numpy(columns)).logits.argmax(1) == torch.tensor(labels)
+        learned = model(torch.from_numpy(x[rows])).logits.argmax(1) == torch.tensor(labels)
     result = inf.audit(model, given, queries, progress=False, seed=seed, self_check=PLANTED)
     copy, planted = label_noise.uniform(labels, PLANTED, classes, seed + 1000)
     changed = [{**row, "labels": label} for row, label in zip(given, copy, strict=True)]
-    other = inf.audit(fit(changed, classes, seed, epochs), changed, queries, progress=False, seed=seed)
+    other = inf.audit(fit(changed, classes, seed, epochs)[0], changed, queries, progress=False, seed=seed)
     found = against_truth(result, noise)
     if (said := result.facts["wrong_labels"])["low"] is not None and said["estimate"] > 0:
         share, low, high = (said[name] / len(result.ids) for name in ("estimate", "low", "high"))

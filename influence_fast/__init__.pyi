@@ -17,6 +17,7 @@ from .attribution.label_contrast import label_contrast as label_contrast
 from .attribution.label_quality import neighbour_estimate as neighbour_estimate
 from .attribution.label_quality import pooled as pooled
 from .attribution.label_quality import probe_estimate as probe_estimate
+from .attribution.label_quality import stacked as stacked
 from .attribution.method_inputs import MethodInputs as MethodInputs
 from .attribution.model_passes import class_log_probabilities as class_log_probabilities
 from .attribution.model_passes import hidden_states as hidden_states

@@ -64,6 +64,7 @@ class AuditInputs:
         passes: the model's passes, each made once.
         progress: whether to show it.
         checkpoints: of the recorded training, in the order of their steps.
+        held_out: whether the queries are held-out training rows, which the model has learned.
     """
 
     model: nn.Module
@@ -75,6 +76,7 @@ class AuditInputs:
     passes: ModelPasses
     progress: bool = True
     checkpoints: Sequence[RecordedCheckpoint] = ()
+    held_out: bool = False
 
 
 @dataclass(frozen=True)

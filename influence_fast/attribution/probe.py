@@ -29,26 +29,33 @@ class CrossFitted:
 
     Attributes:
         train: of each training sample, by one of five probes that was fitted without it.
-        queries: by a probe that was fitted to all training samples.
         by_fold: of query j by fold ``j % 5`` of those five, so that it is as good as those of the training samples.
+        queries: by a probe that was fitted to all training samples; ``by_fold`` where queries were learned from.
     """
 
     train: Tensor
-    queries: Tensor
     by_fold: Tensor
+    queries: Tensor
 
 
 def probe_estimate(
-    states: Tensor, labels: Sequence[int] | Tensor, queries: Tensor, classes: int | None = None, seed: int = 0
+    states: Tensor,
+    labels: Sequence[int] | Tensor,
+    queries: Tensor,
+    classes: int | None = None,
+    seed: int = 0,
+    query_labels: Sequence[int] | Tensor | None = None,
 ) -> ClassEstimate:
     """Logistic regression on states (standardised, L2): of a training sample by one fitted without it, in five folds.
 
-    The penalty is the one of three with the lowest loss out of fold. At most 20,000 samples are learned from.
+    The penalty is the one of three with the lowest loss out of fold. At most 20,000 samples are learned from, and queries
+    whose labels are given, each again left out of the fold that judges it.
 
     Raises:
         InputError: labels of another length, or a class with fewer samples than folds.
     """
-    found = cross_fitted(states.float().numpy(), labels, queries.float().numpy(), classes, seed)
+    given = (states.float().numpy(), labels, queries.float().numpy())
+    found = cross_fitted(*given, classes, seed, query_labels=query_labels)
     return found.train, found.queries
 
 
@@ -59,8 +66,11 @@ def cross_fitted(
     classes: int | None = None,
     seed: int = 0,
     penalties: Sequence[float] = _PENALTIES,
+    query_labels: Sequence[int] | Tensor | None = None,
 ) -> CrossFitted:
     """The probes of :func:`probe_estimate`, of any features: arrays, or sparse matrices, which are not centred.
+
+    Queries are learned from where features are arrays alone.
 
     Raises:
         InputError: as of :func:`probe_estimate`.
@@ -74,12 +84,19 @@ def cross_fitted(
     y = torch.as_tensor(labels).numpy()
     if y.shape != (x.shape[0],) or np.bincount(y)[np.unique(y)].min() < PROBE_FOLDS:
         raise InputError(f"labels: expected ({x.shape[0]},), each class {PROBE_FOLDS} times or more, got {y.shape}")
+    own = None if query_labels is None else torch.as_tensor(query_labels).numpy()
+    if own is not None and own.shape != (queries.shape[0],):
+        raise InputError(f"query_labels: expected ({queries.shape[0]},), got {own.shape}")
     random, width = np.random.default_rng(seed), classes or int(y.max()) + 1
 
-    def fitted(rows: np.ndarray, penalty: float) -> Any:
+    def fitted(rows: np.ndarray, penalty: float, fold: int | None = None) -> Any:
         chosen = random.permutation(rows)[:_PROBE_ROWS]
+        learned, known = x[chosen], y[chosen]
+        if own is not None and fold is not None:
+            others = np.arange(len(own)) % PROBE_FOLDS != fold
+            learned, known = np.concatenate([learned, queries[others]]), np.concatenate([known, own[others]])
         steps = [LogisticRegression(C=penalty, max_iter=500)]
-        return make_pipeline(*([] if issparse(x) else [StandardScaler()]), *steps).fit(x[chosen], y[chosen])
+        return make_pipeline(*([] if issparse(x) else [StandardScaler()]), *steps).fit(learned, known)
 
     def predicted(model: Any, rows: Any) -> np.ndarray:
         out = np.full((rows.shape[0], width), -np.inf)
@@ -93,15 +110,15 @@ def cross_fitted(
     for penalty in penalties:
         found, asked = np.empty((len(y), width)), np.empty((queries.shape[0], width))
         for number, (learned, left) in enumerate(folds):
-            model = fitted(learned, penalty)
+            model = fitted(learned, penalty, number)
             found[left] = predicted(model, x[left])
             asked[number :: len(folds)] = predicted(model, queries[number :: len(folds)])
         # A rare class may be missing from what was learned.
         loss = -np.maximum(found[np.arange(len(y)), y], LEAST).mean()
         if loss < best:
             best, chosen, estimate, by_fold = loss, penalty, found, asked
-    whole = predicted(fitted(np.arange(len(y)), chosen), queries)
-    return CrossFitted(*(torch.from_numpy(part) for part in (estimate, whole, by_fold)))
+    whole = predicted(fitted(np.arange(len(y)), chosen), queries) if own is None else by_fold
+    return CrossFitted(*(torch.from_numpy(part) for part in (estimate, by_fold, whole)))
 
 
 def log_shares(votes: Tensor) -> Tensor:

@@ -64,18 +64,35 @@ def class_votes(
     states: Tensor, labels: Tensor, k: int, queries: Tensor | None = None, classes: int | None = None
 ) -> Tensor:
     """Similarity of the ``k`` nearest rows of ``states``, summed by class: ``(rows, classes)``."""
-    n = len(states)
-    if labels.shape != (n,) or not 1 <= k < n:
+    return votes_of_nearest(states, labels, (k,), queries, classes)[0]
+
+
+def votes_of_nearest(
+    states: Tensor, labels: Tensor, counts: Sequence[int], queries: Tensor | None = None, classes: int | None = None
+) -> list[Tensor]:
+    """The votes of :func:`class_votes` for several numbers of neighbours, from one search."""
+    n, k = len(states), max(counts)
+    if labels.shape != (n,) or not 1 <= min(counts) <= k < n:
         raise InputError(f"labels, k: expected ({n},) and 1 to {n - 1}, got {tuple(labels.shape)} and {k!r}")
     mean = states.float().mean(0)
     unit = nn.functional.normalize(states.float() - mean, dim=1)
     rows = unit if queries is None else nn.functional.normalize(queries.float() - mean, dim=1)
-    votes = torch.zeros(len(rows), classes or int(labels.max()) + 1)
+    votes = [torch.zeros(len(rows), classes or int(labels.max()) + 1) for _ in counts]
     for begin in range(0, len(rows), _ROWS):
         part = slice(begin, min(begin + _ROWS, len(rows)))
         similarity = rows[part] @ unit.T
         if queries is None:
             similarity[torch.arange(len(similarity)), torch.arange(part.start, part.stop)] = -2
         near = similarity.topk(k, dim=1)
-        votes[part].scatter_add_(1, labels[near.indices].long(), near.values.clamp_min(0))
+        of_class, weight = labels[near.indices].long(), near.values.clamp_min(0)
+        for count, found in zip(counts, votes, strict=True):
+            found[part].scatter_add_(1, of_class[:, :count], weight[:, :count])
     return votes
+
+
+def votes_with_queries(
+    states: Tensor, labels: Tensor, queries: Tensor, own: Tensor, counts: Sequence[int], classes: int | None = None
+) -> list[tuple[Tensor, Tensor]]:
+    """Votes of samples and labelled queries together, of either kind none for itself: of the samples, of the queries."""
+    found = votes_of_nearest(torch.cat([states, queries]), torch.cat([labels, own]), counts, classes=classes)
+    return [(votes[: len(states)], votes[len(states) :]) for votes in found]

@@ -198,6 +198,7 @@ class AuditPlan:
         query_groups: the group of each query, where a column says it.
         training: what training told of the training samples, where it was recorded.
         checkpoints: those of that training, where a method goes over them.
+        copies: queries that stand among the training rows too, in a sentence; empty where there are none.
     """
 
     config: AuditConfig
@@ -214,6 +215,7 @@ class AuditPlan:
     query_groups: list[str] | None = None
     training: RecordedTraining | None = None
     checkpoints: Sequence[RecordedCheckpoint] = ()
+    copies: str = ""
 
 
 def _listed(value: Any) -> Any:

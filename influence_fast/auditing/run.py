@@ -21,12 +21,14 @@ from influence_fast._memory import give_back
 from influence_fast.attribution.aggregation import aggregated
 from influence_fast.attribution.influence_matrix import METHODS as INNER_PRODUCTS
 from influence_fast.attribution.influence_matrix import InfluenceMatrix
-from influence_fast.attribution.method_inputs import AuditInputs, MethodInputs
+from influence_fast.attribution.method_inputs import VOTES, AuditInputs, MethodInputs
 from influence_fast.attribution.model_passes import ModelPasses
+from influence_fast.attribution.probe import probe_estimate
 from influence_fast.attribution.registry import NEEDS, PROBE_FOLDS, get_method
 from influence_fast.attribution.representations import neighbour_count, neighbours
 from influence_fast.auditing.config import DIGESTS, FINDINGS, SELF_CHECK_ROWS, AuditConfig, AuditPlan, RankingPlan
 from influence_fast.auditing.disk import check_disk
+from influence_fast.auditing.findings.duplicates import compared, copies_among
 from influence_fast.auditing.findings.evidence import gather
 from influence_fast.auditing.findings.judge import find, judge_labels
 from influence_fast.auditing.held_out import hold_out
@@ -119,7 +121,7 @@ def plan_audit(
     if training is not None and not isinstance(model, nn.Module):
         # Files do not say what was frozen.
         freeze_others(network, training.trained)
-    names, held_out = samples.ids, ""
+    names, held_out, copies = samples.ids, "", ""
     if queries is None:
         samples, trusted, held_out = hold_out(network, samples, task, config.seed, config.build.batch_tokens)
         if training is not None and samples.ids is not None:
@@ -129,6 +131,8 @@ def plan_audit(
         # The name of a split is that of the training set alone.
         given = read_table("queries", queries, skip_bad=data.skip_bad)
         trusted = prepare("queries", given, replace(data, noise=None, limit=None), task, network, tokenizer)
+        if task == "classification":
+            trusted, copies = _without_copies(samples, trusted)
     for argument, part in (("train", samples), ("queries", trusted)):
         if part.skipped:
             shown = "; ".join(map(str, part.skipped[:SHOWN]))
@@ -174,6 +178,7 @@ def plan_audit(
         groups,
         training,
         over,
+        copies,
     )
 
 
@@ -198,7 +203,8 @@ def run_plan(audit: AuditPlan, out: str | Path | None, progress: bool = True) ->
         inputs = method_inputs(
             network, samples, trusted, stores["train"], stores["queries"], folder, build, methods, progress
         )
-        inputs = replace(inputs, audit=replace(inputs.given, checkpoints=audit.checkpoints))
+        given = replace(inputs.given, checkpoints=audit.checkpoints, held_out=bool(audit.held_out))
+        inputs = replace(inputs, audit=given)
         # Without predictions no query counts as correct.
         if "correct" not in stores["queries"].columns:
             plan = _without_predictions(plan, config)
@@ -208,8 +214,7 @@ def run_plan(audit: AuditPlan, out: str | Path | None, progress: bool = True) ->
         with _timed(times, "findings"):
             _add_findings(result, inputs, stores["train"], audit)
         result.facts["form"] = samples.form
-        if audit.held_out:
-            result.facts["held_out"] = audit.held_out
+        result.facts |= {name: text for name, text in (("held_out", audit.held_out), ("copies", audit.copies)) if text}
         skipped = [*samples.skipped, *(trusted.skipped if not audit.held_out else [])]
         if skipped:
             result.facts["skipped"] = [str(problem) for problem in skipped]
@@ -323,6 +328,22 @@ def _query_groups(config: AuditConfig, queries: Any, trusted: Samples) -> list[s
     return [by_id[str(name)] for name in ids]
 
 
+def _without_copies(samples: Samples, trusted: Samples) -> tuple[Samples, str]:
+    """The queries that are not training rows too, and which were left out, in a sentence; all stay where half would go.
+
+    Weights are fitted to the queries: of a copy, model, neighbours and influence know the label from the training row.
+    """
+    copies = set(copies_among(compared(trusted), compared(samples)))
+    if not copies:
+        return trusted, ""
+    said = f"{len(copies)} of {len(trusted)} queries stand among the training rows too, equal or nearly so"
+    if len(copies) > len(trusted) / 2:
+        said += "; they are kept, for few others are there, but the model has learned them: trust this ranking less"
+        _log.warning("queries: %s", said)
+        return trusted, said
+    return trusted.some([i for i in range(len(trusted)) if i not in copies]), f"{said}; they are left out"
+
+
 def _plan(
     config: AuditConfig, methods: Sequence[str], groups: dict[str, list[str]], classification: bool
 ) -> RankingPlan:
@@ -420,12 +441,12 @@ def _score(
     if "correct" in train.columns:
         facts["train_accuracy"] = float(train.column("correct").double().mean())
     groups = {name: list(layers) for name, layers in plan.groups.items()}
-    probe = inputs.kept("probe")
-    if inputs.samples.noise is not None and probe is not None:
+    if inputs.samples.noise is not None and inputs.kept(VOTES) is not None:
+        # Without the trusted rows, which the pool learns from too.
         with _timed(times, "rivals"):
-            labels, last = inputs.labels()[0], {"last": inputs.passes.last_states(inputs.samples, base=True)}
-            agreement = neighbours(last, labels, neighbour_count(len(labels)))["last"][0]
-            found = label_rivals(labels, agreement, probe.train)
+            labels, states = inputs.labels()[0], inputs.passes.all_states(inputs.samples, base=True)
+            agreement = neighbours({"last": states[:, -1]}, labels, neighbour_count(len(labels)))["last"][0]
+            found = label_rivals(labels, agreement, probe_estimate(states.flatten(1), labels, states[:1].flatten(1))[0])
         rivals = {RankingKey(name): scores for name, scores in found.items()}
         # Baselines first.
         rankings = {key: s for key, s in rankings.items() if key.is_baseline} | rivals | rankings

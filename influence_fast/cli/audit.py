@@ -142,6 +142,7 @@ def _show_plan(plan: Any, out: Path, as_json: bool) -> None:
         "seconds": seconds,
         "memory_bytes": found.memory_bytes,
         "held_out": plan.held_out,
+        "copies": plan.copies,
     }
     rows = [
         ["rows", f"{len(plan.samples):,} and {len(plan.trusted):,} queries ({plan.samples.form})"],
@@ -154,8 +155,8 @@ def _show_plan(plan: Any, out: Path, as_json: bool) -> None:
 
     def show() -> None:
         print_table(["what", "estimate"], rows)
-        if plan.held_out:
-            say(f"- {plan.held_out}.")
+        for text in filter(None, (plan.held_out, plan.copies)):
+            say(f"- {text}.")
 
     print_document(document, as_json, show)
 

@@ -69,6 +69,17 @@ def is_adapted(model: nn.Module) -> bool:
     return callable(getattr(model, "disable_adapter", None))
 
 
+def is_trained_inside(model: nn.Module) -> bool:
+    """Whether a training may have changed the weights below the head, so that hidden states know the labels.
+
+    Not of an adapter's base, nor of a model of which the head alone is trained.
+    """
+    if is_adapted(model):
+        return False
+    base = getattr(model, getattr(model, "base_model_prefix", "") or "", None)
+    return base is None or any(weight.requires_grad for weight in base.parameters())
+
+
 def autocast(model: nn.Module, precision: str | None) -> AbstractContextManager[Any]:
     """Autocast of the model's device; no context for None."""
     if precision is None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+from functools import partial
 from typing import Any
 
 import models
@@ -60,6 +63,85 @@ def test_a_pool_weighs_estimates_by_the_queries() -> None:
         inf.pooled([own, (good[0], good[1][:, :2])], labels, asked)
 
 
+def test_a_stack_weighs_estimates_by_the_labels_that_they_did_not_see() -> None:
+    truth, asked = torch.arange(1200) % 3, torch.arange(300) % 3
+    noise = torch.zeros(1200, dtype=torch.bool)
+    noise[::5] = True
+    labels = torch.where(noise, (truth + 1) % 3, truth)
+    weak, good, empty = (
+        (estimate(truth, s, 2 * i), estimate(asked, s, 2 * i + 1)) for i, s in enumerate((1.0, 2.0, 0.0))
+    )
+    (train, queries), weights = inf.stacked([weak, good, empty], labels)
+    assert weights.dtype == train.dtype == queries.dtype == torch.float64
+    assert weights[1] > weights[0] > 2 * weights[2] > 0
+    given = train.gather(1, labels[:, None])[:, 0]
+    alone = good[0].gather(1, labels[:, None])[:, 0]
+    assert inf.ndr_auc(given, noise) > inf.ndr_auc(alone, noise) + 0.005
+    assert (queries.argmax(1) == asked).double().mean() > (weak[1].argmax(1) == asked).double().mean() + 0.1
+    # Moving a weight or all of them makes the labels less probable, prior and all.
+    stack = torch.stack([part[0].double() for part in (weak, good, empty)], -1)
+
+    def posterior(w: torch.Tensor, bias: torch.Tensor) -> float:
+        loss = torch.nn.functional.cross_entropy(stack @ w + bias, labels, reduction="sum")
+        return float(loss + ((w.log() + math.log(3)) ** 2).sum() / (2 * 0.5**2) + (bias**2).sum() / 2)
+
+    bias = (train - stack @ weights)[0]
+    bias = bias - bias.mean()
+    best = posterior(weights, bias)
+    for place, by in itertools.product(range(3), (0.9, 1.1)):
+        moved = weights.clone()
+        moved[place] *= by
+        assert posterior(moved, bias) > best - 0.02
+    with pytest.raises(inf.InputError, match="number 1 has"):
+        inf.stacked([weak, (good[0], good[1][:, :2])], labels)
+
+
+def test_copies_with_another_label_do_not_turn_neighbours_round() -> None:
+    """Of a row whose nearest neighbour is its own copy, labelled wrongly, neighbours foresee the given label badly."""
+    truth = torch.arange(400) % 2
+    labels = torch.cat([truth, 1 - truth])
+    backwards = estimate(1 - labels, 1.0, 1)[:, :2].log_softmax(1)
+    blind = torch.zeros(800, 2).log_softmax(1)
+    (train, _), weights = inf.stacked([(backwards, backwards), (blind, blind)], labels)
+    assert (weights > 0).all()
+    odds, of_neighbours = ((part[:, 1] - part[:, 0]).double() for part in (train, backwards))
+    assert torch.equal(odds.argsort(), of_neighbours.argsort())
+
+
+def test_trusted_queries_are_learned_from_and_judged_without_themselves() -> None:
+    random = torch.Generator().manual_seed(0)
+    states, labels = torch.randn(60, 4, generator=random), torch.arange(60) % 2
+    queries, own = torch.randn(200, 4, generator=random), torch.arange(200) % 2
+    for estimate_of in (inf.probe_estimate, partial(inf.neighbour_estimate, k=10)):
+        # Nothing to learn: who saw a query's own label would know it.
+        _, blind = estimate_of(states, labels, queries, query_labels=own)
+        assert abs(float((blind.argmax(1) == own).double().mean()) - 0.5) < 0.15
+    # The training labels are random, those of the queries are not: samples are judged by what the queries taught.
+    queries[:, 0] += 4.0 * (2 * own - 1)
+    states[:, 0] += 4.0 * (2 * labels - 1)
+    scrambled = labels[torch.randperm(60, generator=random)]
+    for estimate_of in (inf.probe_estimate, partial(inf.neighbour_estimate, k=10)):
+        train, asked = estimate_of(states, scrambled, queries, query_labels=own)
+        assert (train.argmax(1) == labels).double().mean() > 0.9
+        assert (asked.argmax(1) == own).double().mean() > 0.9
+    with pytest.raises(inf.InputError, match="query_labels"):
+        inf.probe_estimate(states, labels, queries, query_labels=own[:5])
+
+
+def test_a_pool_strays_from_its_prior_by_the_queries_alone() -> None:
+    truth, asked = torch.arange(90) % 3, torch.arange(60) % 3
+    parts = [(estimate(truth, 1.0, 1), estimate(asked, 1.0, 2)), (estimate(truth, 1.0, 3), estimate(asked, 1.0, 4))]
+    _, few = inf.pooled(parts, truth, asked, prior=[0.5, 1.0])
+    assert (few - torch.tensor([0.5, 1.0])).abs().max() > 0.05
+    none = [(train, queries[:0]) for train, queries in parts]
+    scores, weights = inf.pooled(none, truth, asked[:0], prior=[0.5, 1.0])
+    assert weights.tolist() == [0.5, 1.0]
+    expected = (0.5 * parts[0][0].double() + parts[1][0].double()).log_softmax(1).gather(1, truth[:, None])[:, 0]
+    torch.testing.assert_close(scores, expected)
+    with pytest.raises(inf.InputError, match="prior: expected 2"):
+        inf.pooled(parts, truth, asked, prior=[1.0])
+
+
 def test_a_pool_is_the_most_probable_one() -> None:
     truth = torch.arange(60) % 3
     estimates = [(estimate(truth, 1.0, s), estimate(truth, 1.0, s + 10)) for s in (1, 2)]
@@ -85,9 +167,9 @@ def test_hidden_states_of_a_pool_are_held_once(monkeypatch: pytest.MonkeyPatch) 
     passes: set[ModelPasses] = set()
     fit, states = label_quality.cross_fitted, ModelPasses.all_states
 
-    def fitted(x: np.ndarray, *given: Any) -> Any:
+    def fitted(x: np.ndarray, *given: Any, **how: Any) -> Any:
         read.append(x)
-        return fit(x, *given)
+        return fit(x, *given, **how)
 
     def seen(self: ModelPasses, *given: Any, **how: Any) -> torch.Tensor:
         passes.add(self)

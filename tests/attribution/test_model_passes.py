@@ -77,7 +77,7 @@ def test_rows_with_other_labels_share_what_inputs_decide(monkeypatch: pytest.Mon
 
 
 def test_blocks_may_differ_in_width() -> None:
-    from benchmarks.noise_kinds import Table
+    from benchmarks.noise_tasks import Table
 
     torch.manual_seed(0)
     model = Table(3, 2).eval()

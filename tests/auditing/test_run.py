@@ -137,6 +137,55 @@ def test_scores_equal_a_literal_loop(folder: Path) -> None:
         assert ((low - 1e-9 <= scores[name]) & (scores[name] <= high + 1e-9)).all(), name
 
 
+def test_without_trusted_rows_a_pool_weighs_as_before_it_sees_any(folder: Path, tmp_path: Path) -> None:
+    """Training rows stand for them, which the model knows: weights fitted to these would trust the model alone."""
+    rows = write_rows(tmp_path / "train.jsonl", sentences(100, 1))
+    out = tmp_path / "out"
+    result = inf.audit(str(folder / "adapter"), str(rows), out=out, progress=False)
+    weights = result.facts["pool_weights"]
+    assert list(weights) == ["model", "neighbours", "nearest neighbours", "probe"]
+    assert weights["model"] == 0.5
+    assert not (out / "stores" / "mislabelled").exists()
+    assert "with weights that no query was asked for: model 0.50, " in (out / "report.html").read_text()
+
+
+def test_a_model_that_was_trained_whole_is_judged_by_states_before_its_blocks() -> None:
+    """Behind its blocks hidden states know the labels, wrong ones too."""
+    model, rows, asked = models.make("bert"), models.rows(count=24), models.rows(count=9, seed=2)
+    result = inf.audit(model, rows, asked, methods=["pool"], layers="head", progress=False)
+    labels, some = (
+        [row["labels"] for row in rows],
+        torch.randperm(9, generator=torch.Generator().manual_seed(0)).tolist(),
+    )
+    queries = [asked[i] for i in some]
+    own = [row["labels"] for row in queries]
+    first, of_asked = (next(iter(inf.hidden_states(model, part).values())) for part in (rows, queries))
+    given = (first, labels, of_asked)
+    parts = [inf.neighbour_estimate(*given, k, query_labels=own) for k in (6, 6)]
+    _, weights = inf.stacked([*parts, inf.probe_estimate(*given, query_labels=own)], labels)
+    found = list(result.facts["pool_weights"].values())[-3:]
+    assert [one / found[0] for one in found] == pytest.approx((weights / weights[0]).tolist(), rel=1e-4)
+
+
+def test_copies_of_training_rows_are_no_queries(folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    train, others = sentences(40, 1), sentences(12, 2)
+    copied = [{**row, "text": f" {row['text'].upper()}"} for row in train[:3]]
+    files = [str(write_rows(tmp_path / "train.jsonl", train))]
+    given = {"methods": ["dot"], "progress": False, "limit": 40}
+    queries = write_rows(tmp_path / "some.jsonl", [*others[:6], *copied, *others[6:]])
+    result = inf.audit(str(folder / "adapter"), *files, str(queries), out=tmp_path / "out", **given)
+    said = "3 of 15 queries stand among the training rows too, equal or nearly so; they are left out"
+    assert (result.facts["queries"], result.facts["copies"]) == (12, said)
+    assert f"{said}." in (tmp_path / "out" / "report.html").read_text()
+    alone = inf.audit(str(folder / "adapter"), *files, others, **given)
+    assert "copies" not in alone.facts
+    torch.testing.assert_close(result.scores["dot"]["all"]["mean"], alone.scores["dot"]["all"]["mean"])
+    # Where few others are there, all stay, and it is said.
+    kept = inf.audit(str(folder / "adapter"), *files, [*copied, others[0]], **given)
+    assert kept.facts["queries"] == 4
+    assert "the model has learned them" in caplog.text
+
+
 def test_a_classifier_is_ranked_by_the_pool_of_the_model_before_and_after(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -155,14 +204,18 @@ def test_a_classifier_is_ranked_by_the_pool_of_the_model_before_and_after(
         states = [inf.hidden_states(model, side) for side in sides]
     assert not torch.equal(states[0]["block 1"], adapted[0]["block 1"])
     last, every = [list(s.values())[-1] for s in states], [torch.cat(list(s.values()), 1) for s in states]
-    estimates = [
-        (own[0], own[1]),
-        inf.neighbour_estimate(last[0], labels, last[1], k=5),
-        inf.probe_estimate(every[0], labels, every[1]),
-        (torch.zeros(len(labels), 3), torch.zeros(len(trusted), 3)),
-    ]
     # Half of the queries, in another order, are shown with a wrong label; influence speaks of the label shown alone.
     some = torch.randperm(len(trusted), generator=torch.Generator().manual_seed(0)).tolist()
+    back = torch.tensor(some).argsort()
+    own_labels = [trusted[i] for i in some]
+    parts = [inf.neighbour_estimate(last[0], labels, last[1][some], k, query_labels=own_labels) for k in (5, 5)]
+    parts.append(inf.probe_estimate(every[0], labels, every[1][some], query_labels=own_labels))
+    stack, of_stack = inf.stacked(parts, labels)
+    estimates = [
+        (own[0], own[1]),
+        (stack[0], stack[1][back]),
+        (torch.zeros(len(labels), 3), torch.zeros(len(trusted), 3)),
+    ]
     shown, wrong = uniform([trusted[i] for i in some], 0.5, 3)
     asked = [{**sides[1][i], "labels": label} for i, label in zip(some, shown, strict=True)]
     stores = [
@@ -171,12 +224,14 @@ def test_a_classifier_is_ranked_by_the_pool_of_the_model_before_and_after(
     ]
     by_layer, of_queries = inf.fitted_influence(inf.influence(*stores, "trackstar"), ~wrong)
     for i, label in enumerate(labels):
-        estimates[3][0][i, label] = sum(float(scores[0, i]) for scores in by_layer.values())
+        estimates[2][0][i, label] = sum(float(scores[0, i]) for scores in by_layer.values())
     for i, label, value in zip(some, shown, of_queries, strict=True):
-        estimates[3][1][i, label] = value
-    expected, weights = inf.pooled(estimates, labels, trusted)
+        estimates[2][1][i, label] = value
+    prior = (0.5, 1, 0)
+    expected, weights = inf.pooled(estimates, labels, trusted, prior)
     torch.testing.assert_close(result.scores["pool"]["all"]["mean"], expected, rtol=1e-5, atol=1e-6)
-    assert list(result.facts["pool_weights"].values()) == pytest.approx(weights.tolist(), abs=1e-5)
+    shown_weights = torch.stack([weights[0], weights[2], *(weights[1] * of_stack)])
+    assert list(result.facts["pool_weights"].values()) == pytest.approx(shown_weights.tolist(), abs=1e-5)
     # Fitted to some of the queries, as the self-check does it.
     whole = [Samples(side, None, None, None, None) for side in sides]
     build = inf.BuildSettings(default_layers(model), IDENTITY, "classification")
@@ -185,13 +240,13 @@ def test_a_classifier_is_ranked_by_the_pool_of_the_model_before_and_after(
     half = torch.arange(0, len(trusted), 2)
     by_layer, held_out = inf.fitted_influence(inf.influence(*stores, "trackstar"), ~wrong, half)
     for i, label in enumerate(labels):
-        estimates[3][0][i, label] = sum(float(scores[0, i]) for scores in by_layer.values())
+        estimates[2][0][i, label] = sum(float(scores[0, i]) for scores in by_layer.values())
     kept = torch.tensor(some)[half]
-    estimates[3][1][:] = 0
+    estimates[2][1][:] = 0
     for j in half.tolist():
-        estimates[3][1][some[j], shown[j]] = held_out[j]
+        estimates[2][1][some[j], shown[j]] = held_out[j]
     parts = [(train, queries[kept]) for train, queries in estimates]
-    expected, _ = inf.pooled(parts, labels, torch.tensor(trusted)[kept])
+    expected, _ = inf.pooled(parts, labels, torch.tensor(trusted)[kept], prior)
     by_method = {
         method: [
             {name: values for name, _, values in given.influence(method)} for given in (inputs.fitted_to(half), inputs)

@@ -38,7 +38,25 @@ def test_logits_are_those_of_the_whole_model_before_and_after_training(folder: s
             whole = model(**batch).logits
             torch.testing.assert_close(last_block.above(model, states), whole, rtol=1e-4, atol=1e-5)
         right = (whole.argmax(-1) == torch.tensor(labels)).double().mean()
-        assert last_block.accuracy(model, states, labels, size=5) == pytest.approx(float(right))
+        torch.testing.assert_close(last_block.logits(model, states, size=5), whole, rtol=1e-4, atol=1e-5)
+        assert last_block.accuracy(model, states, labels) == pytest.approx(float(right))
+
+
+def test_each_epoch_is_watched_in_evaluation_mode(folder: str) -> None:
+    given = rows(8)
+    states, seen = last_block.below(last_block.last_block_encoder(folder, 0), given), []
+
+    def watch(model: torch.nn.Module) -> None:
+        assert not model.training
+        seen.append(last_block.logits(model, states))
+
+    labels = [row["labels"] for row in given]
+    model = last_block.fine_tune(folder, 0, states, labels, 3, 1e-2, 4, watch)
+    assert len(seen) == 3
+    assert not torch.equal(seen[0], seen[1])
+    torch.testing.assert_close(seen[2], last_block.logits(model, states))
+    unwatched = last_block.fine_tune(folder, 0, states, labels, 3, 1e-2, 4)
+    assert torch.equal(last_block.logits(unwatched, states), seen[2])
 
 
 def test_one_seed_starts_from_the_same_weights_and_trains(folder: str) -> None:

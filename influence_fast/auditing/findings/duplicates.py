@@ -1,16 +1,26 @@
-"""Duplicates: equal texts by their hash, nearly equal ones by MinHash."""
+"""Duplicates: equal texts by their hash, nearly equal ones by MinHash; and those of a few texts among many others."""
 
 from __future__ import annotations
 
+import math
 import unicodedata
+from collections import Counter
 from collections.abc import Sequence
 from itertools import pairwise
 
 import xxhash
 
+from influence_fast.auditing.findings.words import flat_ids
+from influence_fast.data.samples import Samples
+
 #: Share of words and pairs of words that nearly equal rows have in common (Jaccard).
 ALIKE = 0.8
 _PERMUTATIONS, _CANDIDATES, _BLOCK = 64, 32, 4096
+
+
+def compared(samples: Samples) -> Sequence[str | Sequence[int]]:
+    """What tells samples alike: their texts, else their token ids."""
+    return samples.texts if samples.texts is not None else [flat_ids(row) for row in samples.rows]
 
 
 def find_duplicates(texts: Sequence[str | Sequence[int]]) -> list[list[int]]:
@@ -44,6 +54,26 @@ def find_duplicates(texts: Sequence[str | Sequence[int]]) -> list[list[int]]:
             else:
                 near[first].extend(rows)
     return [sorted(rows) for rows in near.values() if len(rows) > 1]
+
+
+def copies_among(texts: Sequence[str | Sequence[int]], others: Sequence[str | Sequence[int]]) -> list[int]:
+    """Which of the texts, or token ids, stand among the others too, equal or nearly so.
+
+    Exact: a text that is alike has one of any ``(1 - ALIKE) n + 1`` of another's ``n`` pieces, so that few are compared.
+    """
+    pieces = [_pieces(_words(text)) for text in texts]
+    looked_for: dict[bytes, list[int]] = {}
+    frequent = Counter(piece for own in pieces for piece in own)
+    for i, own in enumerate(pieces):
+        rarest = sorted(own, key=lambda piece: (frequent[piece], piece))
+        for piece in rarest[: len(own) - math.ceil(ALIKE * len(own)) + 1]:
+            looked_for.setdefault(piece, []).append(i)
+    found: set[int] = set()
+    for other in others if looked_for else ():
+        theirs = _pieces(_words(other))
+        near = {i for piece in theirs & looked_for.keys() for i in looked_for[piece]} - found
+        found |= {i for i in near if _alike(pieces[i], theirs)}
+    return sorted(found)
 
 
 def _words(text: str | Sequence[int]) -> list[str]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from influence_fast.attribution.probe import CrossFitted, cross_fitted, log_shares
 from influence_fast.attribution.registry import PROBE_FOLDS
 from influence_fast.auditing.findings.words import word_features
-from influence_fast.gradients.model_state import is_adapted
+from influence_fast.gradients.model_state import is_trained_inside
 
 Rows = Sequence[Mapping[str, Any]]
 Estimate = tuple[Tensor, Tensor]
@@ -39,7 +39,7 @@ def untouched_estimates(
     words = word_estimate(train, trusted, labels, classes)
     if words is not None:
         out["words"] = words
-    if probe is not None and votes is not None and not _trained_inside(model):
+    if probe is not None and votes is not None and not is_trained_inside(model):
         out["probe"] = probe.train, probe.by_fold
         out["neighbours"] = log_shares(votes[0]), log_shares(votes[1])
     width = max((part.shape[1] for both in out.values() for part in both), default=classes)
@@ -53,14 +53,6 @@ def word_estimate(train: Rows, queries: Rows, labels: Tensor, classes: int) -> E
         return None
     found = cross_fitted(features[0], labels, features[1], classes, penalties=_PENALTIES)
     return found.train, found.by_fold
-
-
-def _trained_inside(model: nn.Module) -> bool:
-    """Whether a training has changed the weights below the head, so that hidden states know the labels."""
-    if is_adapted(model):
-        return False
-    base = getattr(model, getattr(model, "base_model_prefix", "") or "", None)
-    return base is None or any(weight.requires_grad for weight in base.parameters())
 
 
 def _widened(found: Tensor, width: int) -> Tensor:

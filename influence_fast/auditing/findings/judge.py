@@ -10,12 +10,11 @@ from torch import Tensor
 
 from influence_fast.attribution.method_inputs import CLASSES, PROBE, VOTES, MethodInputs
 from influence_fast.auditing.findings.calibration import LEAST_TRUSTED, calibrate
-from influence_fast.auditing.findings.duplicates import find_duplicates
+from influence_fast.auditing.findings.duplicates import compared, find_duplicates
 from influence_fast.auditing.findings.estimates import untouched_estimates
 from influence_fast.auditing.findings.finding import Evidence, Finding
 from influence_fast.auditing.findings.kinds import far_away, name_kind
 from influence_fast.auditing.findings.labels import label_findings
-from influence_fast.auditing.findings.words import flat_ids
 
 # Duplicates named of a row; trusted rows that a calibration takes.
 _COPIES, _CALIBRATED_ON = 20, 2000
@@ -160,10 +159,9 @@ def _label(findings: list[Finding], inputs: MethodInputs, judged: Judged, predic
 def _copies(findings: list[Finding], inputs: MethodInputs, labels: Tensor | None) -> list[int]:
     """Fill in duplicates; how many of those named have another label."""
     samples = inputs.samples
-    texts = samples.texts if samples.texts is not None else [flat_ids(row) for row in samples.rows]
     conflicts = [0] * len(findings)
     given = None if labels is None else labels.tolist()
-    for group in find_duplicates(texts):
+    for group in find_duplicates(compared(samples)):
         by_label: dict[Any, list[int]] = {}
         for i in group:
             by_label.setdefault(None if given is None else given[i], []).append(i)

@@ -56,8 +56,7 @@ def _script() -> str:
 def findings(result: AuditResult, evaluation: list[dict[str, Any]]) -> list[str]:
     """How far to trust the ranking, in plain sentences."""
     facts, out = result.facts, []
-    if "held_out" in facts:
-        out.append(f"{facts['held_out']}.")
+    out += [f"{facts[name]}." for name in ("held_out", "copies") if name in facts]
     if "skipped" in facts:
         problems = facts["skipped"]
         more = f"; and {len(problems) - 5} more (skipped.txt)" if len(problems) > 5 else ""
@@ -79,9 +78,8 @@ def findings(result: AuditResult, evaluation: list[dict[str, Any]]) -> list[str]
         out.append(f"No label has a calibrated probability of being wrong: {facts['not_calibrated']}.")
     if result.main.method == "pool" and "pool_weights" in facts:
         weights = ", ".join(f"{name} {weight:.2f}" for name, weight in facts["pool_weights"].items())
-        out.append(
-            f"The ranking shown pools estimates of each label's quality, weighed by the trusted queries: {weights}."
-        )
+        how = "with weights that no query was asked for" if "held_out" in facts else "weighed by the trusted queries"
+        out.append(f"The ranking shown pools estimates of each label's quality, {how}: {weights}.")
     agreements = list(agreement(result).items())
     if agreements:
         text = ", ".join(f"{a} and {b} {value:.2f}" for (a, b), value in agreements)
