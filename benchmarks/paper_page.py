@@ -21,7 +21,9 @@ _DIFFERS = (
     "Queries are 500 held-out rows or fewer, and the epoch that is audited is the best of ten on another held-out split.",
     "The embedding is frozen under LoRA, so embedding and middle layers are compared on the generative runs alone, where a "
     "small Llama is fine-tuned whole.",
-    "The causal models were trained for six short epochs and have learned little (their losses are on the page on quality).",
+    "The causal models are small Llamas trained here; what they have learned, their losses say on the page on quality.",
+    "Lines that begin with *Ours* are of an earlier pool, before its estimates were stacked; what the present one gains "
+    "is on the page on quality.",
     "Whether cancellation predicts accuracy is answered through AUC_NDR: a retraining for each layer group was not run.",
 )
 

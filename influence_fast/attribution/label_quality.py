@@ -35,7 +35,8 @@ STACK = "stack"
 _PRIOR, _PRIOR_DEVIATION = {"model": 0.5, STACK: 1.0}, 0.3
 # The same of a stack: the deviation of the logarithm of a weight, and of the biases of classes.
 _STACK_DEVIATION, _BIAS_DEVIATION = 0.5, 1.0
-_FEW, _MOST_QUERIES = 10, 2000
+# Nearest rows beside the usual number of neighbours.
+_FEW = 10
 # Multiplications that whitening all layers may take within a pool: about a minute on two cores.
 _WHITENING = 2e12
 
@@ -51,7 +52,7 @@ def make_pool(inputs: MethodInputs) -> InMemory:
     """
     labels, own = (torch.tensor(part) for part in inputs.labels())
     mislabelled = None if inputs.given.held_out else inputs.mislabelled_queries()
-    rows = torch.arange(len(own))[:_MOST_QUERIES] if mislabelled is None else mislabelled.rows
+    rows = torch.arange(len(own)) if mislabelled is None else mislabelled.rows
     trusted, both, passes = own[rows], (inputs.samples, inputs.trusted), inputs.passes
     train, queries = (passes.class_log_probabilities(part) for part in both)
     classes = train.shape[1]
@@ -83,12 +84,8 @@ def _untouched(
     inside = is_trained_inside(inputs.model)
 
     # Nothing but the passes keeps the states: those of all blocks are the most that an audit has in memory.
-    def last() -> list[tuple[Tensor, Tensor]]:
-        train, queries = (passes.last_states(part, base=True) for part in both)
-        return votes_with_queries(train, labels, queries[rows], trusted, (k, min(_FEW, k)), classes)
-
-    def first() -> list[tuple[Tensor, Tensor]]:
-        train, queries = (passes.all_states(part, base=True)[:, 0] for part in both)
+    def voted(place: int) -> list[tuple[Tensor, Tensor]]:
+        train, queries = (passes.all_states(part, base=True)[:, place].contiguous() for part in both)
         return votes_with_queries(train, labels, queries[rows], trusted, (k, min(_FEW, k)), classes)
 
     def probed() -> CrossFitted:
@@ -97,16 +94,12 @@ def _untouched(
             x, asked = x[:, :1], asked[:, :1]
         return cross_fitted(x.flatten(1).numpy(), labels, asked[rows].flatten(1).numpy(), classes, query_labels=trusted)
 
-    votes = inputs.once("votes of all counts", last)
-    inputs.once(VOTES, lambda: (*votes[0], k))
-    if inside:
-        votes = inputs.once("votes of the first block", first)
+    behind = inputs.once("votes behind the last block", lambda: voted(-1))
+    inputs.once(VOTES, lambda: (*behind[0], k))
+    votes = inputs.once("votes before the first block", lambda: voted(0)) if inside else behind
+    usual, few = ((log_shares(train), log_shares(queries)) for train, queries in votes)
     probe = inputs.once(PROBE, probed)
-    return {
-        "neighbours": (log_shares(votes[0][0]), log_shares(votes[0][1])),
-        "nearest neighbours": (log_shares(votes[1][0]), log_shares(votes[1][1])),
-        "probe": (probe.train, probe.by_fold),
-    }
+    return {"neighbours": usual, "nearest neighbours": few, "probe": (probe.train, probe.by_fold)}
 
 
 def _influence(

@@ -5,11 +5,14 @@ Each is one pass of the model over a set of samples, and :class:`ModelPasses` ma
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -26,6 +29,8 @@ from influence_fast.gradients.row_checks import settle_batches
 
 POOLING = ("last", "mean", "first")
 _LARGEST_FACTOR = 8192
+# Hidden states beyond these are mapped from a file: the system keeps as much of it in memory as there is room for.
+_IN_MEMORY = 2 << 30
 Rows = Sequence[Mapping[str, Any]]
 
 
@@ -38,6 +43,7 @@ class ModelPasses:
         needs: what will be asked for, of ``registry.NEEDS``: hidden states and predictions that are both needed come out of
             one pass.
         batch_tokens, progress: as of :func:`~influence_fast.build_store`.
+        folder: where hidden states go that are more than 2 GiB; by default the folder of temporary files.
     """
 
     def __init__(
@@ -47,9 +53,11 @@ class ModelPasses:
         needs: Collection[str] = (),
         batch_tokens: int | str = "auto",
         progress: bool = True,
+        folder: Path | None = None,
     ) -> None:
         self._model, self._rows, self._needs = model, rows, frozenset(needs)
         self._settings: dict[str, Any] = {"batch_tokens": batch_tokens, "progress": progress}
+        self._folder = folder
         # Keyed by the set of samples itself, which is held so that its identity stays its own.
         self._found: dict[tuple[int, str], Any] = {}
         self._held: dict[int, Any] = {}
@@ -57,7 +65,7 @@ class ModelPasses:
 
     def of_model(self, model: nn.Module) -> ModelPasses:
         """Passes of another model, such as an earlier checkpoint, over the same kind of rows; none is made yet."""
-        return ModelPasses(model, self._rows, self._needs, **self._settings)
+        return ModelPasses(model, self._rows, self._needs, folder=self._folder, **self._settings)
 
     def share(self, part: Any, whole: Any, rows: Sequence[int]) -> None:
         """``part`` has the inputs of these rows of ``whole``, with other labels: what inputs alone decide is shared."""
@@ -86,14 +94,17 @@ class ModelPasses:
         def run() -> Tensor:
             if adapted:
                 with before_fine_tuning(self._model):
-                    return _forward(self._model, self._rows(samples), pooling, False, **self._settings).states
+                    return self._pass(samples, pooling, False).states
             both = "predictions" in self._needs and (id(samples), "predictions") not in self._found
-            found = _forward(self._model, self._rows(samples), pooling, both, **self._settings)
+            found = self._pass(samples, pooling, both)
             if both:
                 self._found[id(samples), "predictions"] = found.log_probabilities
             return found.states
 
         return self._once(samples, key, run)
+
+    def _pass(self, samples: Any, pooling: str, predictions: bool) -> _Forward:
+        return _forward(self._model, self._rows(samples), pooling, predictions, folder=self._folder, **self._settings)
 
     def class_log_probabilities(self, samples: Any) -> Tensor:
         """Log-probabilities of the classes by a classifier: float32 ``(n, classes)``."""
@@ -186,6 +197,7 @@ def _forward(
     predictions: bool,
     batch_tokens: int | str = "auto",
     progress: bool = True,
+    folder: Path | None = None,
 ) -> _Forward:
     """Pooled hidden states, where ``pooling`` says how, and class log-probabilities, in data-set order."""
     order: list[int] = []
@@ -205,7 +217,7 @@ def _forward(
             if not len(states):
                 # Made once: a list of batches put together would be held twice. Narrower states end in zeros.
                 widths = [state.shape[-1] for state in found]
-                states = torch.zeros(len(rows), len(found), max(widths))
+                states = _zeros((len(rows), len(found), max(widths)), folder)
             for place, (state, width) in enumerate(zip(found, widths, strict=True)):
                 states[chosen, place, :width] = _pooled(state, mask_of(batch), pooling).float().cpu()
         if predictions:
@@ -213,6 +225,22 @@ def _forward(
             classes.append(logits.float().log_softmax(1).cpu())
     log_probabilities = torch.cat(classes)[torch.tensor(order).argsort()] if classes else torch.empty(0)
     return _Forward(states, widths, log_probabilities)
+
+
+def states_on_disk(samples: int, blocks: int, width: int) -> int:
+    """Bytes of a file that hidden states behind the embedding and all blocks go to; 0 where they stay in memory."""
+    size = 4 * samples * (blocks + 1) * width
+    return size if size > _IN_MEMORY else 0
+
+
+def _zeros(shape: tuple[int, int, int], folder: Path | None) -> Tensor:
+    """Float32; what is too large for memory in a file without a name, which is gone with the tensor."""
+    size = states_on_disk(shape[0], shape[1] - 1, shape[2])
+    if not size:
+        return torch.zeros(shape)
+    with tempfile.TemporaryFile(dir=folder) as file:
+        file.truncate(size)
+        return torch.from_numpy(np.memmap(file, np.float32, "r+", shape=shape))
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from influence_fast.attribution.registry import PROBE_FOLDS
 from influence_fast.errors import InputError
 
 # A probe learns no better from more.
-_PROBE_ROWS = 20_000
+_PROBE_ROWS, _AT_ONCE = 20_000, 8192
 _PENALTIES = (1e-4, 1e-3, 1e-2)
 # Log-probability of what an estimate holds impossible.
 LEAST = -30.0
@@ -98,10 +98,12 @@ def cross_fitted(
         steps = [LogisticRegression(C=penalty, max_iter=500)]
         return make_pipeline(*([] if issparse(x) else [StandardScaler()]), *steps).fit(learned, known)
 
-    def predicted(model: Any, rows: Any) -> np.ndarray:
-        out = np.full((rows.shape[0], width), -np.inf)
-        if rows.shape[0]:
-            out[:, model.classes_] = model.predict_log_proba(rows)
+    def predicted(model: Any, given: Any, rows: np.ndarray) -> np.ndarray:
+        out = np.full((len(rows), width), -np.inf)
+        # Not all at once: standardised copies of many rows' states take as much memory again.
+        for begin in range(0, len(rows), _AT_ONCE):
+            part = slice(begin, begin + _AT_ONCE)
+            out[part, model.classes_] = model.predict_log_proba(given[rows[part]])
         return out
 
     folds = list(StratifiedKFold(PROBE_FOLDS, shuffle=True, random_state=seed).split(np.zeros(len(y)), y))
@@ -111,13 +113,15 @@ def cross_fitted(
         found, asked = np.empty((len(y), width)), np.empty((queries.shape[0], width))
         for number, (learned, left) in enumerate(folds):
             model = fitted(learned, penalty, number)
-            found[left] = predicted(model, x[left])
-            asked[number :: len(folds)] = predicted(model, queries[number :: len(folds)])
+            found[left] = predicted(model, x, left)
+            judged = np.arange(number, queries.shape[0], len(folds))
+            asked[judged] = predicted(model, queries, judged)
         # A rare class may be missing from what was learned.
         loss = -np.maximum(found[np.arange(len(y)), y], LEAST).mean()
         if loss < best:
             best, chosen, estimate, by_fold = loss, penalty, found, asked
-    whole = predicted(fitted(np.arange(len(y)), chosen), queries) if own is None else by_fold
+    every = np.arange(queries.shape[0])
+    whole = by_fold if own is not None else predicted(fitted(np.arange(len(y)), chosen), queries, every)
     return CrossFitted(*(torch.from_numpy(part) for part in (estimate, by_fold, whole)))
 
 

@@ -14,6 +14,8 @@ from influence_fast.errors import InputError
 
 _ROWS = 1024
 _NEIGHBOURS = 50
+# Votes of all samples would take time with the square of their number.
+_VOTERS = 100_000
 
 
 def make_similarity(inputs: MethodInputs) -> InfluenceMatrix:
@@ -68,23 +70,41 @@ def class_votes(
 
 
 def votes_of_nearest(
-    states: Tensor, labels: Tensor, counts: Sequence[int], queries: Tensor | None = None, classes: int | None = None
+    states: Tensor,
+    labels: Tensor,
+    counts: Sequence[int],
+    queries: Tensor | None = None,
+    classes: int | None = None,
+    voters: Tensor | None = None,
 ) -> list[Tensor]:
-    """The votes of :func:`class_votes` for several numbers of neighbours, from one search."""
+    """The votes of :func:`class_votes` for several numbers of neighbours, from one search.
+
+    ``voters`` are the numbers of the rows that vote, all by default.
+    """
     n, k = len(states), max(counts)
     if labels.shape != (n,) or not 1 <= min(counts) <= k < n:
         raise InputError(f"labels, k: expected ({n},) and 1 to {n - 1}, got {tuple(labels.shape)} and {k!r}")
     mean = states.float().mean(0)
-    unit = nn.functional.normalize(states.float() - mean, dim=1)
-    rows = unit if queries is None else nn.functional.normalize(queries.float() - mean, dim=1)
+
+    def unit(rows: Tensor) -> Tensor:
+        return nn.functional.normalize(rows.float() - mean, dim=1)
+
+    heard, of_heard = (states, labels) if voters is None else (states[voters], labels[voters])
+    own = torch.arange(n)
+    if voters is not None:
+        own = torch.full((n,), -1)
+        own[voters] = torch.arange(len(voters))
+    directions, rows = unit(heard), states if queries is None else queries
     votes = [torch.zeros(len(rows), classes or int(labels.max()) + 1) for _ in counts]
     for begin in range(0, len(rows), _ROWS):
         part = slice(begin, min(begin + _ROWS, len(rows)))
-        similarity = rows[part] @ unit.T
+        similarity = unit(rows[part]) @ directions.T
         if queries is None:
-            similarity[torch.arange(len(similarity)), torch.arange(part.start, part.stop)] = -2
+            itself = own[part]
+            there = (itself >= 0).nonzero()[:, 0]
+            similarity[there, itself[there]] = -2
         near = similarity.topk(k, dim=1)
-        of_class, weight = labels[near.indices].long(), near.values.clamp_min(0)
+        of_class, weight = of_heard[near.indices].long(), near.values.clamp_min(0)
         for count, found in zip(counts, votes, strict=True):
             found[part].scatter_add_(1, of_class[:, :count], weight[:, :count])
     return votes
@@ -93,6 +113,13 @@ def votes_of_nearest(
 def votes_with_queries(
     states: Tensor, labels: Tensor, queries: Tensor, own: Tensor, counts: Sequence[int], classes: int | None = None
 ) -> list[tuple[Tensor, Tensor]]:
-    """Votes of samples and labelled queries together, of either kind none for itself: of the samples, of the queries."""
-    found = votes_of_nearest(torch.cat([states, queries]), torch.cat([labels, own]), counts, classes=classes)
-    return [(votes[: len(states)], votes[len(states) :]) for votes in found]
+    """Votes of samples and labelled queries together, of either kind none for itself: of the samples, of the queries.
+
+    Of more than 100,000 samples so many vote, drawn at random.
+    """
+    n, m, voters = len(states), len(queries), None
+    if n > _VOTERS:
+        drawn = torch.randperm(n, generator=torch.Generator().manual_seed(0))[:_VOTERS].sort().values
+        voters = torch.cat([drawn, torch.arange(n, n + m)])
+    found = votes_of_nearest(torch.cat([states, queries]), torch.cat([labels, own]), counts, None, classes, voters)
+    return [(votes[:n], votes[n:]) for votes in found]

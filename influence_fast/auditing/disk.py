@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from influence_fast._memory import parse_memory
+from influence_fast.attribution.model_passes import states_on_disk
 from influence_fast.attribution.registry import get_method
 from influence_fast.auditing.config import SELF_CHECK_ROWS, AuditPlan
 from influence_fast.errors import InputError
@@ -47,11 +48,20 @@ def stored_rows(plan: AuditPlan) -> int:
 
 
 def stored_bytes(plan: AuditPlan, projection: Projection | None = None) -> int:
-    """Bytes of all stores of an audit."""
+    """Bytes of all stores of an audit, and of hidden states that memory does not take."""
     dims = numbers(plan.model, plan.layers, projection or plan.build.projection)
     # With three columns.
     row = sum(row_bytes(plan.build.dtype, dim) for dim in dims.values()) + 16
-    return stored_rows(plan) * row
+    return stored_rows(plan) * row + _states(plan)
+
+
+def _states(plan: AuditPlan) -> int:
+    """Before fine-tuning, and after it where a method asks for both."""
+    needs = set().union(*(get_method(name).needs for name in plan.config.methods or ()))
+    config = getattr(plan.model, "config", None)
+    blocks, width = (getattr(config, name, 0) or 0 for name in ("num_hidden_layers", "hidden_size"))
+    kinds = len(needs & {"hidden states", "base states"})
+    return kinds * states_on_disk(len(plan.samples), blocks, width)
 
 
 def free_disk(out: str | Path | None) -> int:

@@ -7,7 +7,7 @@ from collections import Counter
 import torch
 from torch import Tensor, nn
 
-from influence_fast.attribution.model_passes import hidden_states
+from influence_fast.attribution.model_passes import ModelPasses
 from influence_fast.attribution.probe import probe_estimate
 from influence_fast.attribution.registry import PROBE_FOLDS
 from influence_fast.data.samples import Samples
@@ -60,6 +60,6 @@ def _agreed(model: nn.Module, samples: Samples, batch_tokens: int | str) -> Tens
         getattr(model, "config", None), "hidden_size"
     ):
         return None
-    last = list(hidden_states(model, samples.rows, batch_tokens=batch_tokens, progress=False).values())[-1]
+    last = ModelPasses(model, lambda part: part.rows, (), batch_tokens, progress=False).last_states(samples)
     estimate, _ = probe_estimate(last, labels, last[:1])
     return estimate.argmax(1) == labels

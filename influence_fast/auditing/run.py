@@ -58,8 +58,6 @@ from influence_fast.training.recorded import RecordedTraining, read_training
 
 _log = logging.getLogger("influence_fast")
 _MOST_BLOCKS = 48
-# Hidden states of the training set that an audit holds unless asked to: 200,000 samples of a MiniLM, 50,000 of a BERT-base.
-_POOL_BYTES = 2 << 30
 
 
 def audit(
@@ -258,7 +256,7 @@ def method_inputs(
         return checked_rows(model, part.rows, build.loss, part.ids, build.truncate)[0]
 
     needs = set().union(*(get_method(name).needs for name in methods))
-    passes = ModelPasses(model, rows, needs, build.batch_tokens, progress)
+    passes = ModelPasses(model, rows, needs, build.batch_tokens, progress, folder)
     audit = AuditInputs(model, samples, trusted, folder, build, task, passes, progress)
     return MethodInputs(train, queries, audit=audit)
 
@@ -389,12 +387,9 @@ def groups_of(model: nn.Module, layers: list[str]) -> dict[str, list[str]]:
 
 
 def _default_methods(model: nn.Module, task: str, samples: Samples) -> list[str]:
-    """The paper's, and the pool, which ranks best, of classifiers whose hidden states fit in memory, no class rare."""
-    methods, config = ["dot", "cosine", "datainf"], getattr(model, "config", None)
-    if task != "classification" or not hasattr(config, "output_hidden_states"):
-        return methods
-    width, blocks = (getattr(config, name, 1) for name in ("hidden_size", "num_hidden_layers"))
-    if 4 * len(samples.rows) * width * (blocks + 1) > _POOL_BYTES:
+    """The paper's, and the pool, which ranks best, of classifiers that have hidden states, no class rare."""
+    methods = ["dot", "cosine", "datainf"]
+    if task != "classification" or not hasattr(getattr(model, "config", None), "output_hidden_states"):
         return methods
     rarest = min(Counter(row["labels"] for row in samples.rows).values())
     return [*methods, "pool"] if rarest >= PROBE_FOLDS else methods

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
+from pathlib import Path
 
 import models
 import pytest
@@ -10,6 +12,7 @@ import torch
 from torch import nn
 
 import influence_fast as inf
+from influence_fast.attribution import model_passes
 from influence_fast.attribution.model_passes import ModelPasses
 
 
@@ -63,6 +66,26 @@ def test_what_is_kept_is_what_the_functions_give() -> None:
     assert whole is passes.all_states(rows)
     assert whole.shape[1] == len(states)
     assert torch.equal(passes.last_states(rows), states["block 3"])
+
+
+def test_states_beyond_the_limit_are_mapped_from_a_file_that_nobody_sees(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, rows = models.make("bert"), models.rows(count=6)
+    expected = ModelPasses(model, lambda part: part, progress=False).all_states(rows)
+    assert not maps(tmp_path)
+    monkeypatch.setattr(model_passes, "_IN_MEMORY", 4 * expected.numel() - 1)
+    states = ModelPasses(model, lambda part: part, progress=False, folder=tmp_path).all_states(rows)
+    assert torch.equal(states, expected)
+    assert not list(tmp_path.iterdir())
+    if sys.platform == "linux":
+        assert maps(tmp_path)
+        del states
+        assert not maps(tmp_path)
+
+
+def maps(folder: Path) -> list[str]:
+    return [line for line in Path("/proc/self/maps").read_text().splitlines() if str(folder) in line]
 
 
 def test_rows_with_other_labels_share_what_inputs_decide(monkeypatch: pytest.MonkeyPatch) -> None:

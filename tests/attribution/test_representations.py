@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import influence_fast as inf
+from influence_fast.attribution.representations import votes_with_queries
 
 
 def test_neighbours_share_the_label_or_do_not() -> None:
@@ -35,3 +36,25 @@ def test_neighbours_share_the_label_or_do_not() -> None:
         assert float(asked[i, 1].exp()) == pytest.approx((share + 0.01) / (total + 0.04), abs=1e-5)
     with pytest.raises(inf.InputError, match="labels, k: expected"):
         inf.neighbours({"a": states}, labels, k=30)
+
+
+def test_of_many_samples_some_vote_and_every_query_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    random = torch.Generator().manual_seed(1)
+    states, labels = torch.randn(40, 5, generator=random), torch.arange(40) % 3
+    queries, own = torch.randn(6, 5, generator=random), torch.arange(6) % 3
+    (whole,) = votes_with_queries(states, labels, queries, own, (4,), 3)
+    monkeypatch.setattr("influence_fast.attribution.representations._VOTERS", 12)
+    few, more = votes_with_queries(states, labels, queries, own, (4, 7), 3)
+    drawn = torch.randperm(40, generator=torch.Generator().manual_seed(0))[:12].sort().values.tolist()
+    voters = [*drawn, *range(40, 46)]
+    every = torch.cat([states, queries]).double()
+    every = torch.nn.functional.normalize(every - every.mean(0), dim=1)
+    classes = torch.cat([labels, own])
+    for row in range(46):
+        similar = sorted(((float(every[row] @ every[j]), j) for j in voters if j != row), reverse=True)
+        for count, votes in ((4, few), (7, more)):
+            found = torch.cat(votes)[row]
+            for c in range(3):
+                expected = sum(max(value, 0) for value, j in similar[:count] if classes[j] == c)
+                assert float(found[c]) == pytest.approx(expected, abs=1e-5)
+    assert not torch.allclose(whole[0], few[0])

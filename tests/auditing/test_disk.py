@@ -9,6 +9,7 @@ import pytest
 import transformers as hf
 
 import influence_fast as inf
+from influence_fast.attribution import model_passes
 from influence_fast.auditing.disk import TooLarge, as_text, check_disk, stored_bytes
 from influence_fast.auditing.run import plan_audit
 
@@ -37,6 +38,19 @@ def test_bytes_are_those_of_the_settings() -> None:
     # Half of the queries once more with other labels, and the training samples by classes.
     assert stored_bytes(plan(layers=layers, projection="identity", methods=["pool"])) == whole * (29 + 9) // 29
     assert stored_bytes(plan(layers=layers, projection="identity", methods=["contrast-dot"])) == 2 * whole
+
+
+def test_hidden_states_that_memory_does_not_take_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    def size(*methods: str) -> int:
+        return stored_bytes(plan(layers="attention[0]", projection="identity", methods=methods))
+
+    usual = {methods: size(*methods) for methods in (("dot",), ("pool",), ("pool", "repsim"))}
+    states = 4 * 20 * 2 * 128
+    monkeypatch.setattr(model_passes, "_IN_MEMORY", states)
+    assert all(size(*methods) == bytes_ for methods, bytes_ in usual.items())
+    monkeypatch.setattr(model_passes, "_IN_MEMORY", states - 1)
+    found = [size(*methods) - bytes_ for methods, bytes_ in usual.items()]
+    assert found == [0, states, 2 * states]
 
 
 def test_what_takes_less_is_named(tmp_path: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from pathlib import Path
 
 import models
@@ -14,6 +13,7 @@ from audits import options, read_csv, run, sentences, write_rows
 from tolerances import rank_range
 
 import influence_fast as inf
+from influence_fast.attribution import model_passes
 from influence_fast.auditing.run import default_layers, method_inputs
 from influence_fast.data.label_noise import uniform
 from influence_fast.data.models import load_model
@@ -228,8 +228,8 @@ def test_a_classifier_is_ranked_by_the_pool_of_the_model_before_and_after(
     for i, label, value in zip(some, shown, of_queries, strict=True):
         estimates[2][1][i, label] = value
     prior = (0.5, 1, 0)
-    expected, weights = inf.pooled(estimates, labels, trusted, prior)
-    torch.testing.assert_close(result.scores["pool"]["all"]["mean"], expected, rtol=1e-5, atol=1e-6)
+    expected_of_all, weights = inf.pooled(estimates, labels, trusted, prior)
+    torch.testing.assert_close(result.scores["pool"]["all"]["mean"], expected_of_all, rtol=1e-5, atol=1e-6)
     shown_weights = torch.stack([weights[0], weights[2], *(weights[1] * of_stack)])
     assert list(result.facts["pool_weights"].values()) == pytest.approx(shown_weights.tolist(), abs=1e-5)
     # Fitted to some of the queries, as the self-check does it.
@@ -257,8 +257,13 @@ def test_a_classifier_is_ranked_by_the_pool_of_the_model_before_and_after(
     torch.testing.assert_close(by_method["pool"][1]["pool"][0].double(), result.scores["pool"]["all"]["mean"])
     torch.testing.assert_close(by_method["fitted-trackstar"][0], by_layer)
     assert inf.audit(str(folder / "adapter"), *data, progress=False, methods=["dot"]).main[0] == "dot"
-    monkeypatch.setattr(sys.modules["influence_fast.auditing.run"], "_POOL_BYTES", 4 * 20 * 16 * 5 - 1)
-    assert inf.audit(str(folder / "adapter"), *data, progress=False).main == ("cosine", "all", "rank-c")
+    # States that memory does not take are read from a file, a part of the rows at a time.
+    size = 4 * len(labels) * 3 * 16
+    monkeypatch.setattr(model_passes, "_IN_MEMORY", size - 1)
+    monkeypatch.setattr("influence_fast.attribution.probe._AT_ONCE", 7)
+    mapped = inf.audit(str(folder / "adapter"), *data, out=tmp_path / "mapped", progress=False)
+    assert mapped.main == ("pool", "all", "mean")
+    torch.testing.assert_close(mapped.scores["pool"]["all"]["mean"], expected_of_all, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(
