@@ -106,7 +106,10 @@ def _wrong_labels(found: Any, samples: int) -> str:
     if found.get("low") is not None and found.get("high") is not None:
         text += f", {round(found['low']):,} to {round(found['high']):,}"
     if found.get("calibrated_on"):
-        return f"{text}; calibrated on {found['calibrated_on']}."
+        return (
+            f"{text}; calibrated on {found['calibrated_on']}. Any row counts as equally likely to be wrong: where those are "
+            "wrong whose right label is hard to tell, there are more."
+        )
     return (
         f"{text}. There was nothing to calibrate this on: labels that the model has learned by heart look right to it."
     )
