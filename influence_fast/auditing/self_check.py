@@ -31,6 +31,7 @@ from influence_fast.evaluation.comparison import RankingKey, compare
 from influence_fast.evaluation.metrics import ndr_auc
 from influence_fast.evaluation.planted import ndr_auc_from_planted
 from influence_fast.gradients.build import build_from
+from influence_fast.gradients.layers import named_layers
 from influence_fast.gradients.settings import BuildSettings
 from influence_fast.gradients.store import GradientStore
 from influence_fast.search.influence_index import InfluenceIndex
@@ -272,8 +273,12 @@ def fidelity(inputs: MethodInputs, rows: Sequence[Mapping[str, Any]], seed: int,
     count = min(_EXACT_ROWS, len(rows))
     if count < _LEAST_EXACT:
         return {"skipped": f"{count} samples are too few to compare on; {_LEAST_EXACT} are the least"}
-    settings = given.settings
-    layers = list(settings.layers)
+    # Biases and norms have no factors: the comparison is of weight matrices alone.
+    matrices = named_layers(given.model)
+    layers = [name for name in given.settings.layers if name in matrices]
+    if not layers:
+        return {"skipped": "no selected layer is a weight matrix"}
+    settings = replace(given.settings, layers=layers)
     some, queries = list(rows[:count]), [dict(row) for row in inputs.trusted.rows[: min(_EXACT_QUERIES, count)]]
     while len(queries) >= _LEAST_QUERIES:
         longest = max(_tokens(row) for row in queries)

@@ -125,6 +125,20 @@ def _wrap(values: dict[str, torch.Tensor]):
     return InMemory(values)
 
 
+def test_of_an_adapter_whose_head_has_a_bias(folder: Path, tmp_path: Path) -> None:
+    """By default its gradient is taken too, and it has no inputs to compare factors of."""
+    data = write_rows(tmp_path / "train.jsonl", texts(60, 1))
+    queries = str(folder / "queries.jsonl")
+    result = inf.audit(str(folder / "adapter"), str(data), queries, self_check=0.2, progress=False)
+    biases = [name for name in result.groups["all"] if name.endswith(".bias")]
+    assert biases
+    found = result.facts["self_check"]["fidelity"]
+    assert found["layers"] == len(result.groups["all"]) - len(biases)
+    assert found["correlation"]["as configured"] == {"dot": pytest.approx(1), "cosine": pytest.approx(1)}
+    alone = inf.audit(str(folder / "adapter"), str(data), queries, self_check=0.2, progress=False, layers=biases)
+    assert "weight matrix" in alone.facts["self_check"]["fidelity"]["skipped"]
+
+
 @pytest.mark.parametrize("projection", ["identity", "rademacher:4x4"])
 def test_in_an_audit(folder: Path, tmp_path: Path, projection: str) -> None:
     data = write_rows(tmp_path / "train.jsonl", texts(60, 1))
