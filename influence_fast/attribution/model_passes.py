@@ -29,7 +29,7 @@ from influence_fast.gradients.row_checks import settle_batches
 
 POOLING = ("last", "mean", "first")
 _LARGEST_FACTOR = 8192
-# Hidden states beyond these are mapped from a file: the system keeps as much of it in memory as there is room for.
+# Hidden states beyond these are mapped from a file, of which the system keeps in memory what it can.
 _IN_MEMORY = 2 << 30
 Rows = Sequence[Mapping[str, Any]]
 

@@ -89,12 +89,12 @@ def votes_of_nearest(
     def unit(rows: Tensor) -> Tensor:
         return nn.functional.normalize(rows.float() - mean, dim=1)
 
-    heard, of_heard = (states, labels) if voters is None else (states[voters], labels[voters])
+    voting, theirs = (states, labels) if voters is None else (states[voters], labels[voters])
     own = torch.arange(n)
     if voters is not None:
         own = torch.full((n,), -1)
         own[voters] = torch.arange(len(voters))
-    directions, rows = unit(heard), states if queries is None else queries
+    directions, rows = unit(voting), states if queries is None else queries
     votes = [torch.zeros(len(rows), classes or int(labels.max()) + 1) for _ in counts]
     for begin in range(0, len(rows), _ROWS):
         part = slice(begin, min(begin + _ROWS, len(rows)))
@@ -104,7 +104,7 @@ def votes_of_nearest(
             there = (itself >= 0).nonzero()[:, 0]
             similarity[there, itself[there]] = -2
         near = similarity.topk(k, dim=1)
-        of_class, weight = of_heard[near.indices].long(), near.values.clamp_min(0)
+        of_class, weight = theirs[near.indices].long(), near.values.clamp_min(0)
         for count, found in zip(counts, votes, strict=True):
             found[part].scatter_add_(1, of_class[:, :count], weight[:, :count])
     return votes
