@@ -163,7 +163,7 @@ def stacked(estimates: Sequence[ClassEstimate], labels: Sequence[int] | Tensor) 
         InputError: estimates or labels of other shapes.
     """
     given = torch.as_tensor(labels).long()
-    train, queries = _both_sides(estimates, len(given), len(estimates[0][1]))
+    train, queries = _both_sides(estimates, len(given))
     prior = torch.full((len(estimates),), -math.log(len(estimates)), dtype=torch.float64)
     logs, bias = _most_probable(
         lambda logs, bias: nn.functional.cross_entropy(train @ logs.exp() + bias, given, reduction="sum"),
@@ -219,9 +219,12 @@ def _pool(
     return (train @ weights + bias).log_softmax(1), weights
 
 
-def _both_sides(estimates: Sequence[ClassEstimate], samples: int, queries: int) -> tuple[Tensor, Tensor]:
-    """Of samples and of queries: float64 ``(rows, classes, estimates)``."""
+def _both_sides(estimates: Sequence[ClassEstimate], samples: int, queries: int | None = None) -> tuple[Tensor, Tensor]:
+    """Of samples and of queries, any number of them by default: float64 ``(rows, classes, estimates)``."""
+    if not estimates:
+        raise InputError("estimates: expected one or more, got none")
     classes = estimates[0][0].shape[1]
+    queries = len(estimates[0][1]) if queries is None else queries
     for place, estimate in enumerate(estimates):
         shapes = [tuple(part.shape) for part in estimate]
         if shapes != [(samples, classes), (queries, classes)]:

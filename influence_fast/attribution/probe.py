@@ -87,7 +87,10 @@ def cross_fitted(
     own = None if query_labels is None else torch.as_tensor(query_labels).numpy()
     if own is not None and own.shape != (queries.shape[0],):
         raise InputError(f"query_labels: expected ({queries.shape[0]},), got {own.shape}")
-    random, width = np.random.default_rng(seed), classes or int(y.max()) + 1
+    random, width = (
+        np.random.default_rng(seed),
+        classes or 1 + max(int(part.max()) for part in (y, own) if part is not None),
+    )
 
     def fitted(rows: np.ndarray, penalty: float, fold: int | None = None) -> Any:
         chosen = random.permutation(rows)[:_PROBE_ROWS]

@@ -118,6 +118,8 @@ def votes_with_queries(
     Of more than 100,000 samples so many vote, drawn at random.
     """
     n, m, voters = len(states), len(queries), None
+    if own.shape != (m,):
+        raise InputError(f"query_labels: expected ({m},), got {tuple(own.shape)}")
     if n > _VOTERS:
         drawn = torch.randperm(n, generator=torch.Generator().manual_seed(0))[:_VOTERS].sort().values
         voters = torch.cat([drawn, torch.arange(n, n + m)])

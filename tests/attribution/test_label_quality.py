@@ -94,6 +94,8 @@ def test_a_stack_weighs_estimates_by_the_labels_that_they_did_not_see() -> None:
         assert posterior(moved, bias) > best - 0.02
     with pytest.raises(inf.InputError, match="number 1 has"):
         inf.stacked([weak, (good[0], good[1][:, :2])], labels)
+    with pytest.raises(inf.InputError, match="estimates: expected one or more"):
+        inf.stacked([], labels)
 
 
 def test_copies_with_another_label_do_not_turn_neighbours_round() -> None:
@@ -124,8 +126,13 @@ def test_trusted_queries_are_learned_from_and_judged_without_themselves() -> Non
         train, asked = estimate_of(states, scrambled, queries, query_labels=own)
         assert (train.argmax(1) == labels).double().mean() > 0.9
         assert (asked.argmax(1) == own).double().mean() > 0.9
+    # A class that queries alone have is one.
+    for estimate_of in (inf.probe_estimate, partial(inf.neighbour_estimate, k=10)):
+        assert [part.shape[1] for part in estimate_of(states, labels, queries, query_labels=own + 1)] == [3, 3]
     with pytest.raises(inf.InputError, match="query_labels"):
         inf.probe_estimate(states, labels, queries, query_labels=own[:5])
+    with pytest.raises(inf.InputError, match="query_labels"):
+        inf.neighbour_estimate(states, labels, queries, 4, query_labels=own[:5])
 
 
 def test_a_pool_strays_from_its_prior_by_the_queries_alone() -> None:
