@@ -8,7 +8,8 @@ rows are left out or relabelled by each ranking, and the model is trained again:
     python -m benchmarks.noise_kinds --data DATA_DIR --model MODEL_DIR
     python -m benchmarks.noise_kinds --page docs/quality.md
 
-Texts need ``--data`` and ``--model``; image segments and languages need the packages river and wordfreq.
+Texts need ``--data`` and ``--model``; image segments and languages need the packages river and wordfreq, and cleanlab's
+rankings need cleanlab: what is missing is left out.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from benchmarks.noise_tasks import KINDS, Part, Split, Task
 from benchmarks.paper_tables import interval
 from influence_fast.attribution.representations import neighbour_count
 from influence_fast.auditing.result import AuditResult
-from influence_fast.evaluation.rivals import FOLDS, label_quality, label_rivals, out_of_fold
+from influence_fast.evaluation.rivals import FOLDS, has_cleanlab, label_quality, label_rivals, out_of_fold
 from influence_fast.training.recorded import RecordedTraining
 
 SHARE, TRUSTED = 0.2, 100
@@ -155,7 +156,7 @@ def rivals_of(task: Task, given: Part, history: Tensor, seed: int, folds: bool) 
     margins = history[:, right] - history.masked_fill(right, -torch.inf).amax(2)
     losses = torch.stack([nn.functional.cross_entropy(one, labels, reduction="none") for one in history])
     out |= RecordedTraining(losses, margins, torch.full((len(history),), torch.nan, dtype=torch.float64)).scores()
-    if folds:
+    if folds and has_cleanlab():
 
         def predict(learned: Tensor, left: Tensor) -> Tensor:
             model = task.fit(given.some(learned.tolist()), seed)[0]
