@@ -184,11 +184,7 @@ def cleaned(
     def accuracy(part: Part) -> float:
         return measured(task.fit(part, seed)[0])
 
-    out = {
-        "nothing": float(
-            (task.logits(network, split.test.items).argmax(1) == torch.tensor(split.test.labels)).double().mean()
-        )
-    }
+    out = {"nothing": measured(network)}
     for arm, order in orders.items():
         low = set(order[:count].tolist())
         out[f"{arm}, drop"] = accuracy(given.some([i for i in range(n) if i not in low]))

@@ -312,8 +312,12 @@ def text_task(name: str, data: Path, base: str, epochs: int) -> Task:
         return _passed(base, tuple(map(tuple, items)))[1:]
 
     def fitted(part: Part, seed: int) -> tuple[nn.Module, Tensor]:
-        found, history = inputs(part.items), []
-        watch = lambda model: history.append(last_block.logits(model, found))  # noqa: E731
+        found = inputs(part.items)
+        history: list[Tensor] = []
+
+        def watch(model: nn.Module) -> None:
+            history.append(last_block.logits(model, found))
+
         return last_block.fine_tune(base, seed, found, part.labels, epochs, 1e-3, 16, watch), torch.stack(history)
 
     def logits(model: nn.Module, items: list[Any]) -> Tensor:
