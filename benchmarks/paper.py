@@ -49,12 +49,15 @@ from benchmarks.paper_tasks import (
 from benchmarks.training import causal_model, encoder, load_weights, train_epochs
 from influence_fast import ops
 from influence_fast.attribution.aggregation import aggregated
+from influence_fast.attribution.model_passes import layers_with_factors
 from influence_fast.attribution.representations import neighbour_count
+from influence_fast.auditing.findings.duplicates import copies_among
 from influence_fast.auditing.run import default_layers, groups_of, method_inputs
 from influence_fast.data import label_noise as noises
 from influence_fast.data.samples import Samples
 from influence_fast.evaluation.rankings import baselines
 from influence_fast.evaluation.rivals import FOLDS, label_quality, label_rivals, out_of_fold
+from influence_fast.training.recorded import RecordedTraining
 
 Scores = dict[tuple[str, str, str], Tensor]
 LOSS = ("loss", "", "")
@@ -154,6 +157,10 @@ def classification_run(
     split = protocol.kept(work / "split.pt", lambda: make_split(task, seed, settings))
     make = lambda: encoder(settings["model"], seed)  # noqa: E731
     rows = {name: encoded(settings["model"], part) for name, part in split.items()}
+    # As an audit does: of a copy of a training row everything knows the label from there.
+    flat = {name: [row["input_ids"] for row in rows[name]] for name in ("train", "queries")}
+    copies = set(copies_among(flat["queries"], flat["train"]))
+    rows["queries"] = [row for i, row in enumerate(rows["queries"]) if i not in copies]
     noise = torch.tensor([row["noise"] for row in split["train"]])
     fit = lambda arm, chosen: train_epochs(make, rows, chosen, work / f"fit-{arm}.pt", progress, seed, settings)  # noqa: E731
     base = fit("all", list(range(len(noise))))
@@ -168,7 +175,7 @@ def classification_run(
     )
     model = make()
     load_weights(model, base["weights"][best])
-    layers = inf.select_layers(model, default_layers(model))
+    layers = layers_with_factors(model, inf.select_layers(model, default_layers(model)))
     middle = [name for name in inf.select_layers(model, "attention[middle]") if name in set(layers)]
     groups = {**groups_of(model, layers), "attention middle": middle}
     seconds: dict[str, float] = {"seconds": base["seconds"]}
@@ -179,7 +186,10 @@ def classification_run(
 
     scores: Scores = {}
     table: list[dict[str, Any]] = []
-    for found in rankings(model, base["weights"], best, rows, stores, groups, work, progress, seed, settings, seconds):
+    recorded = RecordedTraining(*torch.stack(base["seen"], 1), torch.full((len(base["seen"]),), torch.nan))
+    for found in rankings(
+        model, base["weights"], best, recorded, rows, stores, groups, work, progress, seed, settings, seconds
+    ):
         scores |= found
         # Every call draws the same resamples, so a row is what it would be were all rankings compared at once.
         table += inf.compare({**found, LOSS: scores[LOSS]}, noise).rows[: len(found)]
@@ -196,6 +206,7 @@ def rankings(
     model: nn.Module,
     weights: list[dict[str, Tensor]],
     best: int,
+    recorded: RecordedTraining,
     rows: dict[str, list[dict[str, Any]]],
     stores: list[inf.GradientStore],
     groups: dict[str, list[str]],
@@ -209,7 +220,9 @@ def rankings(
     samples, trusted = (Samples(rows[name], None, None, None, None) for name in ("train", "queries"))
     build = inf.BuildSettings(stores[0].layers, inf.Projection("identity"), "classification")
     inputs = method_inputs(model, samples, trusted, stores[0], stores[1], work, build, METHODS)
-    scores: Scores = {(name, "", ""): values for name, values in baselines(stores[0], seed).items()}
+    scores: Scores = {
+        (name, "", ""): values for name, values in (baselines(stores[0], seed) | recorded.scores()).items()
+    }
     labels = [row["labels"] for row in rows["train"]]
     states = inputs.passes.hidden_states(inputs.samples, "mean", base=True)
     every, last = torch.cat(list(states.values()), 1), list(states)[-1]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from benchmarks import protocol
 from influence_fast.data.batching import collate
+from influence_fast.training.callback import by_row
 
 BATCH = 32
 
@@ -37,10 +38,15 @@ def train_epochs(
     seed: int,
     settings: dict[str, Any],
 ) -> dict[str, Any]:
-    """Trained weights and accuracies of every epoch; an epoch is the unit that is kept."""
+    """Trained weights, accuracies, and the rows' losses and margins of every epoch; an epoch is the unit that is kept.
+
+    Losses and margins ``(n,)`` are of the passes that training makes, NaN for rows that are not ``chosen``.
+    """
     from transformers import get_cosine_schedule_with_warmup
 
-    state: dict[str, Any] = protocol.load(path) if path.exists() else {"epochs": [], "weights": [], "seconds": 0.0}
+    state: dict[str, Any] = (
+        protocol.load(path) if path.exists() else {"epochs": [], "weights": [], "seen": [], "seconds": 0.0}
+    )
     if len(state["epochs"]) == settings["epochs"]:
         return state
     model = make()
@@ -55,9 +61,12 @@ def train_epochs(
 
     def loss(part: list[int]) -> Tensor:
         batch = collate([rows["train"][i] for i in part], model)
-        return nn.functional.cross_entropy(logits(model, batch), batch["labels"])
+        found = logits(model, batch)
+        seen[:, part] = torch.stack(by_row("classification", found.detach(), batch["labels"])[:2])
+        return nn.functional.cross_entropy(found, batch["labels"])
 
     for epoch in range(len(state["epochs"]), settings["epochs"]):
+        seen = torch.full((2, len(rows["train"])), torch.nan)
         begin, name = time.monotonic(), f"{path.stem}, epoch {epoch + 1} of {settings['epochs']}"
         with progress.step(name, "epoch"):
             torch.manual_seed(1000 * seed + epoch)
@@ -65,6 +74,7 @@ def train_epochs(
             one_epoch(progress.each(length_batches(rows["train"], chosen), name), loss, optimizer, schedule)
             state["epochs"].append({split: accuracy(model, rows[split]) for split in ("selection", "test")})
             state["weights"].append({name: p.detach().clone() for name, p in trained.items()})
+            state["seen"].append(seen)
             state["seconds"] += time.monotonic() - begin
             _save_epoch(path, state, epoch + 1 == settings["epochs"], optimizer, schedule)
     return state

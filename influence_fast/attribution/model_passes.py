@@ -72,6 +72,10 @@ class ModelPasses:
         self._held[id(part)] = part
         self._selections[id(part)] = whole, torch.tensor(rows)
 
+    def know_predictions(self, samples: Any, log_probabilities: Tensor) -> None:
+        """What :meth:`class_log_probabilities` would find by a pass of its own."""
+        self._once(samples, "predictions", lambda: log_probabilities)
+
     def hidden_states(self, samples: Any, pooling: str = "mean", base: bool = False) -> dict[str, Tensor]:
         """:func:`~influence_fast.hidden_states`; with ``base`` of the model before fine-tuning. Each call makes a copy."""
         return _by_name(self.all_states(samples, pooling, base))
@@ -179,6 +183,22 @@ def class_log_probabilities(
         InputError: bad rows.
     """
     return _forward(model, dataset, None, True, batch_tokens, progress).log_probabilities
+
+
+class SeenLogits:
+    """Logits of a classifier that a pass for gradients made anyway; called with rows and logits as a ``Watch`` is."""
+
+    def __init__(self, count: int) -> None:
+        self._found, self._count = torch.empty(0), count
+
+    def __call__(self, rows: list[int], logits: Tensor) -> None:
+        if not len(self._found):
+            self._found = torch.full((self._count, logits.shape[1]), torch.nan)
+        self._found[rows] = logits.float().log_softmax(1).cpu()
+
+    def log_probabilities(self) -> Tensor | None:
+        """``(n, classes)``; None where a row was not seen, as those are that an earlier build left in the store."""
+        return None if not len(self._found) or bool(self._found.isnan().any()) else self._found
 
 
 @dataclass(frozen=True)
@@ -326,7 +346,7 @@ def kronecker_factors(
                 f"layers: {name!r} is no weight matrix and has no Kronecker factors; leave it out for ekfac"
             )
     for name, module in modules.items():
-        if isinstance(module, nn.Embedding) or max(layer_shape(module)) > _LARGEST_FACTOR:
+        if not _has_factors(module):
             raise InputError(
                 f"layers: {name!r} {layer_shape(module)} is an embedding or wider than {_LARGEST_FACTOR}; "
                 "leave it out for ekfac"
@@ -354,6 +374,16 @@ def kronecker_factors(
                 counts[name] += len(flat[0])
             seen.clear()
     return {name: (a / max(counts[name], 1), s / max(counts[name], 1)) for name, (a, s) in factors.items()}
+
+
+def layers_with_factors(model: nn.Module, names: Iterable[str]) -> list[str]:
+    """Those that :func:`~influence_fast.kronecker_factors` takes: no biases, norms, embeddings, or very wide matrices."""
+    modules = named_layers(model)
+    return [name for name in names if name in modules and _has_factors(modules[name])]
+
+
+def _has_factors(module: nn.Module) -> bool:
+    return not isinstance(module, nn.Embedding) and max(layer_shape(module)) <= _LARGEST_FACTOR
 
 
 def _batches(

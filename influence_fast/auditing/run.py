@@ -22,7 +22,7 @@ from influence_fast.attribution.aggregation import aggregated
 from influence_fast.attribution.influence_matrix import METHODS as INNER_PRODUCTS
 from influence_fast.attribution.influence_matrix import InfluenceMatrix
 from influence_fast.attribution.method_inputs import VOTES, AuditInputs, MethodInputs
-from influence_fast.attribution.model_passes import ModelPasses
+from influence_fast.attribution.model_passes import ModelPasses, SeenLogits, layers_with_factors
 from influence_fast.attribution.probe import probe_estimate
 from influence_fast.attribution.registry import NEEDS, PROBE_FOLDS, get_method
 from influence_fast.attribution.representations import neighbour_count, neighbours
@@ -141,6 +141,9 @@ def plan_audit(
     loss = find_loss(config.loss, task, config.beta, reference)
     layers = select_layers(network, config.layers or default_layers(network))
     methods = config.methods or _default_methods(network, task, samples)
+    if config.layers is None and "ekfac" in methods:
+        # What was not asked for by name does not stop it: of biases and norms, which training changed too, it says nothing.
+        layers = layers_with_factors(network, layers) or layers
     build = replace(config.build, layers=layers, loss=loss)
     if config.auto_projection:
         whole = any("whole gradients" in get_method(name).needs for name in methods)
@@ -186,13 +189,14 @@ def run_plan(audit: AuditPlan, out: str | Path | None, progress: bool = True) ->
     plan, build, methods = audit.ranking, audit.build, list(audit.config.methods or [])
     with _folder(out, config) as folder:
         times: dict[str, float] = {}
-        stores = {}
+        stores, seen = {}, {}
         for name, part in (("train", samples), ("queries", trusted)):
             with _timed(times, f"gradients of {name}"):
-                at = folder / "stores" / name
+                at, seen[name] = folder / "stores" / name, SeenLogits(len(part))
                 stores[name] = build_from(
-                    at, network, part.rows, build, ids=part.ids, progress=progress, tokenizer=audit.tokenizer
-                )
+                    at, network, part.rows, build, ids=part.ids, progress=progress, tokenizer=audit.tokenizer,
+                    watch=seen[name],
+                )  # fmt: skip
                 # Verified on the training rows; every other store of this audit is captured in the same way.
                 taken = stores[name].meta["settings"]
                 build = replace(build, verify=False, exact=taken.get("exact", ()), one_row=taken.get("one_row", False))
@@ -201,6 +205,11 @@ def run_plan(audit: AuditPlan, out: str | Path | None, progress: bool = True) ->
         inputs = method_inputs(
             network, samples, trusted, stores["train"], stores["queries"], folder, build, methods, progress
         )
+        for name, part in (("train", samples), ("queries", trusted)):
+            found = seen[name].log_probabilities()
+            # In another precision they are not what the model itself says.
+            if found is not None and build.precision is None:
+                inputs.passes.know_predictions(part, found)
         given = replace(inputs.given, checkpoints=audit.checkpoints, held_out=bool(audit.held_out))
         inputs = replace(inputs, audit=given)
         # Without predictions no query counts as correct.

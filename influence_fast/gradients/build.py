@@ -24,7 +24,7 @@ from influence_fast.data.batching import Loss, checked_rows, token_budget
 from influence_fast.data.tasks import LOSSES
 from influence_fast.errors import InputError, StoreError
 from influence_fast.gradients.differences import recorded_identity
-from influence_fast.gradients.job import Job, prepare_job, write_store
+from influence_fast.gradients.job import Job, Watch, prepare_job, write_store
 from influence_fast.gradients.layers import quantised_layers, select_layers
 from influence_fast.gradients.model_state import as_evaluated
 from influence_fast.gradients.settings import BuildSettings
@@ -392,12 +392,13 @@ def build_from(
     resume: bool = True,
     progress: bool = True,
     tokenizer: Any = None,
+    watch: Watch | None = None,
 ) -> GradientStore:
-    """:func:`build_store` with its settings as one object."""
+    """:func:`build_store` with its settings as one object; ``watch`` sees the logits that the pass makes anyway."""
     facts: dict[str, Any] = {}
     if settings.verify:
         settings, facts = verified_settings(model, dataset, settings, ids)
-    job = prepare_job(model, dataset, settings, ids, recorded(path, "batch_tokens"), facts, tokenizer)
+    job = prepare_job(model, dataset, settings, ids, recorded(path, "batch_tokens"), facts, tokenizer, watch)
     return write_store(path, job, resume, progress)
 
 

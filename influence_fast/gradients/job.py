@@ -48,6 +48,8 @@ _SHARD_ROWS = 1 << 16
 _log = logging.getLogger("influence_fast")
 # Gradients and columns of some rows.
 _Results = tuple[dict[str, Tensor], dict[str, Tensor]]
+# Called with the numbers of a batch's rows and a classifier's logits of them ``(N, classes)``.
+Watch = Callable[[list[int], Tensor], None]
 
 
 def write_store(path: str | PathLike[str], job: Job, resume: bool = True, progress: bool = True) -> GradientStore:
@@ -141,6 +143,8 @@ class Job:
     whole_loss: Loss
     """The loss by operations that ``torch.func`` can follow, for layers that autograd differentiates."""
     tokenizer: Any = None
+    watch: Watch | None = None
+    """Sees the logits of what is computed; not of rows that an earlier build has left in the store."""
 
     def store_settings(self) -> dict[str, Any]:
         """Arguments of :meth:`StoreWriter.create`."""
@@ -244,9 +248,11 @@ class Job:
         gradients = {name: torch.cat([gradient[name].cpu() for gradient, _ in found]) for name in names}
         return probe_of(numbers, names, gradients, torch.cat([columns["loss"].cpu() for _, columns in found]))
 
-    def _run(self, span: Iterable[int], budget: Budget) -> Iterator[tuple[list[int], _Results]]:
+    def _run(
+        self, span: Iterable[int], budget: Budget, watch: Watch | None = None
+    ) -> Iterator[tuple[list[int], _Results]]:
         precision = self.settings.precision
-        return run(self.model, self.capture, self.loss, self.rows, span, budget, precision, self.whole_loss)
+        return run(self.model, self.capture, self.loss, self.rows, span, budget, precision, self.whole_loss, watch)
 
     def step(self, chosen: list[int]) -> _Results:
         return _step(self.model, self.capture, self.loss, self.rows, chosen, self.settings.precision, self.whole_loss)
@@ -255,7 +261,7 @@ class Job:
         """Gradients and columns of some rows, in their order."""
         shard = _Shard(self.rows, span, self.capture.dims)
         copies = _Copies(device_of(self.model))
-        results = self._run(span, self.budget)
+        results = self._run(span, self.budget, self.watch)
         for arrived in copies.behind(results):
             shard.put(*arrived)
             advance(len(arrived[0]))
@@ -283,6 +289,7 @@ def prepare_job(
     earlier_tokens: int | None = None,
     facts: dict[str, Any] | None = None,
     tokenizer: Any = None,
+    watch: Watch | None = None,
 ) -> Job:
     """Check everything and decide what is left open; an earlier build's ``auto`` batches are kept."""
     rows, kind = checked_rows(model, dataset, settings.loss, ids, settings.truncate)
@@ -306,7 +313,9 @@ def prepare_job(
         check_own_loss(model, rows, loss, settings.precision)
     settle_batches(model, rows, loss, tokens, settings.precision)
     budget = Budget(tokens, settings.one_row)
-    return Job(model, rows, capture, loss, kind, budget, shard_rows, settings, facts or {}, whole_loss, tokenizer)
+    return Job(
+        model, rows, capture, loss, kind, budget, shard_rows, settings, facts or {}, whole_loss, tokenizer, watch
+    )
 
 
 # How far a row that was rounded to a store's dtype may be from itself.
@@ -399,6 +408,7 @@ def run(
     budget: Budget,
     precision: str | None = None,
     whole_loss: Loss | None = None,
+    watch: Watch | None = None,
 ) -> Iterator[tuple[list[int], _Results]]:
     """Gradients and columns of every batch of a shard; what does not fit in memory halves the budget of all that is
     left."""
@@ -407,7 +417,7 @@ def run(
         chosen = waiting.pop()
         results = None
         try:
-            results = _step(model, capture, loss, rows, chosen, precision, whole_loss)
+            results = _step(model, capture, loss, rows, chosen, precision, whole_loss, watch)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
@@ -439,6 +449,7 @@ def _step(
     chosen: list[int],
     precision: str | None,
     whole_loss: Loss | None,
+    watch: Watch | None = None,
 ) -> _Results:
     device = device_of(model)
     batch = rows.batch(chosen, model)
@@ -453,6 +464,8 @@ def _step(
             each = losses.one_per_sample(losses.cross_entropy(logits, labels), len(chosen))
             columns["prediction"] = logits.detach().argmax(-1)
             columns["correct"] = columns["prediction"] == labels
+            if watch is not None:
+                watch(chosen, logits.detach())
         else:
             each = losses.one_per_sample(loss(model, batch), len(chosen))
     if each.requires_grad:

@@ -309,3 +309,41 @@ def test_methods_that_do_not_fit(folder: Path, tmp_path: Path) -> None:
         code, _, err = run("audit", *options(folder), *given, "--out", tmp_path / "out")
         assert (code, message in err) == (1, True), err
         assert not (tmp_path / "out").exists()
+
+
+def test_predictions_are_taken_from_the_pass_for_gradients(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, queries = models.rows(count=30, seed=1), models.rows(count=12, seed=2)
+    taken, forward = [], model_passes._forward
+
+    def watched(*arguments: object, **named: object) -> object:
+        taken.append(arguments[3])
+        return forward(*arguments, **named)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(model_passes, "_forward", watched)
+
+    def audit() -> torch.Tensor:
+        taken.clear()
+        model = models.make("bert", lora=True)
+        result = inf.audit(model, rows, queries, methods=["pool"], out=tmp_path / "out", progress=False, evidence=0)
+        return result.rankings[result.main]
+
+    first = audit()
+    # States before the adapter alone.
+    assert taken == [False, False]
+    # What an earlier audit left in its stores gives no logits.
+    again = audit()
+    assert sorted(taken) == [False, False, True, True]
+    assert torch.allclose(first, again, rtol=1e-4)
+
+
+def test_ekfac_leaves_out_what_has_no_factors_unless_it_was_asked_for() -> None:
+    rows, model = models.rows(count=12), models.make("bert", lora=True)
+    result = inf.audit(model, rows, rows[:4], methods=["ekfac"], aggregations=["mean"], progress=False)
+    taken = result.groups["all"]
+    assert any("lora_A" in name for name in taken)
+    assert not any(name.endswith("bias") for name in taken)
+    bias = next(name for name in inf.select_layers(model, default_layers(model)) if name.endswith("bias"))
+    with pytest.raises(inf.InputError, match="no weight matrix"):
+        inf.audit(
+            model, rows, rows[:4], layers=[bias, *taken], methods=["ekfac"], aggregations=["mean"], progress=False
+        )
