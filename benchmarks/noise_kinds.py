@@ -86,11 +86,14 @@ def main(
     if unknown := [name for name in chosen if name not in made]:
         raise click.UsageError(f"--tasks: there are {', '.join(made)} here, not {unknown[0]!r}")
     file, document = protocol.begun(out, "noise_kinds", "cells", settings)
-    done = {tuple(cell[name] for name in KEY) for cell in document["cells"]}
+    done: dict[tuple[Any, ...], set[int]] = {}
+    for cell in document["cells"]:
+        done.setdefault(tuple(cell[name] for name in KEY), set()).add(cell["trusted"])
     # Seed by seed, so that what is there after a stop is of all data sets and kinds.
     every = [(task, *noise, seed) for seed in range(seeds) for task in chosen for noise in NOISES]
-    wanted = [key for key in every if key not in done]
-    jobs = (joblib.delayed(one_noise)(key, data, model, settings, threads) for key in wanted)
+    lacking = {key: [n for n in (TRUSTED, 0) if n not in done[key]] if key in done else None for key in every}
+    wanted = [key for key in every if lacking[key] != []]
+    jobs = (joblib.delayed(one_noise)(key, data, model, settings, threads, lacking[key]) for key in wanted)
     pool = joblib.Parallel(n_jobs=processes, return_as="generator", batch_size=1)
     with protocol.Results(file, document) as results, protocol.Progress(len(wanted)) as progress:
         found = iter(pool(jobs))
@@ -111,9 +114,17 @@ def tasks_of(data: Path | None, model: str | None, settings: Mapping[str, Any]) 
 
 
 def one_noise(
-    key: tuple[str, str, float, int], data: Path | None, model: str | None, settings: dict[str, Any], threads: int
+    key: tuple[str, str, float, int],
+    data: Path | None,
+    model: str | None,
+    settings: dict[str, Any],
+    threads: int,
+    numbers: Sequence[int] | None = None,
 ) -> Cells:
-    """The cells of one data set with one noise by one seed: a model, and an audit for each number of trusted rows."""
+    """The cells of one data set with one noise by one seed: a model, and an audit for each number of trusted rows.
+
+    ``numbers`` are those that are lacking; without them there are 100 and none, and 20 and 500 of uniform flips of a fifth.
+    """
     torch.set_num_threads(threads)
     name, kind, share, seed = key
     task, usual = tasks_of(data, model, settings)[name], (kind, share) == NOISES[0]
@@ -122,7 +133,7 @@ def one_noise(
     network, history = task.fit(given, seed)
     rivals = rivals_of(task, given, history, seed, folds=usual)
     cells = []
-    for trusted in (TRUSTED, 0, *(OTHER_TRUSTED if usual else ())):
+    for trusted in (TRUSTED, 0, *(OTHER_TRUSTED if usual else ())) if numbers is None else numbers:
         if trusted > len(split.trusted) and trusted > TRUSTED:
             continue
         asked = split.trusted.some(range(min(trusted, len(split.trusted))))
@@ -255,12 +266,13 @@ def differences(cells: Cells, rivals: Sequence[str]) -> list[str]:
         "those that it was not chosen on": lambda cell: cell["task"] not in CHOSEN_ON,
         "all, without backdoors": lambda cell: cell["kind"] != UNFOUND,
     }
-    for trusted, rival in itertools.product((TRUSTED, 0), [*rivals, BEST]):
+    some = {str(TRUSTED): {TRUSTED}, "none": {0}, f"{TRUSTED} or none": {TRUSTED, 0}}
+    for trusted, rival in itertools.product(some, [*rivals, BEST]):
         for title, wanted in parts.items():
             by_task: dict[str, list[float]] = {}
             for cell in cells:
                 scores = cell["auc_ndr"]
-                if cell["trusted"] == trusted and wanted(cell) and (rival == BEST or rival in scores):
+                if cell["trusted"] in some[trusted] and wanted(cell) and (rival == BEST or rival in scores):
                     against = max(scores[name] for name in rivals if name in scores) if rival == BEST else scores[rival]
                     by_task.setdefault(cell["task"], []).append(scores["default"] - against)
             every = [value for some in by_task.values() for value in some]
@@ -268,7 +280,7 @@ def differences(cells: Cells, rivals: Sequence[str]) -> list[str]:
                 mean, low, high = interval(float(np.mean(some)) for some in by_task.values())
                 between = f"{low:+.3f} to {high:+.3f}" if math.isfinite(low) else "-"
                 above = f"{sum(value > 0 for value in every)} of {len(every)}"
-                lines.append(f"| {rival} | {trusted or 'none'} | {title} | {mean:+.3f} | {between} | {above} |")
+                lines.append(f"| {rival} | {trusted} | {title} | {mean:+.3f} | {between} | {above} |")
     return lines
 
 

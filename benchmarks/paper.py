@@ -186,7 +186,8 @@ def classification_run(
 
     scores: Scores = {}
     table: list[dict[str, Any]] = []
-    recorded = RecordedTraining(*torch.stack(base["seen"], 1), torch.full((len(base["seen"]),), torch.nan))
+    losses, margins = torch.stack(base["seen"], 1)
+    recorded = RecordedTraining(losses, margins, torch.full((len(losses),), torch.nan))
     for found in rankings(
         model, base["weights"], best, recorded, rows, stores, groups, work, progress, seed, settings, seconds
     ):

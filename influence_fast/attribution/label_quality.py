@@ -89,10 +89,8 @@ def _untouched(
         return votes_with_queries(train, labels, queries[rows], trusted, (k, min(_FEW, k)), classes)
 
     def probed() -> CrossFitted:
-        x, asked = (passes.all_states(part, base=True) for part in both)
-        if inside:
-            x, asked = x[:, :1], asked[:, :1]
-        return cross_fitted(x.flatten(1).numpy(), labels, asked[rows].flatten(1).numpy(), classes, query_labels=trusted)
+        x, asked = map(passes.untouched_states, both)
+        return cross_fitted(x.numpy(), labels, asked[rows].numpy(), classes, query_labels=trusted)
 
     behind = inputs.once("votes behind the last block", lambda: voted(-1))
     inputs.once(VOTES, lambda: (*behind[0], k))

@@ -24,7 +24,7 @@ from influence_fast.data.tasks import device_of
 from influence_fast.errors import InputError
 from influence_fast.gradients import losses
 from influence_fast.gradients.layers import layer_shape, named_layers, select_layers
-from influence_fast.gradients.model_state import as_evaluated, before_fine_tuning, is_adapted
+from influence_fast.gradients.model_state import as_evaluated, before_fine_tuning, is_adapted, is_trained_inside
 from influence_fast.gradients.row_checks import settle_batches
 
 POOLING = ("last", "mean", "first")
@@ -106,6 +106,15 @@ class ModelPasses:
             return found.states
 
         return self._once(samples, key, run)
+
+    def untouched_states(self, samples: Any) -> Tensor:
+        """States that no label was learned from, one vector a sample ``(n, features)``.
+
+        Of an adapter's base, or of a model of which the head alone was trained, behind all blocks; else the first block's
+        inputs.
+        """
+        states = self.all_states(samples, base=True)
+        return (states[:, :1] if is_trained_inside(self._model) else states).flatten(1)
 
     def _pass(self, samples: Any, pooling: str, predictions: bool) -> _Forward:
         return _forward(self._model, self._rows(samples), pooling, predictions, folder=self._folder, **self._settings)

@@ -30,7 +30,8 @@ def test_trusted_are_rows_whose_label_others_predict() -> None:
     assert sorted([*kept.ids, *trusted.ids]) == list(range(120))
     assert [kept.texts[i] for i in (0, -1)] == [whole.texts[kept.ids[i]] for i in (0, -1)]
     assert kept.noise.tolist() == [bool(whole.noise[i]) for i in kept.ids]
-    states = list(hidden_states(model, whole.rows, progress=False).values())[-1]
+    # Trained as a whole, so its states from before the blocks.
+    states = hidden_states(model, whole.rows, progress=False)["embedding"]
     labels = torch.tensor([row["labels"] for row in whole.rows])
     agreed = probe_estimate(states, labels, states[:1])[0].argmax(1) == labels
     assert int(agreed.sum()) >= 24
