@@ -1,7 +1,7 @@
 """What holds of the paper: each of its claims on all the runs that are kept, as one page.
 
-``python -m benchmarks.paper_page --out docs/paper.md`` makes it from ``benchmarks/results/paper`` and
-``benchmarks/results/generative.json`` alone.
+``python -m benchmarks.paper_page --out docs/paper.md`` makes it from ``benchmarks/results`` alone: the runs in ``paper``,
+``noise_kinds.json`` and ``generative.json``.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from benchmarks import generative, protocol
+from benchmarks import generative, noise_kinds, protocol
 from benchmarks.paper_tables import Run, claims_of, of_protocol, read_runs
 
 _DIFFERS = (
@@ -43,21 +43,28 @@ _DIFFERS = (
     help="Result of benchmarks.generative; left out where there is none.",
 )
 @click.option(
+    "--noise",
+    type=click.Path(path_type=Path),
+    default=protocol.RESULTS / "noise_kinds.json",
+    help="Result of benchmarks.noise_kinds; left out where there is none.",
+)
+@click.option(
     "--out",
     type=click.Path(path_type=Path),
     default=Path("docs/paper.md"),
     help="The page; an earlier one is replaced.",
 )
-def main(runs: Path, other: Path, out: Path) -> None:
+def main(runs: Path, other: Path, noise: Path, out: Path) -> None:
     """Write the page of the paper's claims."""
     found = [run for run in read_runs(runs) if "rows" in run]
     spoilt: list[dict[str, Any]] = json.loads(other.read_text())["runs"] if other.exists() else []
-    protocol.write_text(out, page_of(found, spoilt))
+    cells: list[dict[str, Any]] = json.loads(noise.read_text())["cells"] if noise.exists() else []
+    protocol.write_text(out, page_of(found, cells, spoilt))
     click.echo(f"wrote {out}")
 
 
-def page_of(runs: list[Run], spoilt: list[dict[str, Any]]) -> str:
-    """Claims over the runs with uniform flips, over all classification runs, and over the generative ones."""
+def page_of(runs: list[Run], cells: list[dict[str, Any]], spoilt: list[dict[str, Any]]) -> str:
+    """Claims over the runs with uniform flips, over all runs by the protocol, over more noises, over the generative ones."""
     uniform = of_protocol(runs)
     lines = [
         "# What holds of the paper",
@@ -76,6 +83,13 @@ def page_of(runs: list[Run], spoilt: list[dict[str, Any]]) -> str:
         "",
         *claims_of(runs)[: 2 + _PAPER_CLAIMS],
     ]
+    if cells:
+        lines += [
+            "",
+            f"## Classifiers, kinds of noise ({', '.join(dict.fromkeys(cell['task'] for cell in cells))})",
+            "",
+            *noise_kinds.claims(cells),
+        ]
     if spoilt:
         lines += ["", f"## Causal models, spoilt answers ({_which(spoilt)})", "", *generative.claims(spoilt)]
     lines += ["", "## What was run, and where it may differ from the paper", "", *(f"- {text}" for text in _DIFFERS)]
