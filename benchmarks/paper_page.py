@@ -1,7 +1,7 @@
 """What holds of the paper: each of its claims on all the runs that are kept, as one page.
 
-``python -m benchmarks.paper_page --out docs/paper.md`` makes it from ``benchmarks/results/paper`` and
-``benchmarks/results/generative.json`` alone.
+``python -m benchmarks.paper_page --out docs/paper.md`` makes it from ``benchmarks/results/paper``,
+``benchmarks/results/generative.json`` and ``benchmarks/results/relevance.json`` alone.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ from typing import Any
 
 import click
 
-from benchmarks import generative, protocol
+from benchmarks import generative, protocol, relevance
 from benchmarks.paper_tables import Run, claims_of, of_protocol, read_runs
 
 _DIFFERS = (
     "The classifier is a MiniLM of six blocks, fine-tuned by LoRA on query and value for ten epochs; 4,500 training rows "
     "at most, and sst2, cola and mrpc are the only data sets.",
     "Queries are 500 held-out rows or fewer, and the epoch that is audited is the best of ten on another held-out split.",
-    "The embedding is frozen under LoRA, so embedding and middle layers are compared on the generative runs alone, where a "
-    "small Llama is fine-tuned whole.",
+    "The classifier's embedding is frozen under LoRA, so embedding and middle layers are compared on causal models alone: "
+    "those fine-tuned whole, and those tuned by LoRA, which have LoRA matrices on embedding and head too.",
     "The causal models are small Llamas trained here; what they have learned, their losses say on the page on quality.",
     "Lines that begin with *Ours* are of an earlier pool, before its estimates were stacked; what the present one gains "
     "is on the page on quality.",
@@ -43,21 +43,28 @@ _DIFFERS = (
     help="Result of benchmarks.generative; left out where there is none.",
 )
 @click.option(
+    "--relevance",
+    "lora",
+    type=click.Path(path_type=Path),
+    default=protocol.RESULTS / "relevance.json",
+    help="Result of benchmarks.relevance; left out where there is none.",
+)
+@click.option(
     "--out",
     type=click.Path(path_type=Path),
     default=Path("docs/paper.md"),
     help="The page; an earlier one is replaced.",
 )
-def main(runs: Path, other: Path, out: Path) -> None:
+def main(runs: Path, other: Path, lora: Path, out: Path) -> None:
     """Write the page of the paper's claims."""
     found = [run for run in read_runs(runs) if "rows" in run]
-    spoilt: list[dict[str, Any]] = json.loads(other.read_text())["runs"] if other.exists() else []
-    protocol.write_text(out, page_of(found, spoilt))
+    spoilt, tuned = (json.loads(file.read_text())["runs"] if file.exists() else [] for file in (other, lora))
+    protocol.write_text(out, page_of(found, spoilt, tuned))
     click.echo(f"wrote {out}")
 
 
-def page_of(runs: list[Run], spoilt: list[dict[str, Any]]) -> str:
-    """Claims over the runs with uniform flips, over all classification runs, and over the generative ones."""
+def page_of(runs: list[Run], spoilt: list[dict[str, Any]], tuned: list[dict[str, Any]]) -> str:
+    """Claims over the runs with uniform flips, over all classification runs, and over those of causal models."""
     uniform = of_protocol(runs)
     lines = [
         "# What holds of the paper",
@@ -78,6 +85,13 @@ def page_of(runs: list[Run], spoilt: list[dict[str, Any]]) -> str:
     ]
     if spoilt:
         lines += ["", f"## Causal models, spoilt answers ({_which(spoilt)})", "", *generative.claims(spoilt)]
+    if tuned:
+        lines += [
+            "",
+            f"## Causal models tuned by LoRA: a query's class ({_which(tuned)})",
+            "",
+            *relevance.claims(tuned),
+        ]
     lines += ["", "## What was run, and where it may differ from the paper", "", *(f"- {text}" for text in _DIFFERS)]
     return "\n".join(lines) + "\n"
 
