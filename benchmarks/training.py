@@ -151,8 +151,20 @@ def causal_model(
     )  # fmt: skip
     if start is not None:
         model.load_state_dict(start)
+    return model, fit_causal(model, rows, path, progress, seed, settings)
+
+
+def fit_causal(
+    model: nn.Module,
+    rows: list[dict[str, Any]],
+    path: Path,
+    progress: protocol.Progress,
+    seed: int,
+    settings: dict[str, Any],
+) -> list[float]:
+    """Train what of a causal model is not frozen, and leave it in ``eval``; the loss of each epoch, which is kept."""
     state: dict[str, Any] = protocol.load(path) if path.exists() else {"loss": []}
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=settings.get("lr", 1e-3))
     if state["loss"]:
         model.load_state_dict(state["model"])
     if "optimizer" in state:
@@ -173,7 +185,18 @@ def causal_model(
             state["loss"].append(one_epoch(progress.each(batches, name), loss, optimizer) / len(rows))
             state["model"] = model.state_dict()
             _save_epoch(path, state, epoch + 1 == settings["epochs"], optimizer)
-    return model.eval(), state["loss"]
+    model.eval()
+    return list(state["loss"])
+
+
+def with_lora(model: nn.Module, seed: int) -> nn.Module:
+    """A causal model whose weights are frozen, with fresh LoRA matrices on query, value, embedding and head."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(seed)
+    targets = ["embed_tokens", "q_proj", "v_proj", "lm_head"]
+    settings = LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=16, lora_dropout=0.05, target_modules=targets)
+    return get_peft_model(model, settings)
 
 
 def logits(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:

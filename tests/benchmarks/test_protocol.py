@@ -46,6 +46,7 @@ BENCHMARKS = (
     "paper_tables",
     "peer_definitions",
     "peers",
+    "relevance",
     "rivals",
     "run",
     "self_check_truth",
@@ -333,7 +334,7 @@ def test_projections_are_held_against_whole_gradients(tmp_path: Path) -> None:
     assert found["sjlt:4"]["bytes"] < found["sjlt:128"]["bytes"] < found["identity"]["bytes"]
 
 
-@pytest.mark.parametrize("name", ["generative", "noise_kinds", "rivals"])
+@pytest.mark.parametrize("name", ["generative", "noise_kinds", "relevance", "rivals"])
 def test_tables_in_the_page_on_quality_are_those_of_the_committed_figures(name: str, tmp_path: Path) -> None:
     page = tmp_path / "quality.md"
     page.write_text(Path("docs/quality.md").read_text())
