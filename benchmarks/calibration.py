@@ -1,8 +1,8 @@
 """How often a probability of a wrong label is right, and whether the interval for their number holds the truth.
 
-Draws training and trusted rows, flips labels of the training rows, and calibrates as an audit does, but that neighbours and
-probe do not learn from the trusted rows; over frozen hidden states of a pretrained encoder (what an adapter's base gives),
-and over words alone (what an audit has of a model that was trained as a whole); 10 seeds, two shares of flips::
+Draws training and trusted rows, flips labels of the training rows, and calibrates as an audit does, over frozen hidden states
+of a pretrained encoder (what an adapter's base gives), and over words alone (what an audit has of a model that was trained as
+a whole); 10 seeds, two shares of flips::
 
     python -m benchmarks.calibration --model MODEL_DIR --data sst2/train.jsonl --data cola/train.jsonl --out results.json
 """
@@ -23,7 +23,7 @@ from sklearn.metrics import roc_auc_score
 import influence_fast as inf
 from benchmarks import protocol
 from influence_fast.attribution.probe import cross_fitted, log_shares
-from influence_fast.attribution.representations import class_votes, neighbour_count
+from influence_fast.attribution.representations import neighbour_count, votes_with_queries
 from influence_fast.auditing.findings.calibration import calibrate, reliability
 from influence_fast.auditing.findings.estimates import word_estimate
 from influence_fast.data.label_noise import uniform
@@ -87,19 +87,18 @@ def _runs(
             labels = torch.tensor([kept.rows[i]["labels"] for i in drawn.tolist()])
             for flip in flips:
                 flipped, wrong = uniform(labels[:samples].tolist(), flip, 2, seed)
-                given = torch.tensor(flipped)
+                given, right = torch.tensor(flipped), labels[samples:]
                 begin = time.perf_counter()
                 parts = [kept.some(part.tolist()).rows for part in (rows, asked)]
                 estimates: dict[str, Any] = {"words": word_estimate(parts[0], parts[1], given, 2)}
-                probe = cross_fitted(wide[rows].numpy(), given, wide[asked].numpy(), 2)
+                probe = cross_fitted(wide[rows].numpy(), given, wide[asked].numpy(), 2, query_labels=right)
                 estimates["probe"] = probe.train, probe.by_fold
                 last, k = states[-1], neighbour_count(samples)
-                estimates["neighbours"] = tuple(
-                    log_shares(class_votes(last[rows], given, k, part, 2)) for part in (None, last[asked])
-                )
+                (votes,) = votes_with_queries(last[rows], given, last[asked], right, (k,), 2)
+                estimates["neighbours"] = tuple(map(log_shares, votes))
                 for name, used in (("states and words", list(estimates)), ("words", ["words"])):
                     sides = [{one: estimates[one][side] for one in used} for side in (0, 1)]
-                    found = calibrate(sides[0], given, sides[1], labels[samples:])
+                    found = calibrate(sides[0], given, sides[1], right)
                     if found is None:
                         click.echo(f"{name}, seed {seed}: the estimates tell nothing apart", err=True)
                         continue
