@@ -1,8 +1,8 @@
 """How often a probability of a wrong label is right, and whether the interval for their number holds the truth.
 
-Draws training and trusted rows, flips labels of the training rows, and calibrates as an audit does, over frozen hidden states
-of a pretrained encoder (what an adapter's base gives), and over words alone (what an audit has of a model that was trained as
-a whole); 10 seeds, two shares of flips::
+Draws training and trusted rows, flips labels of the training rows, and calibrates as an audit does: over frozen hidden
+states of a pretrained encoder (what an adapter's base gives), and over words alone (what an audit has of a model that was
+trained as a whole); 10 seeds, two shares of flips::
 
     python -m benchmarks.calibration --model MODEL_DIR --data sst2/train.jsonl --data cola/train.jsonl --out results.json
 """
