@@ -41,8 +41,8 @@ def hold_out(
     chosen = numbers[torch.randperm(len(numbers), generator=random)[:count]].sort().values.tolist()
     kept = sorted(set(range(n)) - set(chosen))
     how = (
-        f"drawn from the {int(able.sum())} whose label a probe of the hidden states, fitted without them, holds most "
-        "probable"
+        f"drawn from the {int(able.sum())} whose label a probe of hidden states before the training, fitted without them, "
+        "holds most probable"
         if able is agreed
         else "drawn at random"
     )
