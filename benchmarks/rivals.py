@@ -3,6 +3,7 @@
 Loss, area under the margin and mean loss of the recorded training, self-influence, cleanlab's label quality (by out-of-fold
 probabilities of a probe of the pretrained model's states) and the agreement of nearest neighbours::
 
+    python -m benchmarks.paper --task sst2 --epochs 10 --no-checkpoints --arms "" --out benchmarks/results/rivals ...
     python -m benchmarks.rivals
     python -m benchmarks.rivals --page docs/quality.md
 """
@@ -35,7 +36,7 @@ Key = tuple[str, str, str]
 @click.option(
     "--runs",
     type=click.Path(path_type=Path, exists=True, file_okay=False),
-    default=protocol.RESULTS / "paper",
+    default=protocol.RESULTS / "rivals",
     help="Folder of the runs' JSON files.",
 )
 @click.option(

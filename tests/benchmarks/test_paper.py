@@ -103,7 +103,7 @@ def test_a_run_goes_on_where_it_stopped_and_ends_in_tables(data: Path, monkeypat
     assert "fit-loss, epoch 1 of 1" in output
     assert "scores of dot" not in output
     assert torch.load(data / "work" / path.stem / "fit-loss.pt", weights_only=True).keys() == {
-        "epochs", "weights", "seconds",
+        "epochs", "weights", "seen", "seconds",
     }  # fmt: skip
     assert path.name == "sst2-n60-e1-uniform-seed0.json"
     document = json.loads(path.read_text())
