@@ -35,11 +35,12 @@ def held_out_damping(
     the quadratic model of the rows held out by ``sum a (b p^2 - 2 p) / 2`` in the mean. Each layer takes the damping for
     which it is least, over all folds.
 
-    It takes one pass over the model, as :func:`~influence_fast.kronecker_factors` does, the sums of which are kept for each
-    fold; one over the gradients, which are turned ``folds`` times; and ``folds`` decompositions of each layer's factors.
+    It takes one pass over the model, as :func:`~influence_fast.kronecker_factors` does, with ``folds`` times the memory of
+    its factors, and one over the gradients, which are turned ``folds`` times; and ``folds`` decompositions of a layer's
+    factors.
 
-    Of several checkpoints of one training the last one's serves all: in early ones, whose gradients are large in a few
-    directions, rows held out ask for less damping than retraining bears out.
+    Of several checkpoints of one training let the last one choose for all: early ones may ask for less damping than serves
+    retraining.
 
     Args:
         model, dataset: what the gradients are of.
