@@ -28,7 +28,6 @@ import click
 import torch
 from torch import Tensor, nn
 
-import influence_fast as inf
 from benchmarks import lds, peer_definitions, protocol
 from influence_fast.data.batching import collate
 
@@ -133,7 +132,7 @@ def scored(task: lds.Task, weights: list[tuple[int, lds.Weights]], name: str) ->
     rows, queries = (dict(collate(part, models[0])) for part in (task.rows, task.queries))
     if task.kind == "classification" and not takes_mask(models[0]):
         rows, queries = ({k: v for k, v in part.items() if k != "attention_mask"} for part in (rows, queries))
-    checkpoints = Checkpoints(task, models, inf.select_layers(models[0], task.layers), rows, queries)
+    checkpoints = Checkpoints(task, models, lds.layers_of(task, models[0]), rows, queries)
     out: dict[str, Any] = {"scores": {}, "errors": {}}
     for method, score in PEERS[name].items():
         with tempfile.TemporaryDirectory() as folder:

@@ -1,8 +1,8 @@
 """``ekfac`` against kronfluence and ``trackstar`` against bergson, term by term: where a name means the same, and where not.
 
-A small Llama with and without biases learns rows of a random grammar. Each term is computed by the other library's own code
-and by ours on the same rows: first with all settings alike, which has to give the same numbers, then with one setting
-changed, which says how much that setting does to the order of the training rows::
+A small Llama with and without biases learns rows of a random grammar, several times from other seeds. Each term is computed
+by the other library's own code and by ours on the same rows: first with all settings alike, which has to give the same
+numbers, then with one setting changed, which says how much that setting does to the order of the training rows::
 
     PYTHONPATH=. python -m benchmarks.peer_definitions
     python -m benchmarks.peer_definitions --page docs/quality.md
@@ -17,6 +17,7 @@ import dataclasses
 import importlib.metadata
 import importlib.util
 import logging
+import statistics
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
@@ -48,6 +49,7 @@ Scores = dict[str, Tensor]
 @click.option("--queries", default=24, show_default=True)
 @click.option("--width", default=16, show_default=True, help="Of the model, of two blocks.")
 @click.option("--steps", default=200, show_default=True, help="Steps of Adam.")
+@click.option("--seeds", default=3, show_default=True, help="Grammars with a model each.")
 @click.option(
     "--page", type=click.Path(path_type=Path, exists=True), help="Put the tables of the results into this page."
 )
@@ -63,11 +65,14 @@ def main(out: Path | None, page: Path | None, threads: int, **settings: Any) -> 
         return
     document = {**protocol.header("peer_definitions"), "settings": settings, "peers": dict(there.get("peers", {}))}
     installed = [name for name in PEERS if importlib.util.find_spec(name)]
-    with protocol.Results(file, document) as results, protocol.Progress(len(installed)) as progress:
+    with protocol.Results(file, document) as results, protocol.Progress(len(installed) * settings["seeds"]) as progress:
         for name in installed:
-            with progress.step(name), quiet():
-                terms = list({"kronfluence": of_kronfluence, "bergson": of_bergson}[name](settings))
-            document["peers"][name] = {"version": importlib.metadata.version(name), "terms": terms}
+            terms = {"kronfluence": of_kronfluence, "bergson": of_bergson}[name]
+            found = []
+            for seed in range(settings["seeds"]):
+                with progress.step(f"{name}, seed {seed}"), quiet():
+                    found.append(list(terms(settings, seed)))
+            document["peers"][name] = {"version": importlib.metadata.version(name), "terms": over_seeds(found)}
             results.add()
     click.echo(f"wrote {file}")
 
@@ -96,11 +101,13 @@ class Task:
     optimizer: torch.optim.Optimizer | None
 
 
-def make_task(settings: Mapping[str, Any], bias: bool = False, dtype: torch.dtype = torch.float32) -> Task:
+def make_task(
+    settings: Mapping[str, Any], bias: bool = False, dtype: torch.dtype = torch.float32, seed: int = 0
+) -> Task:
     """Rows of 5 to 12 tokens of a random grammar (each token has three likely followers), and a Llama that learned them."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    random = torch.Generator().manual_seed(0)
+    random = torch.Generator().manual_seed(seed)
     words = 24
     followers = torch.rand(words, words, generator=random).pow(8)
 
@@ -111,7 +118,7 @@ def make_task(settings: Mapping[str, Any], bias: bool = False, dtype: torch.dtyp
         return {"input_ids": ids, "labels": list(ids)}
 
     rows, queries = ([row() for _ in range(settings[name])] for name in ("rows", "queries"))
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     width = settings["width"]
     config = LlamaConfig(
         vocab_size=words, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=2, num_attention_heads=2,
@@ -150,10 +157,10 @@ def draw_labels(model: nn.Module, rows: Rows, random: torch.Generator) -> Rows:
     return out
 
 
-def of_kronfluence(settings: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+def of_kronfluence(settings: Mapping[str, Any], seed: int) -> Iterator[dict[str, Any]]:
     """EK-FAC's terms: factors, corrected eigenvalues, damping, labels, biases."""
     with tempfile.TemporaryDirectory() as folder:
-        task = make_task(settings, dtype=torch.float64)
+        task = make_task(settings, dtype=torch.float64, seed=seed)
         ours = OurEkfac(task, Path(folder) / "ours")
         given = Kronfluence(task, Path(folder) / "given", sampled=False)
         drawn = Kronfluence(task, Path(folder) / "drawn", sampled=True)
@@ -171,12 +178,14 @@ def of_kronfluence(settings: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         yield apart("labels of the curvature: theirs drawn from the model, ours given", default, drawn.scores(None))
         yield apart("both: their defaults, ours", default, drawn.scores(1e-8))
         # How far two draws of theirs are apart says how much of this is chance.
-        other = dataclasses.replace(task, sampled=draw_labels(task.model, task.rows, torch.Generator().manual_seed(1)))
+        other = dataclasses.replace(
+            task, sampled=draw_labels(task.model, task.rows, torch.Generator().manual_seed(seed + 1))
+        )
         second = Kronfluence(other, Path(folder) / "second", sampled=True)
         for damping, said in ((None, "0.1 of the mean eigenvalue"), (1e-8, "1e-8")):
             text = f"no setting: two draws of labels, both theirs, damping {said}"
             yield apart(text, second.scores(damping), drawn.scores(damping))
-        biased = make_task(settings, bias=True, dtype=torch.float64)
+        biased = make_task(settings, bias=True, dtype=torch.float64, seed=seed)
         whole = Kronfluence(biased, Path(folder) / "biased", sampled=False).scores(None)
         default = OurEkfac(biased, Path(folder) / "without").default()
         yield apart("a model with biases: theirs of weights and biases, ours of weights", default, whole)
@@ -309,10 +318,10 @@ class PaddedRows(torch.utils.data.Dataset):
         return {name: column[place] for name, column in self._columns.items()}
 
 
-def of_bergson(settings: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+def of_bergson(settings: Mapping[str, Any], seed: int) -> Iterator[dict[str, Any]]:
     """TrackStar's terms: gradients, Gram matrices, their mixture, lengths, the optimizer's second moments, the loss."""
     with tempfile.TemporaryDirectory() as folder:
-        task = make_task(settings)
+        task = make_task(settings, seed=seed)
         theirs = Bergson(task, Path(folder) / "theirs")
         ours = OurTrackstar(task, Path(folder) / "ours")
         yield alike("gradients of the training rows", ours.train, theirs.train)
@@ -325,7 +334,10 @@ def of_bergson(settings: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         plain, share = theirs.scores(theirs.index), theirs.mix()
         mixed, joint = theirs.scores(theirs.mixed), ours.scores(0.0)
         yield alike("scores of a search by `trackstar`: Gram matrix of the training rows", searched, plain)
-        yield alike(f"scores: {share:.2f} of the Gram matrix from the queries", ours.scores(share), mixed)
+        yield {
+            **alike("scores: {share} of the Gram matrix from the queries", ours.scores(share), mixed),
+            "share": share,
+        }
         moments = Bergson(task, Path(folder) / "moments", normalise=True)
         divided = OurTrackstar(task, Path(folder) / "divided", normalise=True)
         normalised = moments.scores(moments.index)
@@ -335,7 +347,8 @@ def of_bergson(settings: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         default = ours.default()
         text = "unit length: theirs, and our search, of all layers together, `influence` of each layer"
         yield apart(text, default, plain)
-        yield apart(f"Gram matrix: theirs with {share:.2f} of the queries', ours of the training rows", joint, mixed)
+        text = "Gram matrix: theirs with {share} of the queries', ours of the training rows"
+        yield {**apart(text, joint, mixed), "share": share}
         yield apart("optimizer: theirs, where asked for, over the root of Adam's second moments", joint, normalised)
         sums = Bergson(task, Path(folder) / "sums", reduction="sum")
         yield apart("a row's loss: theirs the sum over tokens, ours the mean", joint, sums.scores(sums.index))
@@ -512,8 +525,30 @@ def apart(what: str, ours: Scores | Tensor, theirs: Scores | Tensor) -> dict[str
     }
 
 
+def over_seeds(found: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Terms of several seeds as one list: the largest difference, means and standard deviations of correlations, the worst
+    query of all. What each seed gave stays beside them, and goes by its order."""
+    out = []
+    for terms in zip(*found, strict=True):
+        lists = {key: [term[key] for term in terms] for key in terms[0] if key != "what"}
+        merged: dict[str, Any] = {"what": terms[0]["what"]}
+        for key, values in lists.items():
+            if key in ("spearman", "lowest"):
+                merged |= {key: statistics.fmean(values), f"{key}_sd": statistics.stdev(values) if values[1:] else 0.0}
+            elif key != "share":
+                merged[key] = min(values) if key == "least" else max(values)
+        out.append({**merged, "seeds": lists})
+    return out
+
+
 def small(value: float) -> str:
     return f"{value:.0e}" if value else "0, to the bit"
+
+
+def said(term: Mapping[str, Any]) -> str:
+    """What a term is, with the shares that the seeds found."""
+    shares = [f"{share:.2f}" for share in term["seeds"].get("share", [])]
+    return term["what"].replace("{share}", " to ".join(dict.fromkeys([min(shares), max(shares)])) if shares else "")
 
 
 def tables_of(document: Mapping[str, Any]) -> list[str]:
@@ -527,11 +562,12 @@ def tables_of(document: Mapping[str, Any]) -> list[str]:
         differs = [term for term in found["terms"] if "spearman" in term]
         lines += [f"`{method}` and {name} {found['version']}:", ""]
         lines += ["| the same, with settings alike | largest relative difference of a layer |", "|---|---|"]
-        lines += [f"| {term['what']} | {small(term['relative_difference'])} |" for term in same]
+        lines += [f"| {said(term)} | {small(term['relative_difference'])} |" for term in same]
         lines += ["", "| one setting changed | Spearman, mean over queries | of the worst query | lowest 30 % agree |"]
         lines += ["|---|---|---|---|"]
         lines += [
-            f"| {term['what']} | {term['spearman']:.3f} | {term['least']:.3f} | {term['lowest']:.2f} |"
+            f"| {said(term)} | {term['spearman']:.3f} ({term['spearman_sd']:.3f}) | {term['least']:.3f} "
+            f"| {term['lowest']:.2f} ({term['lowest_sd']:.2f}) |"
             for term in differs
         ]
         lines.append("")

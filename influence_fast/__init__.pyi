@@ -11,6 +11,7 @@ from .attribution.checkpoints import Checkpoints as Checkpoints
 from .attribution.checkpoints import less as less
 from .attribution.checkpoints import tracin as tracin
 from .attribution.exact_influence import exact_influence as exact_influence
+from .attribution.held_out_damping import held_out_damping as held_out_damping
 from .attribution.influence import influence as influence
 from .attribution.influence_matrix import InfluenceMatrix as InfluenceMatrix
 from .attribution.label_contrast import label_contrast as label_contrast

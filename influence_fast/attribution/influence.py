@@ -25,7 +25,7 @@ def influence(
     method: str = "dot",
     layers: list[str] | None = None,
     *,
-    damping: float = 0.1,
+    damping: float | Mapping[str, float] = 0.1,
     factors: Mapping[str, tuple[Tensor, Tensor]] | None = None,
     memory: int | str = MEMORY,
 ) -> InfluenceMatrix:
@@ -37,7 +37,8 @@ def influence(
         method: ``dot``, ``cosine``, ``datainf``, ``trak``, ``trackstar``, ``ekfac`` (``influence_matrix`` defines each), or
             one that was registered and needs gradients alone (:func:`~influence_fast.register_method`).
         layers: some of the layers; all by default.
-        damping: share of the curvature's mean eigenvalue that is added to each (all but ``dot`` and ``cosine``).
+        damping: share of the curvature's mean eigenvalue that is added to each (all but ``dot`` and ``cosine``): one for all
+            layers, or ``{layer: share}``, such as rows held out choose (:func:`~influence_fast.held_out_damping`).
         factors: ``{layer: (E[x x^T], E[dy dy^T])}`` of :func:`~influence_fast.kronecker_factors`, for ``ekfac``.
         memory: what blocks of influence, and aggregating them, may take, in bytes or as text such as ``2GiB``. More means
             fewer passes over the training store. Queries, scores and one block of gradients come on top.

@@ -31,7 +31,7 @@ from torch import Tensor
 from influence_fast import ops
 from influence_fast._memory import parse_memory
 from influence_fast.attribution.gradient_source import Gradients, GradientSource, chosen_layers
-from influence_fast.attribution.preconditioners import Whitening, eigenvalue_corrected
+from influence_fast.attribution.preconditioners import Damping, Whitening, damping_by_layer, eigenvalue_corrected
 from influence_fast.errors import InputError
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ class InnerProductOptions:
     """Arguments of :func:`~influence_fast.influence` beside the gradients and the method."""
 
     layers: Sequence[str] | None = None
-    damping: float = 0.1
+    damping: Damping = 0.1
     factors: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     memory: int | str = MEMORY
 
@@ -76,8 +76,6 @@ def inner_products(
     """Influence by one of :data:`METHODS`; arguments and errors as of :func:`~influence_fast.influence`."""
     if method not in METHODS:
         raise InputError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
-    if not 0 < options.damping < float("inf"):
-        raise InputError(f"damping: expected a positive share of the mean eigenvalue, got {options.damping!r}")
     sources = GradientSource("train", train), GradientSource("queries", queries)
     matrix = InfluenceMatrix(*sources, method, options)
     missing = [name for name in matrix.layers if name not in matrix.factors] if method == "ekfac" else []
@@ -109,6 +107,7 @@ class InfluenceMatrix:
         self.shape = (queries.rows, train.rows)
         self.query_correct = queries.correct
         self.damping, self.factors = options.damping, options.factors
+        self._damping = damping_by_layer(options.damping, self.layers)
         self._train, self._queries = train, queries
         self._ready: dict[str, Tensor] = {}
         self._scale: dict[str, Tensor] = {}
@@ -129,6 +128,22 @@ class InfluenceMatrix:
     def layer(self, name: str) -> Tensor:
         """All of one layer: float32 ``(m, n)``."""
         return self._rows(self._checked(name), slice(0, self.shape[0]))
+
+    def total(self, *, equal_layers: bool = False) -> Tensor:
+        """Summed over the layers: float32 ``(m, n)``.
+
+        Args:
+            equal_layers: each layer's influence is divided by its root mean square over all pairs first, so that none counts
+                for more because its gradients, or its inverse curvature, are larger. Which of several models they are of
+                then makes no difference either: sums over checkpoints count all alike.
+        """
+        out = torch.zeros(self.shape)
+        for name in self.layers:
+            values = self.layer(name)
+            size = values.double().square().mean().sqrt() if equal_layers else torch.tensor(1.0)
+            # A layer without any influence has no size.
+            out += values / size.float() if size > 0 else 0
+        return out
 
     def to_pandas(self, layers: Sequence[str] | None = None) -> pd.DataFrame:
         """All of some layers as a frame in memory, float32 ``(n, len(layers) * m)``.
@@ -207,7 +222,8 @@ class InfluenceMatrix:
     @property
     def digest(self) -> str:
         """Tells apart what was computed from what: SHA-256 over both sides, method and layers."""
-        parts = [self._train.digest, self._queries.digest, self.method, repr(self.damping), *self.layers]
+        damping = repr(list(self._damping.values()) if isinstance(self.damping, Mapping) else self.damping)
+        parts = [self._train.digest, self._queries.digest, self.method, damping, *self.layers]
         for name, pair in self.factors.items():
             parts += [name, *(hashlib.sha256(factor.contiguous().cpu().numpy().data).hexdigest() for factor in pair)]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
@@ -235,7 +251,7 @@ class InfluenceMatrix:
             elif self.method == "ekfac":
                 n = self.shape[1]
                 values = eigenvalue_corrected(
-                    name, values, lambda: self._train_blocks(name), n, self.factors[name], self.damping
+                    name, values, lambda: self._train_blocks(name), n, self.factors[name], self._damping[name]
                 )
             self._ready[name] = values
         return self._ready[name]
@@ -292,7 +308,7 @@ class InfluenceMatrix:
 
     def _whitened(self, name: str, values: Tensor) -> Tensor:
         n, dim = self.shape[1], self._train.dim(name)
-        whitening = Whitening(name, lambda: self._train_blocks(name), n, dim, self.damping)
+        whitening = Whitening(name, lambda: self._train_blocks(name), n, dim, self._damping[name])
         solved = whitening.solve(values)
         if self.method == "trackstar":
             solved *= _inverse_norm((solved * values).sum(1))[:, None]
@@ -302,7 +318,7 @@ class InfluenceMatrix:
     def _precondition(self, name: str, values: Tensor) -> Tensor:
         """DataInf's ``v'``. Where every training gradient is zero there is nothing to invert: ``v' = 0``."""
         n, sqnorm = self.shape[1], self._train.sqnorm(name)
-        damping = self.damping * float(sqnorm.sum()) / (n * self._train.weights(name))
+        damping = self._damping[name] * float(sqnorm.sum()) / (n * self._train.weights(name))
         if damping == 0:
             return torch.zeros_like(values)
         weight = (1 / (n * (damping + sqnorm))).float()

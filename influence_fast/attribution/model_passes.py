@@ -347,6 +347,48 @@ def kronecker_factors(
     Raises:
         InputError: unknown layers, embeddings, layers wider than 8192, bad rows.
     """
+    found = kronecker_sums(model, dataset, layers, batch_tokens=batch_tokens, progress=progress)
+    return {name: sums.without(None) for name, sums in found.items()}
+
+
+@dataclass(frozen=True)
+class KroneckerSums:
+    """Sums over the tokens of one layer, by parts of the rows: float64.
+
+    Attributes:
+        inputs: ``sum x x^T``, ``(parts, in, in)``.
+        outputs: ``sum dy dy^T``, ``(parts, out, out)``.
+        counts: tokens, ``(parts,)``.
+    """
+
+    inputs: Tensor
+    outputs: Tensor
+    counts: Tensor
+
+    def without(self, part: int | None) -> tuple[Tensor, Tensor]:
+        """``(A, S)`` of all rows but those of a part."""
+        kept = [number for number in range(len(self.counts)) if number != part]
+        count = max(int(self.counts[kept].sum()), 1)
+        return self.inputs[kept].sum(0) / count, self.outputs[kept].sum(0) / count
+
+
+def kronecker_sums(
+    model: nn.Module,
+    dataset: Rows,
+    layers: str | Iterable[str] = "all",
+    parts: Tensor | None = None,
+    *,
+    batch_tokens: int | str = "auto",
+    progress: bool = True,
+) -> dict[str, KroneckerSums]:
+    """What :func:`kronecker_factors` are the mean of, by parts of the rows, in one pass.
+
+    Args:
+        parts: the part of each row, int64 ``(n,)`` from 0; by default all are one.
+
+    Raises:
+        InputError: as of :func:`kronecker_factors`; several parts and a layer whose inputs are not one block a row.
+    """
     names = select_layers(model, layers)
     modules = {name: module for name, module in named_layers(model).items() if name in set(names)}
     for name in names:
@@ -361,28 +403,47 @@ def kronecker_factors(
                 "leave it out for ekfac"
             )
     shapes = {name: layer_shape(module) for name, module in modules.items()}
-    factors = {
-        name: (torch.zeros(in_, in_, dtype=torch.float64), torch.zeros(out, out, dtype=torch.float64))
+    count = 1 if parts is None else int(parts.max()) + 1
+    sums = {
+        name: KroneckerSums(
+            torch.zeros(count, in_, in_, dtype=torch.float64),
+            torch.zeros(count, out, out, dtype=torch.float64),
+            torch.zeros(count, dtype=torch.int64),
+        )
         for name, (out, in_) in shapes.items()
     }
-    counts = dict.fromkeys(names, 0)
     rows, kind = checked_rows(model, dataset)
     # In chunks the watched head would see a part of the tokens at a time.
     loss = losses.named(kind, chunked=False)
     with _watched(modules) as seen:
-        for _, batch in _batches(model, rows, batch_tokens, progress, "Kronecker factors"):
+        for chosen, batch in _batches(model, rows, batch_tokens, progress, "Kronecker factors"):
             mask = extent(mask_of(batch)).flatten()
             seen.clear()
             loss(model, batch).sum().backward()
             for name, operands in seen.items():
                 flat = [operand.flatten(0, -2) for operand in operands]
+                owner = None if parts is None else _owners(name, operands[0], parts[chosen]).to(mask.device)
                 if len(flat[0]) == len(mask):
                     flat = [operand[mask] for operand in flat]
-                for total, operand in zip(factors[name], flat, strict=True):
-                    total += (operand.T @ operand).cpu()
-                counts[name] += len(flat[0])
+                    owner = None if owner is None else owner[mask]
+                found = sums[name]
+                for part in range(count):
+                    own = flat if owner is None else [operand[owner == part] for operand in flat]
+                    for total, operand in zip((found.inputs, found.outputs), own, strict=True):
+                        total[part] += (operand.T @ operand).cpu()
+                    found.counts[part] += len(own[0])
             seen.clear()
-    return {name: (a / max(counts[name], 1), s / max(counts[name], 1)) for name, (a, s) in factors.items()}
+    return sums
+
+
+def _owners(name: str, inputs: Tensor, parts: Tensor) -> Tensor:
+    """The part of each token of a layer's inputs ``(N, ..., in)``, from that of each row of the batch."""
+    if len(inputs) != len(parts):
+        raise InputError(
+            f"layers: {name!r} is given inputs {tuple(inputs.shape)} of {len(parts)} rows, which do not tell the rows "
+            "apart; leave it out where rows are held out"
+        )
+    return parts.repeat_interleave(inputs[..., 0].numel() // len(parts))
 
 
 def layers_with_factors(model: nn.Module, names: Iterable[str]) -> list[str]:

@@ -7,7 +7,8 @@ is found once for each query. ``blocks()`` gives the training gradients, float32
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -15,7 +16,27 @@ from torch import Tensor
 from influence_fast.errors import InputError
 
 Blocks = Callable[[], Iterator[Tensor]]
+Damping = float | Mapping[str, float]
+"""One for all layers, or one for each."""
 _LARGEST = 16384
+
+
+def damping_by_layer(damping: Damping, layers: Iterable[str]) -> dict[str, float]:
+    """The damping of each layer.
+
+    Raises:
+        InputError: one that is not a positive number, or that is missing; names the layer.
+    """
+    out: dict[str, float] = {}
+    for name in layers:
+        if isinstance(damping, Mapping) and name not in damping:
+            raise InputError(f"damping: has none for layer {name!r}")
+        value = damping[name] if isinstance(damping, Mapping) else damping
+        if isinstance(value, bool) or not isinstance(value, Real) or not 0 < value < float("inf"):
+            where = f" for layer {name!r}" if isinstance(damping, Mapping) else ""
+            raise InputError(f"damping: expected a positive share of the mean eigenvalue, got {value!r}{where}")
+        out[name] = float(value)
+    return out
 
 
 class Whitening:

@@ -27,6 +27,17 @@ from influence_fast.cli.options import (
 )
 from influence_fast.errors import InputError
 
+HELD_OUT = "held-out"
+
+
+class Damping(click.ParamType):
+    """A number, or ``held-out``."""
+
+    name = "float or held-out"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float | str:
+        return value if value == HELD_OUT else click.FLOAT.convert(value, param, ctx)
+
 
 @click.command(
     cls=Command,
@@ -158,7 +169,13 @@ def _show_estimate(found: Any, world: int) -> None:
 @click.option("--rows", help="Rows to index, such as 0:500000, for one of several machines.")
 @click.option("--update", is_flag=True, help="Bring the index that is there up to date with its store.")
 @click.option("--methods", help="Keep what searches by these need: datainf,trak,trackstar,ekfac.")
-@click.option("--damping", default=0.1, help="With --methods: share of the curvature's mean eigenvalue added to each.")
+@click.option(
+    "--damping",
+    type=Damping(),
+    default=0.1,
+    help="With --methods: share of the curvature's mean eigenvalue added to each; held-out has rows held out choose that of "
+    "each layer for ekfac, and 0.1 for the others.",
+)
 @click.option("--rank", type=int, help="With --methods: eigenvalues kept of a layer, fewer than its numbers.")
 @click.option("--model", help="For ekfac: the model of the store.")
 @click.option("--data", multiple=True, help="For ekfac: the training data; by default where they were.")
@@ -175,7 +192,7 @@ def index(
     rows: str | None,
     update: bool,
     methods: str | None,
-    damping: float,
+    damping: float | str,
     rank: int | None,
     model: str | None,
     data: tuple[str, ...],
@@ -202,8 +219,17 @@ def index(
             opened, factory, metric, names(layers), recall=recall, memory=memory, rows=share, path=out
         )
     for method in names(methods) or []:
-        factors = _kronecker_factors(built, store, model, data) if method == "ekfac" else None
-        built.add_curvature(method, damping=damping, rank=rank, factors=factors)
+        given: dict[str, Any] = {} if damping == HELD_OUT else {"damping": damping}
+        if method == "ekfac":
+            from influence_fast.attribution.held_out_damping import held_out_damping
+            from influence_fast.attribution.model_passes import kronecker_factors
+
+            network, samples = _model_and_rows(built, store, model, data)
+            given["factors"] = kronecker_factors(network, samples, built.layers)
+            if damping == HELD_OUT:
+                given["damping"] = held_out_damping(network, samples, opened, built.layers)
+                say("damping: " + ", ".join(f"{name} {share:g}" for name, share in given["damping"].items()), err=True)
+        built.add_curvature(method, rank=rank, **given)
     if methods:
         built.save(out)
     size = sum(file.stat().st_size for file in out.iterdir())
@@ -231,8 +257,7 @@ def _share(index: Any, method: str) -> str:
     return f"{100 * least:.1f} % of the curvature's trace, in the layer with the least"
 
 
-def _kronecker_factors(index: Any, store: Path, model: str | None, data: tuple[str, ...]) -> Any:
-    from influence_fast.attribution.model_passes import kronecker_factors
+def _model_and_rows(index: Any, store: Path, model: str | None, data: tuple[str, ...]) -> tuple[Any, Any]:
     from influence_fast.data.loading import read_table
     from influence_fast.data.models import load_model
     from influence_fast.data.remembered import remembered
@@ -251,7 +276,7 @@ def _kronecker_factors(index: Any, store: Path, model: str | None, data: tuple[s
     source = list(data) or known.data  # type: ignore[union-attr]
     table = read_table("data", source, settings.split, settings.limit, settings.skip_bad)
     samples = prepare("data", table, settings, task_of("auto", network, table), network, tokenizer)
-    return kronecker_factors(network, samples.rows, index.layers)
+    return network, samples.rows
 
 
 @click.command(cls=Command, epilog=example("influence-fast search store.index --queries query-store -k 5 --harmful"))

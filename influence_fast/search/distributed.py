@@ -33,7 +33,7 @@ def add_curvature_all(
     index: InfluenceIndex,
     method: str,
     *,
-    damping: float = 0.1,
+    damping: float | Mapping[str, float] = 0.1,
     rank: int | None = None,
     factors: Mapping[str, tuple[Tensor, Tensor]] | None = None,
     group: Any = None,

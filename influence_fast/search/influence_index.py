@@ -438,7 +438,7 @@ class InfluenceIndex:
         self,
         method: str,
         *,
-        damping: float = 0.1,
+        damping: float | Mapping[str, float] = 0.1,
         rank: int | None = None,
         factors: Mapping[str, tuple[Tensor, Tensor]] | None = None,
     ) -> None:

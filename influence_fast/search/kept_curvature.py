@@ -21,6 +21,7 @@ from torch import Tensor
 
 from influence_fast._files import atomic_path
 from influence_fast.attribution.curvature import METHODS, Factors, LayerCurvature, Together, alone
+from influence_fast.attribution.preconditioners import Damping, damping_by_layer
 from influence_fast.errors import InputError, StoreError
 from influence_fast.search.index_files import IndexFolder, check_files, describe
 from influence_fast.search.stored_rows import Rows
@@ -80,7 +81,7 @@ class Curvatures:
         rows: Rows,
         layers: Sequence[str],
         of: str,
-        damping: float,
+        damping: Damping,
         rank: int | None,
         factors: Mapping[str, Factors],
         together: Together = alone,
@@ -88,8 +89,7 @@ class Curvatures:
         """Read the rows for a method; ``of`` tells them, and those of the processes that ``together`` adds, from others."""
         if method not in METHODS:
             raise InputError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
-        if isinstance(damping, bool) or not isinstance(damping, int | float) or not 0 < damping < float("inf"):
-            raise InputError(f"damping: expected a positive share of the mean eigenvalue, got {damping!r}")
+        dampings = damping_by_layer(damping, layers)
         if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
             raise InputError(f"rank: expected a positive int, got {rank!r}")
         with self._lock:
@@ -101,13 +101,13 @@ class Curvatures:
                     name,
                     rows.dims[name],
                     out * in_,
-                    damping,
+                    dampings[name],
                     _blocks(rows, name),
                     rank,
                     factors.get(name),
                     together,
                 )
-                made[method, name] = _Kept(of, damping, found.share, found)
+                made[method, name] = _Kept(of, dampings[name], found.share, found)
             self._kept.update(made)
             self._lengths = {}
 

@@ -68,6 +68,20 @@ def test_definitions(tmp_path: Path, monkeypatch, method: str, stored: bool, blo
         torch.testing.assert_close(columns[i], matrix.layer(name))
 
 
+@pytest.mark.parametrize("method", ["dot", "trackstar"])
+def test_sums_over_layers(method: str) -> None:
+    train, queries = gradients(9, 0), gradients(4, 1)
+    train["c"], queries["c"] = torch.zeros(9, 5), torch.randn(4, 5)
+    matrix = inf.influence(train, queries, method)
+    layers = [matrix.layer(name) for name in matrix.layers]
+    torch.testing.assert_close(matrix.total(), sum(layers), rtol=1e-5, atol=1e-5)
+    expected = sum(values / values.double().square().mean().sqrt() for values in layers[:2])
+    torch.testing.assert_close(matrix.total(equal_layers=True).double(), expected.double(), rtol=1e-5, atol=1e-5)
+    # Of one size, whatever that of the gradients.
+    large = inf.influence({**train, "a": 100 * train["a"]}, queries, method).total(equal_layers=True)
+    torch.testing.assert_close(large, matrix.total(equal_layers=True), rtol=1e-4, atol=1e-4)
+
+
 def test_datainf_takes_the_number_of_weights_from_the_store(tmp_path: Path) -> None:
     train, queries = gradients(9, 0, {"a": 6}), gradients(3, 1, {"a": 6})
     stores = [write_store(tmp_path / n, g, shapes={"a": (20, 30)}) for n, g in (("t", train), ("q", queries))]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import influence_fast as inf
+from influence_fast.attribution.model_passes import kronecker_sums
 
 NAMES = ["bert", "gpt2", "llama"]
 
@@ -32,6 +33,22 @@ def test_hidden_states_one_sample_at_a_time(name: str, task: str, pooling: str) 
         for state, layer in zip(states, found, strict=True):
             expected = {"last": state[0, -1], "mean": state[0].mean(0), "first": state[0, 0]}[pooling]
             torch.testing.assert_close(found[layer][i].double(), expected.detach(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "task"), [("bert", "classification"), ("gpt2", "classification"), ("llama", "causal")]
+)
+def test_kronecker_sums_by_parts_of_the_rows(name: str, task: str) -> None:
+    model, samples = models.make(name, task), rows(task)
+    layers = inf.select_layers(model, "attention[0],mlp[3],head")
+    parts = torch.tensor([1, 0, 2, 1, 1, 0, 2])
+    found = kronecker_sums(model, samples, layers, parts, batch_tokens=20, progress=False)
+    for part in (0, 1, 2, None):
+        kept = [sample for sample, own in zip(samples, parts.tolist(), strict=True) if own != part]
+        expected = inf.kronecker_factors(model, kept, layers, progress=False)
+        for layer in layers:
+            for factor, other in zip(found[layer].without(part), expected[layer], strict=True):
+                torch.testing.assert_close(factor, other, rtol=1e-4, atol=1e-5 * float(other.abs().max()))
 
 
 @pytest.mark.parametrize(

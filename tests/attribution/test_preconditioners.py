@@ -66,6 +66,25 @@ def test_eigenvalue_corrected_curvature() -> None:
     assert zero.layer("a").eq(0).all()
 
 
+@pytest.mark.parametrize("method", ["datainf", "trak", "trackstar", "ekfac"])
+def test_a_damping_for_each_layer(method: str) -> None:
+    train, queries = ({name: torch.randn(n, 6) for name in "ab"} for n in (5, 2))
+    factors = {name: (torch.eye(2), torch.eye(3)) for name in "ab"} if method == "ekfac" else None
+    matrix = inf.influence(train, queries, method, damping={"b": 0.5, "a": 0.01}, factors=factors)
+    for name, damping in (("a", 0.01), ("b", 0.5)):
+        alone = inf.influence(train, queries, method, damping=damping, factors=factors)
+        assert torch.equal(matrix.layer(name), alone.layer(name))
+    digests = {
+        inf.influence(train, queries, method, damping=given, factors=factors).digest
+        for given in (0.01, {"a": 0.01, "b": 0.5}, {"b": 0.5, "a": 0.01}, {"a": 0.5, "b": 0.01})
+    }
+    assert len(digests) == 3
+    with pytest.raises(inf.InputError, match="damping: has none for layer 'b'"):
+        inf.influence(train, queries, method, damping={"a": 0.1}, factors=factors)
+    with pytest.raises(inf.InputError, match=r"damping: expected a positive share .* got -1 for layer 'b'"):
+        inf.influence(train, queries, method, damping={"a": 0.1, "b": -1}, factors=factors)
+
+
 def test_errors() -> None:
     train, queries = {"a": torch.randn(5, 6)}, {"a": torch.randn(2, 6)}
     with pytest.raises(inf.InputError, match="factors: ekfac needs those of layer 'a'"):

@@ -10,9 +10,18 @@ import torch
 from click.testing import CliRunner
 
 from benchmarks import peer_definitions
-from benchmarks.peer_definitions import OurEkfac, OurTrackstar, alike, apart, make_task, second_moments
+from benchmarks.peer_definitions import (
+    OurEkfac,
+    OurTrackstar,
+    alike,
+    apart,
+    make_task,
+    over_seeds,
+    said,
+    second_moments,
+)
 
-SETTINGS = {"rows": 12, "queries": 4, "width": 4, "steps": 3}
+SETTINGS = {"rows": 12, "queries": 4, "width": 4, "steps": 3, "seeds": 2}
 
 
 def test_our_curvature_of_the_given_labels_is_that_of_influence(tmp_path: Path) -> None:
@@ -61,6 +70,20 @@ def test_differences_and_correlations() -> None:
     assert (turned["least"], turned["lowest"]) == pytest.approx((-1.0, 0.0))
 
 
+def test_terms_of_several_seeds() -> None:
+    one = {"what": "{share} mixed", "spearman": 0.5, "least": 0.1, "lowest": 0.2, "share": 0.312}
+    other = {"what": "{share} mixed", "spearman": 0.7, "least": 0.0, "lowest": 0.4, "share": 0.418}
+    term = over_seeds([[one], [other]])[0]
+    expected = {"spearman": 0.6, "spearman_sd": 0.02**0.5, "least": 0.0, "lowest": 0.3, "lowest_sd": 0.02**0.5}
+    assert {key: term[key] for key in expected} == pytest.approx(expected)
+    assert term["seeds"] == {"spearman": [0.5, 0.7], "least": [0.1, 0.0], "lowest": [0.2, 0.4], "share": [0.312, 0.418]}
+    assert said(term) == "0.31 to 0.42 mixed"
+    assert said(over_seeds([[one]])[0]) == "0.31 mixed"
+    assert (
+        over_seeds([[{"what": "x", "relative_difference": d}] for d in (1e-7, 2e-7)])[0]["relative_difference"] == 2e-7
+    )
+
+
 @pytest.mark.parametrize("name", peer_definitions.PEERS)
 def test_the_libraries_give_the_same_with_settings_alike(name: str, tmp_path: Path) -> None:
     pytest.importorskip(name)
@@ -78,10 +101,15 @@ def test_the_libraries_give_the_same_with_settings_alike(name: str, tmp_path: Pa
 def test_a_library_that_is_missing_keeps_what_was_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     out, page = tmp_path / "out.json", tmp_path / "page.md"
-    terms = [
-        {"what": "gram", "relative_difference": 2e-7},
-        {"what": "loss", "spearman": 0.9, "least": 0.5, "lowest": 0.7},
-    ]
+    terms = over_seeds(
+        [
+            [{"what": "gram", "relative_difference": 2e-7}, {"what": "loss", **apart}]
+            for apart in (
+                {"spearman": 0.9, "least": 0.5, "lowest": 0.7},
+                {"spearman": 0.8, "least": 0.6, "lowest": 0.7},
+            )
+        ]
+    )
     before = {"bergson": {"version": "1", "terms": terms}}
     out.write_text(json.dumps({"benchmark": "peer_definitions", "peers": before}))
     given = ["--out", str(out), "--threads", "1"]
@@ -90,4 +118,4 @@ def test_a_library_that_is_missing_keeps_what_was_found(tmp_path: Path, monkeypa
     page.write_text("<!-- peer_definitions -->\n<!-- end of peer_definitions -->\n")
     assert CliRunner().invoke(peer_definitions.main, [*given, "--page", str(page)]).exit_code == 0
     assert "| gram | 2e-07 |" in page.read_text()
-    assert "| loss | 0.900 | 0.500 | 0.70 |" in page.read_text()
+    assert "| loss | 0.850 (0.071) | 0.500 | 0.70 (0.00) |" in page.read_text()

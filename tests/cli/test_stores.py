@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 from audits import read_csv, run, write_rows
 
 import influence_fast as inf
+from influence_fast.attribution.held_out_damping import GRID, held_out_damping
 
 IDENTITY = inf.Projection("identity")
 
@@ -139,6 +142,33 @@ def test_searches_by_a_method_that_the_index_keeps(folder: Path, tmp_path: Path)
     assert (code, "ekfac needs --model" in err) == (2, True)
     # A store is searched as it is, and read for the method.
     assert run("search", store, "--queries", queries, "--method", "trak")[0] == 0
+
+
+def test_a_damping_that_rows_held_out_choose(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, index = tmp_path / "s", tmp_path / "i"
+    data = folder / "train.jsonl"
+    given = ["--layers", "head", "--projection", "identity", "--out", store]
+    assert run("build", "--model", folder / "model", "--data", data, *given)[0] == 0
+    asked = ["index", store, "--out", index, "--methods", "trak,ekfac", "--model", folder / "model", "--damping"]
+    seen = {}
+
+    def choose(model: Any, rows: Any, gradients: Any, layers: list[str]) -> dict[str, float]:
+        seen.update(held_out_damping(model, rows, gradients, layers, progress=False))
+        return seen
+
+    monkeypatch.setattr("influence_fast.attribution.held_out_damping.held_out_damping", choose)
+    code, _, err = run(*asked, "held-out")
+    assert code == 0, err
+    opened = inf.GradientStore.open(store)
+    assert list(seen) == opened.layers
+    assert set(seen.values()) <= set(GRID)
+    assert "damping: " + ", ".join(f"{name} {share:g}" for name, share in seen.items()) in err
+    kept = json.loads((index / "index.json").read_text())["curvature"]
+    expected = {("ekfac", name): share for name, share in seen.items()}
+    expected |= {("trak", name): 0.1 for name in opened.layers}
+    assert {(entry["method"], entry["layer"]): entry["damping"] for entry in kept} == expected
+    code, _, err = run(*asked, "much")
+    assert (code, "'much' is not a valid float" in err) == (2, True)
 
 
 def test_a_store_of_factors(folder: Path, tmp_path: Path) -> None:

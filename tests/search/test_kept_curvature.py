@@ -138,6 +138,22 @@ def test_saved_loaded_moved(tmp_path: Path) -> None:
     torch.testing.assert_close(changed, values.topk(7).values, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("method", KEPT)
+def test_a_damping_for_each_layer_is_kept(method: str, tmp_path: Path) -> None:
+    store, damping = store_of(tmp_path / "s"), {"a": 0.02, "b": 0.7}
+    index = inf.InfluenceIndex.build(store, path=tmp_path / "i")
+    given = {"damping": damping, "factors": factors() if method == "ekfac" else None}
+    index.add_curvature(method, **given)
+    index.save(tmp_path / "i")
+    again = inf.InfluenceIndex.load(tmp_path / "i")
+    for name in SHAPES:
+        scores = again.search(gradients(6, 5), 7, layers=[name], method=method)[0]
+        values = inf.influence(store, gradients(6, 5), method, **given).layer(name)
+        torch.testing.assert_close(scores, values.topk(7).values, rtol=1e-4, atol=1e-5)
+    with pytest.raises(inf.InputError, match="damping: has none for layer 'b'"):
+        index.add_curvature(method, damping={"a": 0.1}, factors=given["factors"])
+
+
 def test_it_follows_appended_deleted_and_compacted_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from influence_fast.search import kept_curvature as curvature
 
