@@ -93,6 +93,8 @@ def main(
     every = [(task, *noise, seed) for seed in range(seeds) for task in chosen for noise in NOISES]
     lacking = {key: [n for n in (TRUSTED, 0) if n not in done[key]] if key in done else None for key in every}
     wanted = [key for key in every if lacking[key] != []]
+    of_file = dict.fromkeys([*done, *every])
+    places = [(*key, number) for key in of_file for number in (TRUSTED, 0, *OTHER_TRUSTED)]
     jobs = (joblib.delayed(one_noise)(key, data, model, settings, threads, lacking[key]) for key in wanted)
     pool = joblib.Parallel(n_jobs=processes, return_as="generator", batch_size=1)
     with protocol.Results(file, document) as results, protocol.Progress(len(wanted)) as progress:
@@ -100,6 +102,8 @@ def main(
         for key in wanted:
             with progress.step(", ".join(map(str, key))):
                 document["cells"] += next(found)
+            # Cells that were lacking go where they would have been.
+            document["cells"].sort(key=lambda cell: places.index((*(cell[name] for name in KEY), cell["trusted"])))
             results.add()
     click.echo(f"wrote {file}")
 

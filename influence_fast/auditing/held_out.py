@@ -21,8 +21,8 @@ def hold_out(
 ) -> tuple[Samples, Samples, str]:
     """The samples to rank, those that stand for trusted queries, and a sentence that says what they are.
 
-    A tenth of the samples, 500 at most, drawn by ``seed``: of a classifier's among those whose label a probe of hidden
-    states before fine-tuning, fitted without them in five folds, holds most probable; of others among all.
+    A tenth of the samples, 500 at most, drawn by ``seed``: of a classifier's among those whose label a probe of the hidden
+    states, fitted without them in five folds, holds most probable; of others among all.
 
     Raises:
         InputError: too few samples.
@@ -41,8 +41,8 @@ def hold_out(
     chosen = numbers[torch.randperm(len(numbers), generator=random)[:count]].sort().values.tolist()
     kept = sorted(set(range(n)) - set(chosen))
     how = (
-        f"drawn from the {int(able.sum())} whose label a probe of hidden states before the training, fitted without them, "
-        "holds most probable"
+        f"drawn from the {int(able.sum())} whose label a probe of the hidden states, fitted without them, holds most "
+        "probable"
         if able is agreed
         else "drawn at random"
     )
@@ -54,15 +54,12 @@ def hold_out(
 
 
 def _agreed(model: nn.Module, samples: Samples, batch_tokens: int | str) -> Tensor | None:
-    """Which labels an out-of-fold probe holds most probable; None where a class is too rare to fit one.
-
-    Of states that no label was learned from: by those of the model itself, a wrong label that it has learned looks right.
-    """
+    """Which labels an out-of-fold probe holds most probable; None where a class is too rare to fit one."""
     labels = torch.tensor([row["labels"] for row in samples.rows])
     if min(Counter(labels.tolist()).values()) < PROBE_FOLDS or not hasattr(
         getattr(model, "config", None), "hidden_size"
     ):
         return None
-    states = ModelPasses(model, lambda part: part.rows, (), batch_tokens, progress=False).untouched_states(samples)
-    estimate, _ = probe_estimate(states, labels, states[:1])
+    last = ModelPasses(model, lambda part: part.rows, (), batch_tokens, progress=False).last_states(samples)
+    estimate, _ = probe_estimate(last, labels, last[:1])
     return estimate.argmax(1) == labels

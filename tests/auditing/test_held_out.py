@@ -30,8 +30,7 @@ def test_trusted_are_rows_whose_label_others_predict() -> None:
     assert sorted([*kept.ids, *trusted.ids]) == list(range(120))
     assert [kept.texts[i] for i in (0, -1)] == [whole.texts[kept.ids[i]] for i in (0, -1)]
     assert kept.noise.tolist() == [bool(whole.noise[i]) for i in kept.ids]
-    # Trained as a whole, so its states from before the blocks.
-    states = hidden_states(model, whole.rows, progress=False)["embedding"]
+    states = list(hidden_states(model, whole.rows, progress=False).values())[-1]
     labels = torch.tensor([row["labels"] for row in whole.rows])
     agreed = probe_estimate(states, labels, states[:1])[0].argmax(1) == labels
     assert int(agreed.sum()) >= 24
