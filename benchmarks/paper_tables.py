@@ -322,11 +322,12 @@ def claims_of(runs: list[Run], papers: bool = True, ours: bool = True) -> list[s
         if not (ours if text.startswith("Ours") else papers):
             continue
         values = [figure(run) for run in runs]
-        mean, low, high = interval(values)
         count = sum(not math.isnan(value) for value in values)
+        if not count:
+            continue
+        mean, low, high = interval(values)
         between = f"{low:+.3f} to {high:+.3f}" if math.isfinite(low) else "-"
-        shown = "-" if math.isnan(mean) else f"{mean:+.3f}"
-        rows.append([text, count, shown, between, verdict(low, high) if count > 1 else "undecided"])
+        rows.append([text, count, f"{mean:+.3f}", between, verdict(low, high) if count > 1 else "undecided"])
     notes = [
         "",
         "The embedding is frozen under LoRA, so it is not ranked here; whether cancellation predicts accuracy takes a "
