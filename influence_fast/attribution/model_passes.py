@@ -198,16 +198,21 @@ class SeenLogits:
     """Logits of a classifier that a pass for gradients made anyway; called with rows and logits as a ``Watch`` is."""
 
     def __init__(self, count: int) -> None:
-        self._found, self._count = torch.empty(0), count
+        self._count = count
+        # On the device until they are asked for: a copy of each batch would have the pass wait for it.
+        self._seen: list[tuple[list[int], Tensor]] = []
 
     def __call__(self, rows: list[int], logits: Tensor) -> None:
-        if not len(self._found):
-            self._found = torch.full((self._count, logits.shape[1]), torch.nan)
-        self._found[rows] = logits.float().log_softmax(1).cpu()
+        self._seen.append((rows, logits.float().log_softmax(1)))
 
     def log_probabilities(self) -> Tensor | None:
         """``(n, classes)``; None where a row was not seen, as those are that an earlier build left in the store."""
-        return None if not len(self._found) or bool(self._found.isnan().any()) else self._found
+        if len({row for rows, _ in self._seen for row in rows}) < self._count:
+            return None
+        out = torch.empty(self._count, self._seen[0][1].shape[1])
+        for rows, found in self._seen:
+            out[rows] = found.cpu()
+        return out
 
 
 @dataclass(frozen=True)
