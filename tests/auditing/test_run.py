@@ -321,19 +321,22 @@ def test_predictions_are_taken_from_the_pass_for_gradients(tmp_path: Path, monke
 
     monkeypatch.setattr(model_passes, "_forward", watched)
 
-    def audit() -> torch.Tensor:
+    def audit(**settings: object) -> torch.Tensor:
         taken.clear()
         model = models.make("bert", lora=True)
-        result = inf.audit(model, rows, queries, methods=["pool"], out=tmp_path / "out", progress=False, evidence=0)
+        result = inf.audit(model, rows, queries, methods=["pool"], progress=False, evidence=0, **settings)
         return result.rankings[result.main]
 
-    first = audit()
+    first = audit(out=tmp_path / "out")
     # States before the adapter alone.
     assert taken == [False, False]
     # What an earlier audit left in its stores gives no logits.
-    again = audit()
+    again = audit(out=tmp_path / "out")
     assert sorted(taken) == [False, False, True, True]
     assert torch.allclose(first, again, rtol=1e-4)
+    # Nor does a pass in another precision give the model's own.
+    audit(precision="bfloat16")
+    assert sorted(taken) == [False, False, True, True]
 
 
 def test_ekfac_leaves_out_what_has_no_factors_unless_it_was_asked_for() -> None:
