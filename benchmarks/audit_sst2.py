@@ -67,7 +67,7 @@ ARMS = {
 @click.option("--lr", default=1e-3, show_default=True)
 @click.option("--batch", default=16, show_default=True, help="Rows a step.")
 @click.option("--flip", default=0.2, show_default=True, help="Share of labels to flip.")
-@click.option("--seconds", default=math.inf, help="Stop before a step that would take longer; run again to go on.")
+@protocol.seconds_option
 @click.option("--whole", is_flag=True, help="Audit every training row, and measure time and memory.")
 @click.option("--rows", type=int, help="With --whole: so many of them.")
 @click.option("--page", type=click.Path(path_type=Path), help="Write the page of the results there are.")

@@ -39,9 +39,7 @@ Key = tuple[tuple[int, ...], int]
 @click.option("--seeds", default=3, show_default=True)
 @click.option("--samples", default=500, show_default=True, help="Training rows at most.")
 @click.option("--trusted", default=100, show_default=True, help="Trusted rows at most.")
-@click.option(
-    "--page", type=click.Path(path_type=Path, exists=True), help="Put the table of the results into this page."
-)
+@protocol.page_option
 @protocol.threads_option
 def main(out: Path | None, seeds: int, page: Path | None, threads: int, **settings: Any) -> None:
     """Rank with the model's own probabilities and with those of networks that did not see the row."""

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -86,10 +85,8 @@ MIDDLE, FIRST, LAST = ("block 1", "block 2"), "embedding", "head"
 @click.option("--base-epochs", default=3, show_default=True)
 @click.option("--epochs", default=6, show_default=True)
 @click.option("--share", default=0.2, show_default=True, help="Share of spoilt answers.")
-@click.option("--seconds", default=math.inf, help="Stop before a step that would take longer; run again to go on.")
-@click.option(
-    "--page", type=click.Path(path_type=Path, exists=True), help="Put the tables of the results into this page."
-)
+@protocol.seconds_option
+@protocol.page_option
 @protocol.threads_option
 def main(
     data: Path | None,

@@ -17,7 +17,6 @@ the subsets so far after every 16 of them.
 from __future__ import annotations
 
 import json
-import math
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -157,7 +156,7 @@ TASKS = {"digits": digits, "gpt": gpt, "mrpc": mrpc}
     default=protocol.RESULTS / "lds",
     help="Folder of the results; a run there goes on, others stay.",
 )
-@click.option("--seconds", default=math.inf, help="Stop before a step that would take longer; run again to go on.")
+@protocol.seconds_option
 @click.option("--tables", is_flag=True, help="Make README.md in --out of the results there are.")
 def main(task: str | None, work: Path, out: Path, seconds: float, tables: bool, **settings: Any) -> None:
     """Measure one task, or make the tables of what was measured."""

@@ -61,9 +61,7 @@ Cells = list[dict[str, Any]]
 @click.option("--epochs", default=30, show_default=True, help="Of the network on tables.")
 @click.option("--text-epochs", default=3, show_default=True, help="Of the encoder on texts.")
 @click.option("--processes", default=1, show_default=True)
-@click.option(
-    "--page", type=click.Path(path_type=Path, exists=True), help="Put the table of the results into this page."
-)
+@protocol.page_option
 @protocol.threads_option
 def main(
     data: Path | None,

@@ -17,7 +17,6 @@ there. A run is one JSON file in ``--out``, which grows with every ranking and a
 from __future__ import annotations
 
 import json
-import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -89,7 +88,7 @@ _SHARD_ROWS = 1024
 @click.option("--arms", default=",".join(ARMS), help="Rankings to retrain after, joined by commas.")
 @click.option("--folds", default=0, help="Models to fine-tune for cleanlab's probabilities out of fold; 0 for none.")
 @click.option("--checkpoints/--no-checkpoints", default=True, help="TracInCP over all epochs.")
-@click.option("--seconds", default=math.inf, help="Stop before a step that would take longer; run again to go on.")
+@protocol.seconds_option
 @click.option("--tables", is_flag=True, help="Make tables and plots of the results there are.")
 def main(
     task: str | None,

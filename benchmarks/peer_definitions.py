@@ -50,9 +50,7 @@ Scores = dict[str, Tensor]
 @click.option("--width", default=16, show_default=True, help="Of the model, of two blocks.")
 @click.option("--steps", default=200, show_default=True, help="Steps of Adam.")
 @click.option("--seeds", default=3, show_default=True, help="Grammars with a model each.")
-@click.option(
-    "--page", type=click.Path(path_type=Path, exists=True), help="Put the tables of the results into this page."
-)
+@protocol.page_option
 @protocol.threads_option
 def main(out: Path | None, page: Path | None, threads: int, **settings: Any) -> None:
     """Compare definitions with kronfluence and bergson, whichever are installed."""

@@ -232,6 +232,12 @@ def out_option(existing: str) -> Callable[[Any], Any]:
 
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+page_option = click.option(
+    "--page", type=click.Path(path_type=Path, exists=True), help="Put the tables of the results into this page."
+)
+seconds_option = click.option(
+    "--seconds", default=math.inf, help="Stop before a step that would take longer; run again to go on."
+)
 threads_option = click.option(
     "--threads",
     type=click.IntRange(1),

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -55,10 +54,8 @@ Run = dict[str, Any]
 @click.option("--base-epochs", default=8, show_default=True)
 @click.option("--epochs", default=5, show_default=True)
 @click.option("--lr", default=3e-3, show_default=True, help="Step size of the LoRA matrices.")
-@click.option("--seconds", default=math.inf, help="Stop before a step that would take longer; run again to go on.")
-@click.option(
-    "--page", type=click.Path(path_type=Path, exists=True), help="Put the tables of the results into this page."
-)
+@protocol.seconds_option
+@protocol.page_option
 @protocol.threads_option
 def main(
     data: Path | None,

@@ -45,9 +45,7 @@ RANKINGS = {"default": "the default", "loss": "the loss"}
 @click.option(
     "--audits", type=click.Path(path_type=Path, exists=True), help="--work of benchmarks.audit_sst2, for its runs too."
 )
-@click.option(
-    "--page", type=click.Path(path_type=Path, exists=True), help="Put the table of the results into this page."
-)
+@protocol.page_option
 @protocol.threads_option
 def main(out: Path | None, seeds: int, audits: Path | None, page: Path | None, threads: int, **settings: Any) -> None:
     """Hold self-checks against flips that are known."""
