@@ -76,6 +76,10 @@ class ModelPasses:
         """What :meth:`class_log_probabilities` would find by a pass of its own."""
         self._once(samples, "predictions", lambda: log_probabilities)
 
+    def know_base_states(self, samples: Any, states: Tensor) -> None:
+        """What :meth:`all_states` would find by a pass of its own: means, of the model before fine-tuning."""
+        self._once(samples, f"{'base ' if is_adapted(self._model) else ''}states mean", lambda: states)
+
     def hidden_states(self, samples: Any, pooling: str = "mean", base: bool = False) -> dict[str, Tensor]:
         """:func:`~influence_fast.hidden_states`; with ``base`` of the model before fine-tuning. Each call makes a copy."""
         return _by_name(self.all_states(samples, pooling, base))
@@ -194,27 +198,6 @@ def class_log_probabilities(
     return _forward(model, dataset, None, True, batch_tokens, progress).log_probabilities
 
 
-class SeenLogits:
-    """Logits of a classifier that a pass for gradients made anyway; called with rows and logits as a ``Watch`` is."""
-
-    def __init__(self, count: int) -> None:
-        self._count = count
-        # On the device until they are asked for: a copy of each batch would have the pass wait for it.
-        self._seen: list[tuple[list[int], Tensor]] = []
-
-    def __call__(self, rows: list[int], logits: Tensor) -> None:
-        self._seen.append((rows, logits.float().log_softmax(1)))
-
-    def log_probabilities(self) -> Tensor | None:
-        """``(n, classes)``; None where a row was not seen, as those are that an earlier build left in the store."""
-        if len({row for rows, _ in self._seen for row in rows}) < self._count:
-            return None
-        out = torch.empty(self._count, self._seen[0][1].shape[1])
-        for rows, found in self._seen:
-            out[rows] = found.cpu()
-        return out
-
-
 @dataclass(frozen=True)
 class _Forward:
     """What one pass without gradients gave: ``(n, blocks + 1, width)``, of these widths, and ``(n, classes)``."""
@@ -251,9 +234,9 @@ def _forward(
             if not len(states):
                 # Made once: a list of batches put together would be held twice. Narrower states end in zeros.
                 widths = [state.shape[-1] for state in found]
-                states = _zeros((len(rows), len(found), max(widths)), folder)
+                states = zeros((len(rows), len(found), max(widths)), folder)
             for place, (state, width) in enumerate(zip(found, widths, strict=True)):
-                states[chosen, place, :width] = _pooled(state, mask_of(batch), pooling).float().cpu()
+                states[chosen, place, :width] = pooled(state, mask_of(batch), pooling).float().cpu()
         if predictions:
             logits = losses.logits_of(model, output)
             classes.append(logits.float().log_softmax(1).cpu())
@@ -267,7 +250,7 @@ def states_on_disk(samples: int, blocks: int, width: int) -> int:
     return size if size > _IN_MEMORY else 0
 
 
-def _zeros(shape: tuple[int, int, int], folder: Path | None) -> Tensor:
+def zeros(shape: tuple[int, int, int], folder: Path | None) -> Tensor:
     """Float32; what is too large for memory in a file without a name, which is gone with the tensor."""
     size = states_on_disk(shape[0], shape[1] - 1, shape[2])
     if not size:
@@ -503,7 +486,7 @@ def _watched(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, tuple[Tenso
             handle.remove()
 
 
-def _pooled(states: Tensor, mask: Tensor, pooling: str) -> Tensor:
+def pooled(states: Tensor, mask: Tensor, pooling: str) -> Tensor:
     """``(N, T, width) -> (N, width)`` over real tokens: the first of them, the last, or their mean."""
     if pooling == "mean":
         return (states * mask[..., None]).sum(1) / mask.sum(1)[:, None]

@@ -22,10 +22,11 @@ from influence_fast.attribution.aggregation import aggregated
 from influence_fast.attribution.influence_matrix import METHODS as INNER_PRODUCTS
 from influence_fast.attribution.influence_matrix import InfluenceMatrix
 from influence_fast.attribution.method_inputs import VOTES, AuditInputs, MethodInputs
-from influence_fast.attribution.model_passes import ModelPasses, SeenLogits, layers_with_factors
+from influence_fast.attribution.model_passes import ModelPasses, layers_with_factors
 from influence_fast.attribution.probe import probe_estimate
 from influence_fast.attribution.registry import NEEDS, PROBE_FOLDS, get_method
 from influence_fast.attribution.representations import neighbour_count, neighbours
+from influence_fast.attribution.seen_passes import Blocks, SeenPasses, rerunnable
 from influence_fast.auditing.config import DIGESTS, FINDINGS, SELF_CHECK_ROWS, AuditConfig, AuditPlan, RankingPlan
 from influence_fast.auditing.disk import check_disk
 from influence_fast.auditing.findings.duplicates import compared, copies_among
@@ -189,13 +190,13 @@ def run_plan(audit: AuditPlan, out: str | Path | None, progress: bool = True) ->
     plan, build, methods = audit.ranking, audit.build, list(audit.config.methods or [])
     with _folder(out, config) as folder:
         times: dict[str, float] = {}
-        stores, seen = {}, {}
+        stores, seen, blocks = {}, {}, _watched_blocks(audit)
         for name, part in (("train", samples), ("queries", trusted)):
-            with _timed(times, f"gradients of {name}"):
-                at, seen[name] = folder / "stores" / name, SeenLogits(len(part))
+            seen[name] = SeenPasses(len(part), blocks, folder)
+            with _timed(times, f"gradients of {name}"), seen[name].watched():
                 stores[name] = build_from(
-                    at, network, part.rows, build, ids=part.ids, progress=progress, tokenizer=audit.tokenizer,
-                    watch=seen[name],
+                    folder / "stores" / name, network, part.rows, build, ids=part.ids, progress=progress,
+                    tokenizer=audit.tokenizer, watch=seen[name],
                 )  # fmt: skip
                 # Verified on the training rows; every other store of this audit is captured in the same way.
                 taken = stores[name].meta["settings"]
@@ -206,10 +207,11 @@ def run_plan(audit: AuditPlan, out: str | Path | None, progress: bool = True) ->
             network, samples, trusted, stores["train"], stores["queries"], folder, build, methods, progress
         )
         for name, part in (("train", samples), ("queries", trusted)):
-            found = seen[name].log_probabilities()
             # In another precision they are not what the model itself says.
-            if found is not None and build.precision is None:
-                inputs.passes.know_predictions(part, found)
+            if build.precision is None and (predictions := seen[name].log_probabilities()) is not None:
+                inputs.passes.know_predictions(part, predictions)
+            if (states := seen[name].base_states()) is not None:
+                inputs.passes.know_base_states(part, states)
         given = replace(inputs.given, checkpoints=audit.checkpoints, held_out=bool(audit.held_out))
         inputs = replace(inputs, audit=given)
         # Without predictions no query counts as correct.
@@ -245,6 +247,16 @@ def run_plan(audit: AuditPlan, out: str | Path | None, progress: bool = True) ->
                 atomic_write(folder / FINDINGS, findings_lines(result))
                 write_report(folder / "report.html", result)
     return result
+
+
+def _watched_blocks(audit: AuditPlan) -> Blocks | None:
+    """What hidden states are seen by while gradients are taken, where a method needs those before fine-tuning."""
+    build = audit.build
+    needed = any("base states" in get_method(name).needs for name in audit.config.methods or ())
+    if not needed or audit.task != "classification" or build.precision is not None:
+        return None
+    rows = checked_rows(audit.model, audit.samples.rows, build.loss, audit.samples.ids, build.truncate)[0]
+    return rerunnable(audit.model, rows)
 
 
 def method_inputs(

@@ -394,7 +394,7 @@ def build_from(
     tokenizer: Any = None,
     watch: Watch | None = None,
 ) -> GradientStore:
-    """:func:`build_store` with its settings as one object; ``watch`` sees the logits that the pass makes anyway."""
+    """:func:`build_store` with its settings as one object; ``watch`` sees the logits of each forward pass."""
     facts: dict[str, Any] = {}
     if settings.verify:
         settings, facts = verified_settings(model, dataset, settings, ids)

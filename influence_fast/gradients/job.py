@@ -48,8 +48,8 @@ _SHARD_ROWS = 1 << 16
 _log = logging.getLogger("influence_fast")
 # Gradients and columns of some rows.
 _Results = tuple[dict[str, Tensor], dict[str, Tensor]]
-# Called with the numbers of a batch's rows and a classifier's logits of them ``(N, classes)``.
-Watch = Callable[[list[int], Tensor], None]
+# Called with the numbers of a batch's rows, the batch, and a classifier's logits of it ``(N, classes)``.
+Watch = Callable[[list[int], dict[str, Tensor], Tensor], None]
 
 
 def write_store(path: str | PathLike[str], job: Job, resume: bool = True, progress: bool = True) -> GradientStore:
@@ -465,7 +465,7 @@ def _step(
             columns["prediction"] = logits.detach().argmax(-1)
             columns["correct"] = columns["prediction"] == labels
             if watch is not None:
-                watch(chosen, logits.detach())
+                watch(chosen, batch, logits.detach())
         else:
             each = losses.one_per_sample(loss(model, batch), len(chosen))
     if each.requires_grad:

@@ -35,19 +35,20 @@ def distinct_rows(count: int, first: int) -> list[dict]:
     return [{"input_ids": [3 + i % 30, 3 + i // 30, first], "labels": i % 3} for i in range(count)]
 
 
-@pytest.mark.parametrize(("lora", "expected"), [(False, 2), (True, 3)])
+@pytest.mark.parametrize(("lora", "expected"), [(False, 1), (True, 2)])
 def test_each_training_sample_passes_once_for_each_state_of_the_model(
     lora: bool, expected: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Once for gradients, once for states and predictions, and once more without the adapter where there is one."""
+    """Once for gradients, states before fine-tuning and predictions, and once more for states of an adapted model."""
     model = models.make("bert", lora=lora)
     train, queries = distinct_rows(24, 5), distinct_rows(9, 6)
     seen = count_rows(model, monkeypatch)
     methods = ["dot", "neighbours", "pool", "repsim"]
     inf.audit(model, train, queries, methods=methods, layers="head", evidence=0, progress=False)
-    # A few rows more often: capture is verified on three, and two tell before each pass whether rows may share a batch.
+    # A few rows more often: capture is verified on three, two tell before each pass whether rows may share a batch, and
+    # four whether states before fine-tuning can be seen in it.
     passes = Counter(seen[tuple(row["input_ids"])] for row in train)
-    assert passes[expected] >= len(train) - 4
+    assert passes[expected] >= len(train) - 8
     assert min(passes) == expected
 
 

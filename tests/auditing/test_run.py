@@ -311,7 +311,7 @@ def test_methods_that_do_not_fit(folder: Path, tmp_path: Path) -> None:
         assert not (tmp_path / "out").exists()
 
 
-def test_predictions_are_taken_from_the_pass_for_gradients(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_the_pass_for_gradients_shows_is_not_found_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows, queries = models.rows(count=30, seed=1), models.rows(count=12, seed=2)
     taken, forward = [], model_passes._forward
 
@@ -328,9 +328,8 @@ def test_predictions_are_taken_from_the_pass_for_gradients(tmp_path: Path, monke
         return result.rankings[result.main]
 
     first = audit(out=tmp_path / "out")
-    # States before the adapter alone.
-    assert taken == [False, False]
-    # What an earlier audit left in its stores gives no logits.
+    assert taken == []
+    # What an earlier audit left in its stores gives neither.
     again = audit(out=tmp_path / "out")
     assert sorted(taken) == [False, False, True, True]
     assert torch.allclose(first, again, rtol=1e-4)
