@@ -48,8 +48,8 @@ def probe_estimate(
 ) -> ClassEstimate:
     """Logistic regression on states (standardised, L2): of a training sample by one fitted without it, in five folds.
 
-    The penalty is the one of three with the lowest loss out of fold. At most 20,000 samples are learned from, and queries
-    whose labels are given, each again left out of the fold that judges it.
+    The penalty is the one of three with the lowest loss out of fold, or the first behind which it rises. At most 20,000
+    samples are learned from, and queries whose labels are given, each again left out of the fold that judges it.
 
     Raises:
         InputError: labels of another length, or a class with fewer samples than folds.
@@ -121,8 +121,10 @@ def cross_fitted(
             asked[judged] = predicted(model, queries, judged)
         # A rare class may be missing from what was learned.
         loss = -np.maximum(found[np.arange(len(y)), y], LEAST).mean()
-        if loss < best:
-            best, chosen, estimate, by_fold = loss, penalty, found, asked
+        if not loss < best:
+            # The loss has one valley, and the weakest penalties' fits take the longest.
+            break
+        best, chosen, estimate, by_fold = loss, penalty, found, asked
     every = np.arange(queries.shape[0])
     whole = by_fold if own is not None else predicted(fitted(np.arange(len(y)), chosen), queries, every)
     return CrossFitted(*(torch.from_numpy(part) for part in (estimate, by_fold, whole)))

@@ -159,3 +159,10 @@ def test_a_frame_of_influence_has_the_names_of_both_sides(tmp_path: Path) -> Non
     assert frame.loc["row 3", ("b", 1)] == float(matrix.layer("b")[1, 2])
     assert list(matrix.to_pandas(["b"]).columns) == [("b", 0), ("b", 1), ("b", 2)]
     assert list(inf.influence(gradients(2, 0), gradients(2, 1)).to_pandas().index) == [0, 1]
+
+
+def test_sums_over_queries_are_those_of_float64_whatever_part_is_copied_at_a_time() -> None:
+    train, queries = {"a": torch.randn(37, 20_000)}, {"a": torch.randn(5, 20_000)}
+    weights = torch.rand(2, 5, dtype=torch.float64)
+    found = inf.influence(train, queries, "dot").weighted("a", weights)
+    torch.testing.assert_close(found, weights @ queries["a"].double() @ train["a"].double().T, rtol=1e-12, atol=1e-9)
