@@ -154,33 +154,42 @@ class Blocks:
     def states(self, batch: dict[str, Tensor]) -> list[Tensor] | None:
         """Those behind the embedding and every block, ``(N, T, width)`` each, of the model before fine-tuning.
 
-        None where a block did not run, or more than once, or states have no place for each of the batch's tokens.
+        None where a block did not run, or more than once, or states have another shape.
         """
         calls = [self._calls.get(block, []) for block in self.blocks]
         if any(len(of_block) != 1 for of_block in calls):
             return None
-        each = [call for [call] in calls]
+        each, shape = [call for [call] in calls], tuple(mask_of(batch).shape)
+        first = each[0].states
+        if not isinstance(first, Tensor) or first.dim() != 3 or first.shape[:2] != shape:
+            return None
+        with torch.no_grad():
+            found = self._run_again(each) if self.adapted < len(self.blocks) else self._as_seen(each)
+        return found if all(isinstance(s, Tensor) and s.shape == first.shape for s in found) else None
+
+    def _as_seen(self, calls: list[_Call]) -> list[Any]:
+        last = _first(calls[-1].output)
+        behind = self._behind(last)
+        return [*(call.states for call in calls), last if behind is None else _first(behind[1].output)]
+
+    def _run_again(self, calls: list[_Call]) -> list[Any]:
+        """The blocks from the first adapted one on, with the adapter off."""
+        found = [call.states for call in calls[: self.adapted + 1]]
+        behind = self._behind(_first(calls[-1].output))
         # Adapters that are switched on again ask for gradients of their weights, which nothing here wants.
         asked = [(weight, weight.requires_grad) for weight in self.model.parameters()]
         self._watching = False
         try:
-            with torch.no_grad():
-                found = [call.states for call in each[: self.adapted + 1]]
-                last = self._behind(_first(each[-1].output))
-                if self.adapted == len(self.blocks):
-                    found.append(_first(each[-1].output) if last is None else _first(last[1].output))
-                else:
-                    with before_fine_tuning(self.model):
-                        for block, call in zip(self.blocks[self.adapted :], each[self.adapted :], strict=True):
-                            found.append(call.again(block, found[-1]))
-                        if last is not None:
-                            found[-1] = last[1].again(last[0], found[-1])
+            with before_fine_tuning(self.model):
+                for block, call in list(zip(self.blocks, calls, strict=True))[self.adapted :]:
+                    found.append(call.again(block, found[-1]))
+                if behind is not None:
+                    found[-1] = behind[1].again(behind[0], found[-1])
         finally:
             self._watching = True
             for weight, wanted in asked:
                 weight.requires_grad_(wanted)
-        shape = mask_of(batch).shape
-        return found if all(isinstance(s, Tensor) and s.dim() == 3 and s.shape[:2] == shape for s in found) else None
+        return found
 
     def _behind(self, states: Tensor) -> tuple[nn.Module, _Call] | None:
         """The module that saw the last block's states, and its call."""
@@ -216,8 +225,9 @@ def rerunnable(model: nn.Module, rows: Rows) -> Blocks | None:
             wanted = getattr(losses.outputs(model, batch, output_hidden_states=True), "hidden_states", None)
     if states is None or wanted is None or len(states) != len(wanted):
         return None
-    same = (torch.allclose(a, b, rtol=1e-4, atol=1e-4) for a, b in zip(states, wanted, strict=True))
-    return found if all(a.shape == b.shape for a, b in zip(states, wanted, strict=True)) and all(same) else None
+    pairs = list(zip(states, wanted, strict=True))
+    same = all(a.shape == b.shape and torch.allclose(a, b, rtol=1e-4, atol=1e-4) for a, b in pairs)
+    return found if same else None
 
 
 def _blocks_of(model: nn.Module) -> Blocks | None:
