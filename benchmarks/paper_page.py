@@ -26,7 +26,7 @@ _DIFFERS = (
     "those fine-tuned whole, and those tuned by LoRA, which have LoRA matrices on embedding and head too.",
     "The causal models are small Llamas trained here; what they have learned, their losses say on the page on quality. "
     "A base model has not seen the data set that it is tuned on, which may favour embedding and head.",
-    "Runs with the present default are trainings of the same splits; one was retrained without its lowest rows. What it pools "
+    "Runs with the present default train on the same splits; one was retrained without its lowest rows. What it pools "
     "was chosen on four of the data sets under kinds of noise, cola among them.",
     "Of the claims on a query's class those over the middle blocks together were added after the others had been seen.",
     "Whether cancellation predicts accuracy is answered through AUC_NDR: a retraining for each layer group was not run.",
