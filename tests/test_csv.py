@@ -34,8 +34,8 @@ def test_rows_survive_every_reader(rows: list[tuple[str, str]]) -> None:
     text = data.decode()
     of_python = list(csv.DictReader(io.StringIO(text, newline="")))
     frames = [
-        pd.read_csv(io.BytesIO(data), dtype={"id": str, "text": str}, keep_default_na=False, engine=engine)
-        for engine in ("c", "python")
+        pd.read_csv(io.BytesIO(data), dtype={"id": str, "text": str}, keep_default_na=False, **engine)
+        for engine in ({"engine": "c", "float_precision": "round_trip"}, {"engine": "python"})
     ]
     arrow = pyarrow.csv.read_csv(
         pa.BufferReader(data),

@@ -74,7 +74,14 @@ def read_scores(path: str | os.PathLike[str]) -> pd.DataFrame:
             if (table.schema.metadata or {}).get(_JSON_IDS) == b"json":
                 frame["id"] = pd.Series([json.loads(name) for name in frame["id"]], dtype=object)
             return frame
-        frame = pd.read_csv(source, dtype={"id": str}, keep_default_na=False, na_values={"score": ["nan", ""]})
+        # Before pandas 3 the last digit may be another by default.
+        frame = pd.read_csv(
+            source,
+            dtype={"id": str},
+            keep_default_na=False,
+            na_values={"score": ["nan", ""]},
+            float_precision="round_trip",
+        )
     except FileNotFoundError:
         raise InputError(f"path: there is no file {source}") from None
     except (ValueError, OSError) as error:

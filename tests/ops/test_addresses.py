@@ -182,12 +182,12 @@ def test_shapes_alone_beside_values_are_refused() -> None:
 def defaults(dtype: torch.dtype, device: str) -> Iterator[None]:
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
-    torch.set_default_device(device)
     try:
-        yield
+        # Not set_default_device(None) behind it, after which torch 2.6 has no default device to tell.
+        with torch.device(device):
+            yield
     finally:
         torch.set_default_dtype(before)
-        torch.set_default_device(None)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])

@@ -16,6 +16,8 @@ from influence_fast.data.samples import Samples
 #: Share of words and pairs of words that nearly equal rows have in common (Jaccard).
 ALIKE = 0.8
 _PERMUTATIONS, _CANDIDATES, _BLOCK = 64, 32, 4096
+# Bands, and hashes in each: what is just alike is found 99 times of 100, and compared as a whole then.
+_BANDS = (12, 5)
 
 
 def compared(samples: Samples) -> Sequence[str | Sequence[int]]:
@@ -40,7 +42,7 @@ def find_duplicates(texts: Sequence[str | Sequence[int]]) -> list[list[int]]:
     for row, of_row in enumerate(words):
         equal.setdefault(xxhash.xxh3_128_digest("\0".join(of_row).encode("utf-8", "surrogatepass")), []).append(row)
     groups = [rows for rows in equal.values() if words[rows[0]]]
-    index = MinHashLSH(threshold=ALIKE, num_perm=_PERMUTATIONS)
+    index = MinHashLSH(num_perm=_PERMUTATIONS, params=_BANDS)
     near: dict[int, list[int]] = {}
     for begin in range(0, len(groups), _BLOCK):
         block = groups[begin : begin + _BLOCK]

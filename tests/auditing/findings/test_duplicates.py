@@ -26,6 +26,15 @@ def test_equal_and_nearly_equal_rows_are_grouped() -> None:
     assert find_duplicates(texts) == [[0, 1, 5], [3, 4]]
 
 
+def test_rows_that_are_just_alike_are_found() -> None:
+    texts = []
+    for pair in range(100):
+        words = [f"{pair}word{i}" for i in range(40)]
+        # Two words of forty are others: 73 of 85 pieces are in both.
+        texts += [" ".join(words), " ".join([*words[:20], "one", *words[21:30], "two", *words[31:]])]
+    assert len(find_duplicates(texts)) >= 97
+
+
 def test_rows_of_ids() -> None:
     assert find_duplicates([[1, 2, 3], [1, 2], [1, 2, 3], [12, 3], []]) == [[0, 2]]
 
