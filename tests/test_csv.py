@@ -44,7 +44,8 @@ def test_rows_survive_every_reader(rows: list[tuple[str, str]]) -> None:
     )
     for found in (of_python, *(frame.to_dict("records") for frame in frames), arrow.to_pylist(), of_spreadsheet(text)):
         assert [(original(row["id"]), original(row["text"])) for row in found] == expected
-        assert [float(row["score"]) for row in found] == [0.1 * i for i in range(len(rows))]
+        # Readers of their own; not all of them are right to the last digit.
+        assert [float(row["score"]) for row in found] == pytest.approx([0.1 * i for i in range(len(rows))], rel=1e-15)
 
 
 def of_spreadsheet(text: str) -> list[dict[str, str]]:
