@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from influence_fast.attribution.model_passes import pooled, zeros
-from influence_fast.data.batching import Rows, mask_of
+from influence_fast.data.batching import Rows, batches, mask_of, token_budget
 from influence_fast.data.tasks import config_of, device_of
 from influence_fast.gradients import losses
 from influence_fast.gradients.model_state import as_evaluated, before_fine_tuning
@@ -208,15 +208,17 @@ class Blocks:
         self._calls.setdefault(module, []).append(_Call(args, kwargs, output))
 
 
-def rerunnable(model: nn.Module, rows: Rows) -> Blocks | None:
+def rerunnable(model: nn.Module, rows: Rows, batch_tokens: int | str = "auto") -> Blocks | None:
     """The blocks of a model that gives the states of itself before fine-tuning in this way, else None.
 
-    A few rows tell: their states in this way are those that the model before fine-tuning returns itself.
+    A few rows tell, as many as a batch takes: their states in this way are those that the model before fine-tuning returns
+    itself.
     """
     found = _blocks_of(model)
     if found is None or rows.kind == "custom":
         return None
-    batch = {n: t.to(device_of(model)) for n, t in rows.batch(list(range(min(_TRIED, len(rows)))), model).items()}
+    chosen = next(iter(batches(rows, range(min(_TRIED, len(rows))), token_budget(batch_tokens, model))))
+    batch = {name: tensor.to(device_of(model)) for name, tensor in rows.batch(chosen, model).items()}
     with as_evaluated(model), torch.no_grad():
         with found.watched():
             losses.outputs(model, batch)

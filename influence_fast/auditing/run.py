@@ -256,7 +256,7 @@ def _watched_blocks(audit: AuditPlan) -> Blocks | None:
     if not needed or audit.task != "classification" or build.precision is not None:
         return None
     rows = checked_rows(audit.model, audit.samples.rows, build.loss, audit.samples.ids, build.truncate)[0]
-    return rerunnable(audit.model, rows)
+    return rerunnable(audit.model, rows, build.batch_tokens)
 
 
 def method_inputs(

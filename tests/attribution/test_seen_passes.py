@@ -76,6 +76,16 @@ def test_a_checkpointed_model_runs_its_blocks_again_in_the_backward(tmp_path: Pa
     torch.testing.assert_close(seen.base_states(), wanted, rtol=1e-4, atol=1e-5)
 
 
+def test_no_more_rows_are_tried_than_a_batch_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, rows = make("bert", "last block"), models.rows(count=9)
+    sizes, plain = [], model.base_model.model.bert.forward
+    monkeypatch.setattr(
+        model.base_model.model.bert, "forward", lambda ids, *a, **b: sizes.append(ids.numel()) or plain(ids, *a, **b)
+    )
+    assert rerunnable(model, checked_rows(model, rows)[0], batch_tokens=12) is not None
+    assert max(sizes) <= 12
+
+
 def test_rows_that_were_not_seen_leave_nothing_known(tmp_path: Path) -> None:
     model, rows = make("bert", "last block"), models.rows(count=9)
     blocks = rerunnable(model, checked_rows(model, rows)[0])
@@ -108,10 +118,8 @@ def encoder_and_decoder() -> nn.Module:
 
 @pytest.mark.parametrize("build", [adapted_word_embedding, shared_block, encoder_and_decoder])
 def test_other_models_are_left_to_a_pass_of_their_own(build: object) -> None:
-    model, rows = (
-        build(),
-        [{"input_ids": [*row["input_ids"], 2], "labels": row["labels"]} for row in models.rows(count=9)],
-    )
+    # Each ends in the token that BART's classifier reads.
+    model, rows = build(), [{**row, "input_ids": [*row["input_ids"], 2]} for row in models.rows(count=9)]
     assert rerunnable(model, checked_rows(model, rows)[0]) is None
 
 

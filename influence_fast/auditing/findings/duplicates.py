@@ -16,7 +16,7 @@ from influence_fast.data.samples import Samples
 #: Share of words and pairs of words that nearly equal rows have in common (Jaccard).
 ALIKE = 0.8
 _PERMUTATIONS, _CANDIDATES, _BLOCK = 64, 32, 4096
-# Bands, and hashes in each: what is just alike is found 99 times of 100, and compared as a whole then.
+# Bands, and hashes in each: what is just alike is found with a probability of 1 - (1 - 0.8^5)^12 = 0.99.
 _BANDS = (12, 5)
 
 
