@@ -38,7 +38,8 @@ def with_effect(model: nn.Module) -> nn.Module:
 
 
 def settings_of(model: nn.Module) -> BuildSettings:
-    return BuildSettings(layers=inf.select_layers(model, "attention"), loss="classification")
+    # Several batches, so that each comes after an adapter was switched off and on.
+    return BuildSettings(layers=inf.select_layers(model, "attention"), loss="classification", batch_tokens=30)
 
 
 @pytest.mark.parametrize(("name", "what"), CASES)
@@ -52,6 +53,8 @@ def test_states_and_predictions_are_those_of_passes_of_their_own(name: str, what
     with seen.watched():
         watched = build_from(tmp_path / "a", model, rows, settings_of(model), progress=False, watch=seen)
     assert asked == [parameter.requires_grad for parameter in model.parameters()]
+    # Within the pass no weight asked for a gradient.
+    assert all(parameter.grad is None for parameter in model.parameters())
     plain = build_from(tmp_path / "b", model, rows, settings_of(model), progress=False)
     for layer in plain.layers:
         torch.testing.assert_close(watched.read(layer), plain.read(layer))
