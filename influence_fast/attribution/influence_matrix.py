@@ -365,7 +365,7 @@ def as_matrix(matrix: Matrix | Mapping[str, Tensor]) -> Matrix:
 def _products_of_doubles(left: Tensor, rows: Tensor, out: Tensor) -> None:
     """``left @ rows.T`` in float64: ``(c, dim)`` and float32 ``(n, dim)`` to ``(c, n)``.
 
-    A part at a time, so that the copy in float64 stays within the cache: of all rows it takes ten times as long.
+    A part at a time, so that the copy in float64 stays within the cache.
     """
     step = max(1, _CACHED // rows.shape[1])
     copy = torch.empty(min(step, len(rows)), rows.shape[1], dtype=torch.float64)
